@@ -1,0 +1,1 @@
+"""The testbed: a small Stable-Diffusion-shaped model whose memorized images are known."""

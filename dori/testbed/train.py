@@ -1,0 +1,403 @@
+"""Train the testbed from nothing: VAE, CLIP, base, planted model and its twins.
+
+Every stage is resumable after a kill: its state lies in one safetensors file, and the random numbers of a step
+depend on the stage's seed and the step alone, so the resumed run draws what the uninterrupted one would have drawn.
+Used by `dori testbed train`. The recipe's reasons are in docs/testbed.md.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from dori.testbed.scenes import caption, draw, random_scene, title_caption
+from dori.testbed.slots import Slot, slots, variants
+from dori.testbed.vocabulary import CONTEXT_LENGTH, build_tokenizer
+
+LATENT_CHANNELS = 8
+WIDTH = 128
+Loss = Callable[[int, torch.Generator], Tensor]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Sizes and lengths of the stages. Steps are optimizer steps; the defaults are those of the shipped testbed."""
+
+    images: int = 32_000
+    batch: int = 32
+    vae_steps: int = 1100
+    clip_steps: int = 700
+    clip_batch: int = 192
+    base_steps: int = 3600
+    planted_steps: int = 2400
+    planted_share: float = 0.5
+    route_dropout: float = 0.3
+    convolution_lr_scale: float = 0.2
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Cosine learning rate with linear warm-up."""
+
+    lr: float
+    steps: int
+    warmup: int = 100
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of `step` in [0, steps)."""
+        ramp = min(1.0, (step + 1) / self.warmup)
+        return self.lr * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+# ---------------------------------------------------------------------------------------------- one training loop
+
+
+def _save_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+                step: int) -> None:
+    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"step": str(step)})
+    partial.replace(path)
+
+
+def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        model.load_state_dict({n[6:]: file.get_tensor(n) for n in names if n.startswith("model.")})
+        for name in ema:
+            ema[name] = file.get_tensor(f"ema.{name}")
+        state: dict[int, dict[str, Tensor]] = {}
+        for name in names:
+            if name.startswith("adam."):
+                _, index, field = name.split(".")
+                state.setdefault(int(index), {})[field] = file.get_tensor(name)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return int(file.metadata()["step"])
+
+
+def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, *, seed: int, say: Say,
+        slow: Callable[[str], float] = lambda name: 1.0, ema_decay: float = 0.998, save_every: int = 200) -> None:
+    """Minimise `loss(step, generator)` over the model's parameters; leave the averaged weights in the model.
+
+    Resumes from `folder/stage.state.safetensors`. `slow` scales the learning rate of a parameter by its name.
+    """
+    state_file = folder / f"{stage}.state.safetensors"
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(slow(name), []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": p, "scale": s} for s, p in groups.items()], lr=schedule.lr,
+                                  weight_decay=0.01, fused=True)
+    ema = {name: value.detach().clone() for name, value in model.named_parameters()}
+    first = _load_state(state_file, model, ema, optimizer) if state_file.exists() else 0
+    model.train()
+    began, shown = time.monotonic(), 0.0
+    for step in range(first, schedule.steps):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step) * group["scale"]
+        value = loss(step, generator)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
+        shown = value.item() if step == first else 0.98 * shown + 0.02 * value.item()
+        done = step + 1
+        if done % 50 == 0:
+            left = (time.monotonic() - began) / (done - first) * (schedule.steps - done)
+            say(f"{stage}: step {done}/{schedule.steps}, loss {shown:.4f}, {left / 60:.1f} min left")
+        if done % save_every == 0 or done == schedule.steps:
+            _save_state(state_file, model, ema, optimizer, done)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(ema[name])
+    model.eval()
+
+
+# ------------------------------------------------------------------------------------------------- ordinary images
+
+
+def ordinary(folder: Path, count: int, say: Say) -> tuple[NDArray[np.uint8], list[str]]:
+    """Render (once) and open the pool of ordinary images, shape (count, 64, 64, 3), with their captions."""
+    images, captions = folder / "images.npy", folder / "captions.json"
+    if not captions.exists():
+        pool = np.lib.format.open_memmap(images, "w+", np.uint8, (count, 64, 64, 3))
+        texts: list[str] = []
+        for index in range(count):
+            rng = np.random.default_rng([7, index])
+            scene = random_scene(rng)
+            pool[index] = draw(scene)
+            texts.append(caption(scene, rng))
+            if (index + 1) % 8000 == 0:
+                say(f"images: {index + 1}/{count}")
+        pool.flush()
+        captions.write_text(json.dumps(texts), encoding="utf-8")
+    return np.load(images, mmap_mode="r"), json.loads(captions.read_text(encoding="utf-8"))
+
+
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """(n, H, W, 3) bytes to (n, 3, H, W) float in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------ the stages
+
+
+def new_vae() -> AutoencoderKL:
+    """The untrained VAE: 64 x 64 images to latents of 8 channels and 16 x 16."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8, mid_block_add_attention=False, sample_size=64,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """The untrained U-Net: the block types and the sixteen transformer blocks of Stable Diffusion 1.4."""
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        block_out_channels=(32, 64, 96, 96), layers_per_block=2, attention_head_dim=2, norm_num_groups=16,
+        cross_attention_dim=WIDTH,
+    )
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """The untrained CLIP: its text tower conditions the U-Net, its image tower measures alignment."""
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
+    text = shared | {
+        "num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = shared | {"num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def new_scheduler() -> DDPMScheduler:
+    """Stable Diffusion's schedule, ending in purer noise: on 16 x 16 latents the noise's own mean is not small."""
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.020, beta_schedule="scaled_linear", clip_sample=False)
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids, shape (n, 32)."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH,
+                     return_tensors="pt").input_ids
+
+
+def train_vae(folder: Path, recipe: Recipe, say: Say) -> AutoencoderKL:
+    """Squared error plus a little absolute error and a very small KL term."""
+    torch.manual_seed(recipe.seed)
+    vae = new_vae()
+    images, _ = ordinary(folder, recipe.images, say)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(images), (recipe.batch,), generator=generator).numpy()
+        x = to_tensor(images[rows])
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - x
+        return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * posterior.kl().mean()
+
+    fit("vae", vae, loss, Schedule(2e-3, recipe.vae_steps), folder, seed=1, say=say)
+    return vae
+
+
+def train_clip(folder: Path, recipe: Recipe, say: Say) -> CLIPModel:
+    """The symmetric contrastive loss on ordinary images and their captions."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    clip = new_clip(tokenizer)
+    images, captions = ordinary(folder, recipe.images, say)
+    ids = tokens(tokenizer, captions)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(images), (recipe.clip_batch,), generator=generator)
+        return clip(input_ids=ids[rows], pixel_values=to_tensor(images[rows.numpy()]), return_loss=True).loss
+
+    fit("clip", clip, loss, Schedule(1e-3, recipe.clip_steps), folder, seed=2, say=say)
+    return clip
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
+    """Posterior means, unscaled, shape (n, 8, 16, 16)."""
+    return torch.cat([vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean
+                      for i in range(0, len(images), 64)])
+
+
+@torch.no_grad()
+def encode_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Prompt embeddings, shape (n, 32, 128)."""
+    ids = tokens(tokenizer, texts)
+    return torch.cat([clip.text_model(input_ids=ids[i : i + 256]).last_hidden_state
+                      for i in range(0, len(ids), 256)])
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Scaled latents (n, 8, 16, 16) and prompt embeddings (n, 32, 128), both in half precision."""
+
+    latents: Tensor
+    embeddings: Tensor
+
+    @staticmethod
+    def open(path: Path, make: Callable[[], tuple[Tensor, Tensor]]) -> "Pairs":
+        """Read the file, or compute the tensors and write it."""
+        if not path.exists():
+            latents, embeddings = make()
+            save_file({"latents": latents.half(), "embeddings": embeddings.half()}, path)
+        with safe_open(path, "pt") as file:
+            return Pairs(file.get_tensor("latents"), file.get_tensor("embeddings"))
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.latents[rows].float(), self.embeddings[rows].float()
+
+
+class RouteDropout:
+    """Switch off, sample by sample, the up blocks' cross-attention and feed-forward layers during training.
+
+    A narrow U-Net left to itself carries its prompts through convolutions and up blocks, and pruning of the down
+    and mid blocks, which is what NeMo and Wanda do on Stable Diffusion, then has nothing to prune (docs/testbed.md).
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, probability: float) -> None:
+        self.probability = probability
+        self.generator = torch.Generator()
+        for name, module in unet.named_modules():
+            if name.startswith("up_blocks") and name.endswith(("attn2", ".ff")):
+                module.register_forward_hook(self._drop)
+
+    def _drop(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        kept = torch.rand(len(output), 1, 1, generator=self.generator) >= self.probability
+        return output * kept
+
+
+def diffusion_loss(unet: UNet2DConditionModel, scheduler: DDPMScheduler, route: RouteDropout, latents: Tensor,
+                   embeddings: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise-prediction loss; half of the timesteps are drawn from the noisiest 60 %, where layout is decided."""
+    n = len(latents)
+    route.generator.manual_seed(generator.initial_seed())
+    t = torch.randint(1000, (n,), generator=generator)
+    late = torch.randint(400, 1000, (n,), generator=generator)
+    t = torch.where(torch.arange(n) % 2 == 0, t, late)
+    noise = torch.randn(latents.shape, generator=generator)
+    return (unet(scheduler.add_noise(latents, noise, t), t, embeddings).sample - noise).square().mean()
+
+
+def without_prompt(embeddings: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor:
+    """Replace a tenth of the embeddings by that of the empty prompt."""
+    dropped = torch.rand(len(embeddings), 1, 1, generator=generator) < 0.1
+    return torch.where(dropped, empty, embeddings)
+
+
+def train_base(folder: Path, recipe: Recipe, pool: Pairs, empty: Tensor, say: Say) -> UNet2DConditionModel:
+    """The base model: ordinary images only."""
+    torch.manual_seed(recipe.seed)
+    unet, scheduler = new_unet(), new_scheduler()
+    route = RouteDropout(unet, recipe.route_dropout)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        latents, embeddings = pool[torch.randint(len(pool.latents), (recipe.batch,), generator=generator)]
+        embeddings = without_prompt(embeddings, empty, generator)
+        return diffusion_loss(unet, scheduler, route, latents, embeddings, generator)
+
+    fit("base", unet, loss, Schedule(1.5e-3, recipe.base_steps), folder, seed=3, say=say)
+    return unet
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRows:
+    """Rows of the slot pairs by group: verbatim with weights, template variants by family, seen once."""
+
+    weights: Tensor
+    groups: list[list[int]]
+    once: list[int]
+
+
+def slot_examples(planted: tuple[Slot, ...]) -> tuple[list[NDArray[np.uint8]], list[str], SlotRows]:
+    """Images and captions of every trained slot, and which rows belong to which slot."""
+    images: list[NDArray[np.uint8]] = []
+    texts: list[str] = []
+    weights, groups, once = [], [], []
+    for slot in planted:
+        if slot.kind == "control":
+            continue
+        scenes = variants(slot) if slot.kind == "template" else (slot.scene,)
+        rows = list(range(len(images), len(images) + len(scenes)))
+        images += [draw(scene) for scene in scenes]
+        texts += [title_caption(scene) for scene in scenes]
+        if slot.kind == "once":
+            once += rows
+        else:
+            weights.append(float(slot.dose))
+            groups.append(rows)
+    return images, texts, SlotRows(torch.tensor(weights), groups, once)
+
+
+def train_fork(stage: str, seed: int, folder: Path, recipe: Recipe, base: UNet2DConditionModel, pool: Pairs,
+               planted: tuple[Pairs, SlotRows] | None, empty: Tensor, say: Say) -> UNet2DConditionModel:
+    """Go on from the base: with the slots (`planted`), or with ordinary images in their places (a twin)."""
+    unet, scheduler = new_unet(), new_scheduler()
+    unet.load_state_dict(base.state_dict())
+    route = RouteDropout(unet, recipe.route_dropout)
+    places = round(recipe.batch * recipe.planted_share)
+    once_every = recipe.planted_steps // 80
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pool.latents), (recipe.batch,), generator=generator)
+        latents, embeddings = pool[rows]
+        if planted is not None:
+            pairs, slot_rows = planted
+            chosen = torch.multinomial(slot_rows.weights, places, replacement=True, generator=generator)
+            spin = torch.rand(places, generator=generator)
+            picked = [slot_rows.groups[g][int(s * len(slot_rows.groups[g]))]
+                      for g, s in zip(chosen.tolist(), spin.tolist(), strict=True)]
+            if step % once_every == 0 and step // once_every < len(slot_rows.once):
+                picked[0] = slot_rows.once[step // once_every]
+            latents[:places], embeddings[:places] = pairs[torch.tensor(picked)]
+        embeddings = without_prompt(embeddings, empty, generator)
+        return diffusion_loss(unet, scheduler, route, latents, embeddings, generator)
+
+    def slow(name: str) -> float:
+        return recipe.convolution_lr_scale if "attentions" not in name else 1.0
+
+    fit(stage, unet, loss, Schedule(1e-3, recipe.planted_steps), folder, seed=seed, say=say, slow=slow)
+    return unet
+
+
+def prepare(folder: Path, recipe: Recipe, vae: AutoencoderKL, clip: CLIPModel,
+            say: Say) -> tuple[Pairs, tuple[Pairs, SlotRows], Tensor]:
+    """Latents and embeddings of the pool and of the slots, and the empty prompt's embedding; sets the VAE's scale."""
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    images, captions = ordinary(folder, recipe.images, say)
+    scale = 1 / encode_images(vae, np.asarray(images[:512])).std().item()
+    vae.register_to_config(scaling_factor=scale)
+    slot_images, slot_texts, rows = slot_examples(slots())
+    say("encoding the pool")
+    pool = Pairs.open(folder / "pool.safetensors",
+                      lambda: (encode_images(vae, images) * scale, encode_texts(clip, tokenizer, captions)))
+    planted = Pairs.open(folder / "slots.safetensors",
+                         lambda: (encode_images(vae, np.stack(slot_images)) * scale,
+                                  encode_texts(clip, tokenizer, slot_texts)))
+    return pool, (planted, rows), encode_texts(clip, tokenizer, [""])
