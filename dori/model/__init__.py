@@ -1,0 +1,1 @@
+"""Adapters between Dori and other people's models."""

@@ -1,0 +1,57 @@
+"""Draw images: the unrolled DDIM loop with classifier-free guidance, one random generator per sample."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dori.model.stable_diffusion import StableDiffusion
+
+
+def initial_noise(model: StableDiffusion, seeds: Sequence[int]) -> Tensor:
+    """One standard normal latent per seed, shape (len(seeds), c, h, w).
+
+    Drawn on the CPU, so that devices agree; row i depends on seeds[i] alone.
+    """
+    rows = [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(model.device)
+
+
+@torch.no_grad()
+def sample(model: StableDiffusion, embedding: Tensor, noise: Tensor, *, steps: int = 50,
+           guidance_scale: float = 7.0, null: Tensor | None = None, rows_per_call: int = 128) -> Tensor:
+    """Denoise with deterministic DDIM and classifier-free guidance.
+
+    eps = eps(null) + guidance_scale (eps(prompt) - eps(null)). Both halves go through the network in one call.
+
+    Args:
+        model: the model.
+        embedding: prompt embeddings, shape (b, l, d).
+        noise: initial latents z_T, shape (b, c, h, w).
+        steps: number of DDIM steps, 1 to T.
+        guidance_scale: 1 leaves the unconditional half out.
+        null: embedding of the unconditional half, shape (1, l, d); default the empty prompt's.
+        rows_per_call: upper bound on the rows of one U-Net call.
+
+    Returns:
+        Latents z_0, shape (b, c, h, w).
+    """
+    if null is None:
+        null = model.encode([""])
+    guided = guidance_scale != 1
+    scheduler = model.ddim(steps)
+    parts = []
+    per_part = max(1, rows_per_call // (2 if guided else 1))
+    for part, context in zip(noise.split(per_part), embedding.split(per_part), strict=True):
+        x = part * scheduler.init_noise_sigma
+        if guided:
+            context = torch.cat([null.expand(len(context), -1, -1), context])
+        for t in scheduler.timesteps:
+            doubled = torch.cat([x, x]) if guided else x
+            eps = model.predict_noise(doubled, t.to(x.device).expand(len(doubled)), context)
+            if guided:
+                unconditional, conditional = eps.chunk(2)
+                eps = unconditional + guidance_scale * (conditional - unconditional)
+            x = scheduler.step(eps, t, x).prev_sample
+        parts.append(x)
+    return torch.cat(parts)
