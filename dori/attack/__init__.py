@@ -1,0 +1,1 @@
+"""Attacks: searches for an input that brings a training image back."""
