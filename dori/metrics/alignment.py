@@ -1,0 +1,55 @@
+"""A_CLIP: does an image show what its prompt says (methods.md 6.2: CLIP cosine, higher = better)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from dori.errors import DoriError
+from dori.metrics.similarity import cosine
+
+Colour = tuple[float, float, float]
+OPENAI_MEAN: Colour = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD: Colour = (0.26862954, 0.26130258, 0.27577711)
+
+
+@torch.no_grad()
+def alignment(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, images: Tensor, prompts: Sequence[str], *,
+              mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_STD) -> Tensor:
+    """Cosine of image and text features, pair by pair. Not scaled by 100 or by the model's temperature.
+
+    Images are resized to the model's square (bicubic, antialiased; square generations lose nothing) and normalised.
+    Prompts longer than the text tower reads are cut, as the published scores do.
+
+    Args:
+        model: any CLIP in transformers form, in evaluation mode.
+        tokenizer: its tokenizer.
+        images: in [0, 1], shape (n, 3, H, W).
+        prompts: n prompts.
+        mean: colour mean with which the model was trained (the testbed's own: 0.5 each).
+        std: colour standard deviation likewise (the testbed's own: 0.5 each).
+
+    Returns:
+        Shape (n,), in [-1, 1].
+
+    Raises:
+        DoriError: numbers of images and prompts differ.
+    """
+    if len(images) != len(prompts):
+        raise DoriError(f"alignment pairs images with prompts, and there are {len(images)} and {len(prompts)}; "
+                        "repeat the prompt for each of its images")
+    side = model.config.vision_config.image_size
+    pixels = functional.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    pixels = (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
+    # No attention mask: text is read causally and pooled at the end token, so padding after it changes nothing.
+    ids = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                    max_length=model.config.text_config.max_position_embeddings).input_ids
+    values = []
+    for rows in torch.arange(len(images)).split(64):
+        batch = pixels[rows].to(model.device, model.dtype)
+        image_features = model.get_image_features(pixel_values=batch).pooler_output
+        text_features = model.get_text_features(input_ids=ids[rows].to(model.device)).pooler_output
+        values.append(cosine(image_features.float(), text_features.float()))
+    return torch.cat(values)
