@@ -1,11 +1,20 @@
 """Draw images: the unrolled DDIM loop with classifier-free guidance, one random generator per sample."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dori.model.stable_diffusion import StableDiffusion
+
+
+def named_seed(*parts: object) -> int:
+    """A seed in [0, 2^62) that belongs to what the parts name, such as ("attack", "memory-01"): streams of different
+    names do not overlap, so an attack never sees the noise with which it is judged.
+    """
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
 def initial_noise(model: StableDiffusion, seeds: Sequence[int]) -> Tensor:

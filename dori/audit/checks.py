@@ -1,0 +1,114 @@
+"""The audit distrusts itself: reasons why its figures may not mean what they seem to.
+
+Also the blind baseline: scores that look at no model. Where they already tell memories from controls, so may any
+detector or attack, without the model having stored anything.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dori.audit.judge import Case
+from dori.findings import Audit, Finding
+from dori.image_file import png_bytes
+from dori.model.stable_diffusion import StableDiffusion
+from dori.stats import area_under_roc
+
+FEW = 20
+UNMATCHED = 0.1
+
+
+def blind_scores(model: StableDiffusion, memories: Sequence[Case], controls: Sequence[Case]) -> dict[str, float]:
+    """AUROC, memories against controls, of file size, VAE error and caption length; 0.5 means matched.
+
+    Empty without controls. Only images whose training could differ are compared: the memories as given.
+    """
+    if not memories or not controls:
+        return {}
+    scores = {"file size": [_sizes(group) for group in (memories, controls)],
+              "VAE error": [_vae_errors(model, group) for group in (memories, controls)]}
+    if all(case.memory.text is not None for case in (*memories, *controls)):
+        scores["caption length"] = [[float(len(case.memory.text or "")) for case in group]
+                                    for group in (memories, controls)]
+    return {name: round(area_under_roc(*pair), 6) for name, pair in scores.items()}
+
+
+def _sizes(cases: Sequence[Case]) -> list[float]:
+    """Bytes of the image as the audit sees it, as PNG: the files themselves may come in different formats."""
+    return [float(len(png_bytes(case.image))) for case in cases]
+
+
+def _vae_errors(model: StableDiffusion, cases: Sequence[Case]) -> list[float]:
+    images = torch.stack([case.image for case in cases])
+    back = model.to_images(torch.stack([case.latent for case in cases]).to(model.device)).cpu()
+    return (back - images).square().flatten(1).mean(1).tolist()
+
+
+def _final(audit: Audit, group: str, model: str, edit: str) -> list[Finding]:
+    """Findings of the attack's last step from any start."""
+    rows = [f for f in audit.findings if f.group == group and f.model == model and f.edit == edit and f.start
+            and f.edit_scope != "own"]
+    last = max((f.steps for f in rows), default=0)
+    return [f for f in rows if f.steps == last]
+
+
+def _replicated(rows: Sequence[Finding], threshold: float) -> int:
+    return sum(float(np.median(f.similarities)) > threshold for f in rows)
+
+
+def with_distrust(audit: Audit) -> Audit:
+    """The audit with its reasons to distrust, one sentence each."""
+    reasons = [*_about_controls(audit), *_about_attack(audit), *_about_judge(audit)]
+    return dataclasses.replace(audit, distrust=tuple(reasons))
+
+
+def _about_controls(audit: Audit) -> list[str]:
+    threshold = float(audit.descriptor["threshold"])
+    memories = [s for s in audit.subjects if s.group == "memory"]
+    controls = [s for s in audit.subjects if s.group == "control"]
+    reasons = []
+    if len(memories) < FEW:
+        reasons.append(f"Only {len(memories)} memories were audited: every rate has a wide interval.")
+    if not controls:
+        return [*reasons, "There are no controls: what was found may be shown, but nothing can be said about storage."]
+    if len(controls) < FEW:
+        reasons.append(f"Only {len(controls)} controls were audited: that they do not break is weak evidence.")
+    broken = _replicated(_final(audit, "control", audit.model, "none"), threshold)
+    if broken:
+        reasons.append(f"{broken} attacks on controls succeeded too: at this budget the attack can draw images that "
+                       "the model never saw.")
+    asked = [f for f in audit.findings if f.group == "control" and f.model == audit.model and not f.start]
+    if _replicated(asked, threshold):
+        reasons.append("A control comes back from its own prompt: it may have been trained on, or the descriptor is "
+                       "too lenient.")
+    reasons += [f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
+                for name, value in audit.blind.items() if abs(value - 0.5) > UNMATCHED]
+    return reasons
+
+
+def _about_attack(audit: Audit) -> list[str]:
+    silent = [s.id for s in audit.subjects if s.first_gradient is not None and s.first_gradient == 0]
+    reasons = []
+    if silent:
+        reasons.append(f"The attack had no gradient for {len(silent)} images (first: {silent[0]}): its failure there "
+                       "means nothing.")
+    threshold = float(audit.descriptor["threshold"])
+    for twin in audit.twins:
+        rows = _final(audit, "memory", twin, "none")
+        broken = _replicated(rows, threshold)
+        if broken:
+            reasons.append(f"{broken} of {len(rows)} attacks succeeded on {twin}, which never saw the memories.")
+    return reasons
+
+
+def _about_judge(audit: Audit) -> list[str]:
+    calibration = audit.descriptor["calibration"]
+    if calibration is None:
+        return [f"The threshold of {audit.descriptor['name']} was taken from the literature and not calibrated on "
+                "images like these."]
+    if calibration["true_positive_rate"] < 0.95:
+        return [f"The descriptor misses {100 * (1 - calibration['true_positive_rate']):.0f} % of known copies at its "
+                "threshold: replication is underestimated."]
+    return []

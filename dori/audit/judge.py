@@ -1,0 +1,95 @@
+"""The judge of an audit: draws images from embeddings with fresh noise and compares them with the training images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from dori.audit.plan import Plan
+from dori.findings import Group
+from dori.memory import Memory
+from dori.metrics.alignment import OPENAI_MEAN, OPENAI_STD, Colour, alignment, image_features
+from dori.metrics.similarity import Descriptor, cosine, masked_similarity
+from dori.model.stable_diffusion import StableDiffusion
+from dori.sampling import initial_noise, sample
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One image to ask for: its record, group, pixels (3, H, W) in [0, 1] and scaled latent (c, h, w)."""
+
+    memory: Memory
+    group: Group
+    image: Tensor
+    latent: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """Descriptor of copies and, where there is one, a CLIP for alignment and image features.
+
+    Args:
+        descriptor: whose cosine decides.
+        clip, tokenizer: both or neither.
+        mean, std: the CLIP's colour normalisation.
+    """
+
+    descriptor: Descriptor
+    clip: CLIPModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    mean: Colour = OPENAI_MEAN
+    std: Colour = OPENAI_STD
+
+    def align(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
+        """Alignment of images and prompts, shape (n,), or None without a CLIP."""
+        if self.clip is None or self.tokenizer is None:
+            return None
+        return alignment(self.clip, self.tokenizer, images, prompts, mean=self.mean, std=self.std)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Image features for the quality distances: the CLIP's where there is one, else the descriptor's."""
+        if self.clip is None:
+            return self.descriptor(images).cpu()
+        return image_features(self.clip, images, mean=self.mean, std=self.std).cpu()
+
+
+def draw(model: StableDiffusion, plan: Plan, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Images in [0, 1] of every embedding under every seed, shape (n, s, 3, H, W)."""
+    n, s = len(embeddings), len(seeds)
+    noise = initial_noise(model, seeds).repeat(n, 1, 1, 1)
+    latents = sample(model, embeddings.repeat_interleave(s, 0).to(model.device), noise, steps=plan.sampling_steps,
+                     guidance_scale=plan.guidance_scale)
+    return model.to_images(latents).cpu().unflatten(0, (n, s))
+
+
+def judged(judge: Judge, cases: Sequence[Case], images: Tensor) -> dict[str, Tensor]:
+    """Everything that the audit keeps of generated images.
+
+    Args:
+        judge: the judge.
+        cases: n images that were asked for.
+        images: their generations, shape (n, s, 3, H, W).
+
+    Returns:
+        similarity (n, s); masked (n, s), zero where the case has no varying box; descriptors (n, s, d); alignment
+        (n, s) if there is a CLIP, zero where the case has no text; shown (n, H, W, 3) bytes of the first seed.
+    """
+    n, s = images.shape[:2]
+    flat = images.flatten(0, 1)
+    # A diverged generation is no copy of anything: grey, so that it is judged and seen as what it is.
+    flat = torch.where(torch.isfinite(flat), flat, torch.full_like(flat, 0.5))
+    descriptors = judge.descriptor(flat).cpu().unflatten(0, (n, s))
+    references = judge.descriptor(torch.stack([case.image for case in cases])).cpu()
+    masked = torch.zeros(n, s)
+    for row, case in enumerate(cases):
+        if case.memory.varying_box is not None:
+            masked[row] = masked_similarity(judge.descriptor, images[row], case.image, case.memory.varying_box)
+    found = {"similarity": cosine(descriptors, references[:, None]), "masked": masked, "descriptors": descriptors,
+             "shown": (images[:, 0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8)}
+    texts = [case.memory.text or "" for case in cases for _ in range(s)]
+    aligned = judge.align(flat, texts)
+    if aligned is not None:
+        found["alignment"] = aligned.cpu().unflatten(0, (n, s))
+    return found
