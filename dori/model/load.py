@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dori.errors import DoriError
@@ -74,9 +75,9 @@ def load_model(spec: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
         raise DoriError(f"there is no model at {spec!r}; give a diffusers folder, a .safetensors file or a hub id "
                         "like owner/name")
     _check_fit(spec, parts)
-    for name in ("vae", "text_encoder"):
-        parts[name].to(target, torch.float32)
-    parts["unet"].to(target, dtype)
+    for name in WEIGHTS:
+        # torch's own `to`: diffusers' override warns of float32 modules that these classes do not have.
+        nn.Module.to(parts[name], target, dtype if name == "unet" else torch.float32)
     folder = path if path.is_dir() else None
     return ADAPTERS["StableDiffusionPipeline"](**parts, name=spec, folder=folder)
 
@@ -267,6 +268,8 @@ def _device(name: str) -> torch.device:
 
 def _json(path: Path, spec: str) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         if path.stat().st_size > JSON_BYTES:
             raise ValueError("too large")
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,291 @@
+"""A run folder keeps what was finished, gives it back only for the same inputs, and survives whatever kills it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import dori
+from dori.errors import DoriError
+from dori.run import Run, canonical_sha256, cell_key, tensors_sha256, write_json, write_text
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with two settings, one nested in a tuple."""
+
+    steps: int = 3
+    rates: tuple[float, ...] = (0.1, 0.2)
+
+
+class Counted:
+    """A computation that counts how often it runs."""
+
+    def __init__(self, result: dict) -> None:
+        self.result, self.calls = result, 0
+
+    def __call__(self) -> dict:
+        self.calls += 1
+        return self.result
+
+
+def run_child(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, with this repository importable."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True,
+                          timeout=120, check=False)
+
+
+def test_a_record_is_computed_once_and_comes_back_equal(tmp_path: Path) -> None:
+    work = Counted({"losses": (0.1, 1e-300, -0.0), "name": "Zoë \u2028", "none": None, "nested": {"b": [1, True]}})
+    first = Run(tmp_path).once_record("a", {"method": Method(), "path": Path("x/y")}, work)
+    second = Run(tmp_path).once_record("a", {"path": "x/y", "method": Method()}, work)
+    assert work.calls == 1
+    assert first == second == {"losses": [0.1, 1e-300, -0.0], "name": "Zoë \u2028", "none": None,
+                               "nested": {"b": [1, True]}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    tensors = {"a": values, "same memory": values, "turned": values.T, "empty": values[:0], "one": values[0, 0]}
+    work = Counted(tensors)
+    first = Run(tmp_path).once_tensors("a", {"seed": 0}, work)
+    second = Run(tmp_path).once_tensors("a", {"seed": 0}, work)
+    assert work.calls == 1
+    for stored in (first, second):
+        assert stored.keys() == tensors.keys()
+        assert all(torch.equal(stored[name], tensors[name]) and stored[name].dtype == dtype for name in tensors)
+
+
+@pytest.mark.parametrize(("before", "after", "named"), [
+    ({"seed": 1, "steps": 2}, {"seed": 2, "steps": 2}, "seed"),
+    ({"method": Method()}, {"method": Method(rates=(0.1, 0.3))}, "method.rates[1]"),
+    ({"method": Method(), "seed": 1}, {"method": Method(steps=4), "seed": 2}, "method.steps, seed"),
+    ({"seed": 1}, {"seed": 1, "new": None}, "new"),
+    ({"seed": 1, "old": []}, {"seed": 1}, "old"),
+    ({str(i): 0 for i in range(9)}, {str(i): 1 for i in range(9)}, "0, 1, 2, 3, 4, more"),
+])
+def test_other_inputs_compute_again_and_are_named(tmp_path: Path, before: dict, after: dict, named: str) -> None:
+    said: list[str] = []
+    run = Run(tmp_path, said.append)
+    run.once_record("a", before, lambda: {"value": 1})
+    run.once_tensors("a", before, lambda: {"value": torch.tensor(1)})
+    assert said == []
+    assert run.once_record("a", after, lambda: {"value": 2}) == {"value": 2}
+    assert run.once_tensors("a", after, lambda: {"value": torch.tensor(2)})["value"] == 2
+    assert said == [f"a: {named} changed, computed again"] * 2
+
+
+def test_another_version_of_dori_computes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    Run(tmp_path).once_record("a", {}, lambda: {"value": 1})
+    monkeypatch.setattr(dori, "__version__", "999.0")
+    assert Run(tmp_path, said.append).once_record("a", {}, lambda: {"value": 2}) == {"value": 2}
+    assert said == ["a: Dori's version changed, computed again"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_torn_or_altered_cell_is_computed_again(tmp_path: Path, suffix: str) -> None:
+    def once(run: Run) -> object:
+        if suffix == ".json":
+            return run.once_record("a", {"seed": 1}, Counted({"value": [1.5, 2.5]}))
+        return run.once_tensors("a", {"seed": 1}, Counted({"value": torch.arange(4.0)}))
+
+    once(Run(tmp_path))
+    path = tmp_path / "cells" / f"a{suffix}"
+    whole = path.read_bytes()
+    for end in range(0, len(whole) - 1, 5):  # to the last but one: a record may lack its final line break
+        path.write_bytes(whole[:end])
+        said: list[str] = []
+        once(Run(tmp_path, said.append))
+        assert said == ["a: the stored cell is damaged, computed again"], end
+        assert path.read_bytes() == whole
+    flipped = whole.replace(b"2.5", b"2.6") if suffix == ".json" else whole[:-1] + bytes([whole[-1] ^ 1])
+    for damage in (flipped, b"[]", b"3", b"[" * 100_000, b"\xff" * 50, b"{}"):
+        path.write_bytes(damage)
+        said = []
+        once(Run(tmp_path, said.append))
+        assert said == ["a: the stored cell is damaged, computed again"], damage[:20]
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("key", ["", ".", "..", "../a", "a/b", "/a", "a\\b", ".hidden", "a\n", "a\0", "ä", "a" * 151,
+                                 "-a", "a b"])
+def test_a_key_cannot_leave_the_cells(tmp_path: Path, key: str) -> None:
+    folder = tmp_path / "run"
+    for once in (Run(folder).once_record, Run(folder).once_tensors):
+        with pytest.raises(DoriError, match="cannot name a cell"):
+            once(key, {}, dict)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cell_keys_are_safe_and_keep_different_texts_apart() -> None:
+    assert cell_key("none", "memory-01") == "none.memory-01"
+    odd = ["a b", "a-b", "a/b", "../a", "", "ä" * 400, "ä" * 401, "a.b"]
+    keys = [cell_key(text) for text in odd] + [cell_key("a/", "b"), cell_key("a", "/b")]
+    assert len(set(keys)) == len(keys)
+    for key in keys:
+        Run(Path("unused"))._path(key, ".json")  # raises if it is not allowed
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_and_nothing_is_stored(tmp_path: Path, bad: float) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(DoriError, match=r"cell 'a' holds .* at 'losses\[1\].x'"):
+        run.once_record("a", {}, lambda: {"losses": [0.0, {"x": bad}]})
+    with pytest.raises(DoriError, match="inputs of a cell"):
+        run.once_record("a", {"method": Method(rates=(bad,))}, dict)
+    with pytest.raises(DoriError, match="out.json"):
+        write_json(tmp_path / "out.json", {"x": bad})
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_failing_computation_stores_nothing(tmp_path: Path) -> None:
+    def fail() -> dict:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Run(tmp_path).once_record("a", {}, fail)
+    assert Run(tmp_path).once_record("a", {}, lambda: {"x": 1}) == {"x": 1}
+
+
+def test_texts_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "long " * 100)
+    write_text(path, "Zoë\n")
+    assert path.read_bytes() == "Zoë\n".encode()
+    assert [other.name for other in path.parent.iterdir()] == ["a.txt"]
+    write_json(path, {"b": Method(), "a": "ä"})
+    assert json.loads(path.read_text("utf-8")) == {"a": "ä", "b": {"class": "Method", "steps": 3, "rates": [0.1, 0.2]}}
+
+
+def test_hashes_do_not_depend_on_order_and_see_every_difference() -> None:
+    x = torch.arange(6.0)
+    assert tensors_sha256({"a": x, "b": x}) == tensors_sha256({"b": x, "a": x.clone()})
+    others = [{"a": x, "c": x}, {"a": x, "b": x.reshape(2, 3)}, {"a": x, "b": x.double()}, {"a": x, "b": -x}, {"a": x}]
+    hashes = {tensors_sha256(tensors) for tensors in [{"a": x, "b": x}, *others]}
+    assert len(hashes) == 1 + len(others)
+    assert canonical_sha256({"a": 1, "b": 2}) == canonical_sha256({"b": 2, "a": 1}) != canonical_sha256({"a": 1})
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for run in (Run(tmp_path / "file"), Run(tmp_path / "file" / "below")):
+        with pytest.raises(DoriError, match="cannot be written .* choose a folder"):
+            run.once_record("a", {}, lambda: {"x": 1})
+        with pytest.raises(DoriError, match="cannot be written"), run.locked():
+            pass
+
+
+def test_provenance_keeps_times_apart(tmp_path: Path) -> None:
+    found = Run(tmp_path).provenance()
+    times = found.pop("times")
+    again = Run(tmp_path).provenance()
+    again.pop("times")
+    assert found == again
+    assert found["versions"]["dori"] == dori.__version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert times["started"] <= times["finished"]
+    assert json.loads(json.dumps(found)) == found
+
+
+# One process imports torch once and forks a child for each point of death: just before the n-th thing that touches
+# a file. Then a fresh child resumes, and the folder must be that of an undisturbed run, byte for byte.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from dori.run import Run
+
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+
+def work(folder):
+    run = Run(folder)
+    with run.locked():
+        run.plan("work", {f"cell-{i}": 1 for i in range(3)})
+        for i in range(3):
+            tensors = run.once_tensors(f"cell-{i}", {"i": i}, lambda: {"x": torch.arange(4000) * i, "y": torch.ones(2)})
+            run.once_record(f"cell-{i}", {"i": i}, lambda: {"sum": int(tensors["x"].sum())})
+
+def die_at(number, folder):
+    seen = 0
+    def hook(event, arguments):
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(folder) in str(arguments[0]):
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+    sys.addaudithook(hook)
+
+def child(folder, number):
+    pid = os.fork()
+    if pid == 0:
+        if number is not None:
+            die_at(number, folder)
+        work(folder)
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(pid, 0)[1])
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+assert child(root / "whole", None) == 0
+whole, deaths, different = contents(root / "whole"), 0, []
+while child(folder := root / f"killed-{deaths}", deaths):
+    assert child(folder, None) == 0
+    if contents(folder) != whole:
+        different.append(deaths)
+    deaths += 1
+print(json.dumps({"deaths": deaths, "different": different, "files": sorted(whole)}))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_killed_at_any_file_operation_a_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    child = run_child(KILLED, str(tmp_path))
+    assert child.returncode == 0, child.stderr
+    result = json.loads(child.stdout)
+    assert result["different"] == []
+    assert result["deaths"] > 6 * 3  # six files, each opened, renamed and its folder forced to disk
+    assert result["files"] == sorted(f"cells/cell-{i}.{end}" for i in range(3) for end in ("json", "safetensors"))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from dori.errors import DoriError
+from dori.run import Run
+
+run, limit = Run(Path(sys.argv[1])), resource.getrlimit(resource.RLIMIT_FSIZE)
+run.once_record("first", {}, lambda: {"x": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+try:
+    run.once_record("second", {}, lambda: {"x": "x" * 100_000})
+except DoriError as error:
+    print(error)
+names = sorted(path.name for path in Path(sys.argv[1]).rglob("*") if path.is_file())
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+def never():
+    raise AssertionError("a finished cell was lost")
+run.once_record("first", {}, never)
+run.once_record("second", {}, lambda: {"x": "x" * 100_000})
+print(*names)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_full_disk_loses_no_finished_cell_and_leaves_no_rest(tmp_path: Path) -> None:
+    child = run_child(FULL, str(tmp_path))
+    assert child.returncode == 0, child.stderr
+    sentence, names = child.stdout.splitlines()
+    assert "no space left" in sentence and "all finished cells are kept" in sentence and "same command" in sentence
+    assert names == "first.json"
