@@ -1,0 +1,127 @@
+"""The embedded copy descriptor, for everyone without SSCD's weights. It is not SSCD and does not stand in for it.
+
+A small convolutional network for the testbed's images, trained by SSCD's recipe (`dori.metrics.copy_training`) on
+copies that look like a diffusion model's. GeM pooling keeps a coarse grid of places: two pictures of the same
+objects at other places are no copies of one another. The file carries its threshold and how it was measured; on
+images unlike the testbed's neither the descriptor nor the threshold means anything.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dori.errors import DoriError
+from dori.metrics.similarity import Calibration, Descriptor
+
+NAME = "dori-copy-64"
+KIND = "copy-descriptor"
+PREPROCESSING = "64 x 64, bilinear with antialiasing, aspect ignored, scaled to [-1, 1]"
+SIDE_PX = 64
+GRID = 4
+DIMENSIONS = 128
+GEM_POWER = 3.0
+# Output channels and stride of each 3 x 3 convolution: 64 pixels to a map of 8 x 8.
+CONVOLUTIONS = ((32, 2), (64, 2), (64, 1), (128, 2), (96, 1))
+
+
+class CopyNetwork(nn.Module):
+    """Five convolutions with group norm (one image never depends on its batch), GeM over a 4 x 4 grid, one linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        into = 3
+        for out, stride in CONVOLUTIONS:
+            layers += [nn.Conv2d(into, out, 3, stride, padding=1, bias=False), nn.GroupNorm(8, out), nn.ReLU()]
+            into = out
+        self.trunk = nn.Sequential(*layers)
+        self.embeddings = nn.Linear(into * GRID**2, DIMENSIONS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Unit-norm descriptors, shape (n, 128), of images in [0, 1], shape (n, 3, H, W)."""
+        x = functional.interpolate(images, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True, align_corners=False)
+        x = self.trunk(x * 2 - 1)
+        pooled = functional.adaptive_avg_pool2d(x.clamp(min=1e-6) ** GEM_POWER, GRID) ** (1 / GEM_POWER)
+        return functional.normalize(self.embeddings(pooled.flatten(1)))
+
+
+def new_network(seed: int) -> CopyNetwork:
+    """The untrained network; depends on the seed alone and leaves the global generator as it was."""
+    with torch.device("meta"):
+        network = CopyNetwork()
+    network.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0 if name.startswith("trunk") and name.endswith("weight") else 0.0)
+            else:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * math.sqrt(2 / fan_in))
+    return network
+
+
+def as_descriptor(network: CopyNetwork, *, threshold: float = math.nan, calibration: Calibration | None = None,
+                  fingerprint: str = "") -> Descriptor:
+    """A network as a descriptor; without a threshold until it is calibrated."""
+    return Descriptor(NAME, PREPROCESSING, network.eval(), threshold, calibration, fingerprint)
+
+
+def save_copy_descriptor(path: Path, network: CopyNetwork, calibrated: Descriptor, details: Mapping[str, Any]) -> None:
+    """Write weights, threshold and calibration as safetensors, atomically.
+
+    Args:
+        path: file to write.
+        network: the trained network.
+        calibrated: the same as a descriptor, after calibration.
+        details: JSON-able settings of the training, stored beside the weights.
+
+    Raises:
+        DoriError: the descriptor is not calibrated.
+    """
+    if calibrated.calibration is None:
+        raise DoriError(f"{path} would hold a descriptor without a threshold; calibrate it first")
+    header = {"kind": KIND, "name": NAME, "threshold": repr(calibrated.threshold),
+              "calibration": json.dumps(asdict(calibrated.calibration)), "details": json.dumps(details)}
+    partial = path.with_name(path.name + ".partial")
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, partial, metadata=header)
+    partial.replace(path)
+
+
+def load_copy_descriptor(path: Path, *, device: str = "cpu") -> Descriptor:
+    """Read the embedded descriptor.
+
+    Args:
+        path: file that `save_copy_descriptor` wrote.
+        device: where the network runs.
+
+    Raises:
+        DoriError: no such file, or not a copy descriptor of this version.
+    """
+    mend = "give a descriptor that this version of Dori wrote"
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise DoriError(f"{path} cannot be read as a copy descriptor ({error}); {mend}") from None
+    with torch.device("meta"):
+        network = CopyNetwork()
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    if header.get("kind") != KIND or {key: value.shape for key, value in tensors.items()} != shapes:
+        raise DoriError(f"{path} is no copy descriptor, or one of another shape; {mend}")
+    network.load_state_dict(tensors, assign=True)
+    network.requires_grad_(False).to(device)
+    return as_descriptor(network, threshold=float(header["threshold"]),
+                         calibration=Calibration(**json.loads(header["calibration"])),
+                         fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
