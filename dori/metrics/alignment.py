@@ -49,7 +49,8 @@ def alignment(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, images: Tens
         tokenizer: its tokenizer.
         images: in [0, 1], shape (n, 3, H, W).
         prompts: n prompts.
-        mean, std: as in `image_features`.
+        mean: as in `image_features`.
+        std: as in `image_features`.
 
     Returns:
         Shape (n,), in [-1, 1].

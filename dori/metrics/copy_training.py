@@ -46,7 +46,7 @@ class CopyRecipe:
 
     groups: int = 800
     batch_groups: int = 12
-    steps: int = 700
+    steps: int = 450
     lr: float = 2e-3
     temperature: float = 0.05
     entropy_weight: float = 30.0
