@@ -20,6 +20,10 @@ from dori.errors import DoriError
 from dori.mitigate.noise_difference import NoiseDifference, Similarity, SsimWindow, Variant, detection_noise
 from dori.model.stable_diffusion import DOWN_MID, Place, StableDiffusion
 
+# A group without any effect leaves the score at tau_ref where the selection failed (tau_ref is then the score
+# itself); the last bit of a differently batched call must not decide whether it is dropped.
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NeMoCalibration:
@@ -54,8 +58,9 @@ class NeMoCalibration:
 
 def value_activations(layers: Mapping[str, nn.Linear], embedding: Tensor) -> dict[str, Tensor]:
     """a_i^l(y), the mean over all tokens of |(y W_v^T)_i|, shape (b, d_l) for each layer; no U-Net call is needed."""
-    return {name: F.linear(embedding.to(layer.weight.dtype), layer.weight).abs().mean(1).float().cpu()
-            for name, layer in layers.items()}
+    parts = embedding.split(256)  # the values of many prompts are large, their means are not
+    return {name: torch.cat([F.linear(part.to(layer.weight.dtype), layer.weight).abs().mean(1).float().cpu()
+                             for part in parts]) for name, layer in layers.items()}
 
 
 @contextmanager
@@ -113,14 +118,7 @@ class _Judge:
         return scores
 
 
-@dataclass(frozen=True, slots=True)
-class _Refined:
-    blocked: Tensor
-    judged: int
-    converged: bool
-
-
-def _refine(judge: _Judge, blocked: Tensor, groups: Sequence[Tensor], tau_ref: float, budget: int) -> _Refined:
+def _refine(judge: _Judge, blocked: Tensor, groups: Sequence[Tensor], tau_ref: float) -> Tensor:
     """Greedy and sequential: re-activate one group after another, drop it where the score stays below tau_ref.
 
     Whether a group is dropped depends on those dropped before it. To judge many in one call, a batch bets that
@@ -128,7 +126,6 @@ def _refine(judge: _Judge, blocked: Tensor, groups: Sequence[Tensor], tau_ref: f
     sequential algorithm, the others are thrown away. Won bets double the batch.
     """
     position, ahead, bet = 0, 1, True
-    groups = groups[: max(budget, 0)]
     while position < len(groups):
         batch = groups[position : position + ahead]
         candidates, base = [], blocked
@@ -136,7 +133,7 @@ def _refine(judge: _Judge, blocked: Tensor, groups: Sequence[Tensor], tau_ref: f
             candidate = base & ~group
             candidates.append(candidate)
             base = candidate if bet else base
-        dropped = [score < tau_ref for score in judge(torch.stack(candidates))]
+        dropped = [score < tau_ref - ROUNDING for score in judge(torch.stack(candidates))]
         accepted = next((i for i, outcome in enumerate(dropped) if outcome != bet), len(batch) - 1) + 1
         lost = dropped[accepted - 1] != bet
         for group, outcome in zip(batch[:accepted], dropped[:accepted], strict=True):
@@ -144,7 +141,7 @@ def _refine(judge: _Judge, blocked: Tensor, groups: Sequence[Tensor], tau_ref: f
         position += accepted
         ahead = 1 if lost else min(2 * ahead, judge.sets_per_call)
         bet = bet != lost
-    return _Refined(blocked, len(groups), True)
+    return blocked
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,16 +258,17 @@ class Nemo:
         of_layer = torch.cat([torch.full((len(a),), i) for i, a in enumerate(activations.values())])
         groups = [blocked & (of_layer == i) for i in reversed(range(len(activations)))]
         groups = [group for group in groups if group.any()]
-        cap = self.max_refinement_passes
-        coarse = _refine(judge, blocked, groups, tau_ref, cap)
-        left = coarse.blocked.nonzero()[:, 0].tolist()
+        groups = groups[: self.max_refinement_passes]
+        coarse = _refine(judge, blocked, groups, tau_ref)
+        left = coarse.nonzero()[:, 0].tolist()
         left.sort(key=lambda i: (-int(of_layer[i]), i))  # last layer first, ascending within
-        one_each = [F.one_hot(torch.tensor(i), len(blocked)).bool() for i in left]
-        fine = _refine(judge, coarse.blocked, one_each, tau_ref, cap - coarse.judged)
-        after = judge(fine.blocked[None])[0]
-        return fine.blocked, found | {
+        affordable = left[: self.max_refinement_passes - len(groups)]
+        one_each = [F.one_hot(torch.tensor(i), len(coarse)).bool() for i in affordable]
+        fine = _refine(judge, coarse, one_each, tau_ref)
+        after = judge(fine[None])[0]
+        return fine, found | {
             "floor": floor, "localized": floor <= tau, "score_after": after, "suppressed": after <= tau,
-            "converged": len(groups) + len(one_each) <= cap, "judged": coarse.judged + fine.judged}
+            "converged": len(affordable) == len(left), "judged": len(groups) + len(one_each)}
 
     def _select(self, judge: _Judge, activations: Mapping[str, Tensor],
                 calibration: NeMoCalibration) -> tuple[Tensor, dict[str, Any]]:

@@ -25,6 +25,7 @@ from dori.sampling import initial_noise
 Variant = Literal["paper", "as_released"]
 Similarity = Literal["paper", "prompt_difference"]
 K1, K2 = 0.01, 0.03  # SSIM's stabilising constants
+LEAST_SPAN = 1e-5  # in latent units; a difference that spans less is rounding, not to be blown up to [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def ms_ssim(x: Tensor, y: Tensor, *, window: SsimWindow, data_range: Literal["on
     Windows that cross the border are left out; 2 x 2 average pooling between scales.
 
     Args:
-        x, y: shape (b, c, h, w), in [0, 1].
+        x: first of each pair, shape (b, c, h, w), in [0, 1].
+        y: second of each pair, likewise.
         window: see `SsimWindow`.
         data_range: "one" for inputs in [0, 1]; "pair" measures max - min of the pair anew at each scale. The
             released code measures it over the whole batch, so that a score depends on its neighbours; ours never.
@@ -170,10 +172,10 @@ class NoiseDifference:
         return self.scaled(with_prompt - without)
 
     def scaled(self, delta: Tensor) -> Tensor:
-        """Min-max scaling to [0, 1], of each row or of each row's channels; a constant becomes 0."""
+        """Min-max scaling to [0, 1], of each row or of each row's channels; a constant becomes 0, see `LEAST_SPAN`."""
         dims = (1, 2, 3) if self.variant == "paper" else (2, 3)
         low, high = delta.amin(dims, keepdim=True), delta.amax(dims, keepdim=True)
-        return (delta - low) / (high - low).clamp_min(torch.finfo(delta.dtype).tiny)
+        return (delta - low) / (high - low).clamp_min(LEAST_SPAN)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Similarity of pairs of scaled differences (b, c, h, w), shape (b,), in [0, 1]; 1 = identical."""

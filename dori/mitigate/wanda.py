@@ -107,8 +107,8 @@ def mask_from_norms(model: StableDiffusion, target: Mapping[str, Tensor], base: 
 
     Args:
         model: the model whose norms these are.
-        target, base: what `column_norms` returned for the prompts to forget and for as many empty prompts; a base
-            of None compares with nothing.
+        target: what `column_norms` returned for the prompts to forget.
+        base: the same for as many empty prompts under the same seed; None compares with nothing.
         sparsity: share of each row's entries that are candidates at each call, in (0, 1]; int(sparsity 4d) of them.
         name: the edit's name.
         at_least_one: one candidate a row where narrow layers (sparsity 4d < 1) would floor to none.
