@@ -4,7 +4,9 @@ Cells (`dori.run`) make it resumable: triggers and judgements of a chunk of imag
 the hash of all that they depend on.
 """
 
+import dataclasses
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,20 +202,11 @@ def make_cases(model: StableDiffusion, memories: Sequence[Memory], images: Tenso
                  for memory, image, latent in zip(memories, images, latents, strict=True))
 
 
-def choose(memories: Sequence[Memory], limit: int | None) -> list[int]:
-    """Indices of at most `limit` memories, taken in turn from each (kind, dose), the highest doses first."""
-    if limit is None or limit >= len(memories):
-        return list(range(len(memories)))
-    groups: dict[tuple[float, str], list[int]] = {}
-    for index, memory in enumerate(memories):
-        groups.setdefault((-(memory.dose or 0.0), memory.kind), []).append(index)
-    turns = [group for _, group in sorted(groups.items())]
-    picked: list[int] = []
-    while len(picked) < limit:
-        for group in turns:
-            if group and len(picked) < limit:
-                picked.append(group.pop(0))
-    return sorted(picked)
+def choose(count: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `count` items, evenly spread over their order, first and last included."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [round(k * (count - 1) / max(1, limit - 1)) for k in range(limit)]
 
 
 def _settings(subjects: Subjects, plan: Plan, edits: Edits) -> list[Setting]:
@@ -318,7 +311,4 @@ def _assemble(loop: _Loop, edits: Edits, quality: tuple[Quality, ...]) -> Audit:
 
 
 def _plain_settings(plan: Plan) -> dict[str, object]:
-    import dataclasses
-    import json
-
     return json.loads(json.dumps(dataclasses.asdict(plan)))

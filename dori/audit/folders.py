@@ -1,0 +1,54 @@
+"""An audit's subjects from a user's model and folders of images."""
+
+from pathlib import Path
+
+import torch
+
+from dori.audit.judge import Judge
+from dori.audit.loop import Subjects, choose, make_cases
+from dori.audit.plan import Plan
+from dori.errors import DoriError
+from dori.memory import Memory, load_images, read_memories
+from dori.metrics.copy_descriptor import load_copy_descriptor
+from dori.model.load import load_model
+from dori.prompts import ordinary_prompts
+from dori.testbed.subjects import DESCRIPTOR
+
+
+def folder_subjects(model: str, plan: Plan, *, memories: Path, controls: Path | None, ordinary: Path | None,
+                    device: str, half: bool) -> tuple[Subjects, Judge]:
+    """Open everything that the command line names; all folders are read before the model is.
+
+    Raises:
+        DoriError: any of them cannot be read; the message names file and line.
+    """
+    groups = [_read(memories, "verbatim", plan.memories), _read(controls, "control", plan.controls),
+              _read(ordinary, "ordinary", None)]
+    seen: set[str] = set()
+    for memory in (*groups[0], *groups[1]):
+        if memory.id in seen:
+            raise DoriError(f"id {memory.id!r} names a memory and a control; give ids that differ in metadata.jsonl")
+        seen.add(memory.id)
+    opened = load_model(_testbed_folder(model), device=device, dtype=torch.float16 if half else torch.float32)
+    side = opened.image_side_px
+    pictures = [load_images(group, side) if group else torch.zeros(0, 3, side, side) for group in groups]
+    prompts = tuple(memory.text for memory in groups[2] if memory.text) or ordinary_prompts()
+    subjects = Subjects(opened, make_cases(opened, groups[0], pictures[0], "memory"),
+                        make_cases(opened, groups[1], pictures[1], "control"), prompts,
+                        pictures[2] if len(pictures[2]) > 1 else None)
+    return subjects, Judge(load_copy_descriptor(DESCRIPTOR, device=device))
+
+
+def _read(folder: Path | None, kind: str, limit: int | None) -> tuple[Memory, ...]:
+    if folder is None:
+        return ()
+    found = read_memories(folder, default_kind=kind)
+    return tuple(found[index] for index in choose(len(found), limit))
+
+
+def _testbed_folder(model: str) -> str:
+    if model != "testbed":
+        return model
+    from dori.testbed.folder import DATA
+
+    return str(DATA / "model")

@@ -1,0 +1,222 @@
+"""The command line: arguments to dataclasses, one call, one line. The only file that prints.
+
+Nothing heavy is imported before the arguments are read, so that help and mistakes answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dori import __version__
+from dori.errors import DoriError
+
+if TYPE_CHECKING:
+    from dori.audit.judge import Judge
+    from dori.audit.loop import Subjects
+    from dori.audit.plan import Plan
+
+AUDIT_HELP = """\
+MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. A FOLDER holds images and
+a metadata.jsonl with file_name, text and, if you like, id and kind. A killed audit resumes with the same command."""
+
+
+def say(line: str) -> None:
+    """Progress goes to the error stream; results go to standard output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give a number from 0 to 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dori", description="Find, break and remove memorized training images in text-to-image models.")
+    parser.add_argument("--version", action="version", version=f"dori {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    audit = commands.add_parser("audit", help="what of these images is in the model, and what do pruning and DoRI do",
+                                description=AUDIT_HELP)
+    audit.add_argument("model", metavar="MODEL")
+    audit.add_argument("--memories", type=Path, metavar="FOLDER", help="images believed to be in the model")
+    audit.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
+    audit.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for quality")
+    audit.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    audit.add_argument("--preset", choices=("quick", "paper"), default="quick")
+    audit.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
+    audit.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
+    audit.add_argument("--half", action="store_true", help="run the U-Net in half precision")
+    audit.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
+    audit.add_argument("--sscd-preprocessing", default="skew320", metavar="NAME", help="default skew320")
+    audit.add_argument("--threshold", type=float, help="similarity that counts as a copy (default: the descriptor's)")
+    audit.add_argument("--redact", action="store_true", help="blur the training images in the report")
+    audit.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if any MR of memories is higher")
+
+    report = commands.add_parser("report", help="draw the report of a finished run again")
+    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("--redact", action="store_true", help="blur the training images")
+
+    compare = commands.add_parser("compare", help="what changed between two runs")
+    compare.add_argument("before", type=Path, metavar="RUN")
+    compare.add_argument("after", type=Path, metavar="RUN")
+    compare.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if the second run's worst MR is "
+                         "higher")
+
+    testbed = commands.add_parser("testbed", help="the embedded model with planted memories")
+    verbs = testbed.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train = verbs.add_parser("train", help="train it again from nothing; resumes after a kill")
+    train.add_argument("--work", type=Path, default=Path("runs/testbed"), metavar="DIR", help="training state")
+    train.add_argument("--out", type=Path, metavar="DIR", help="where the weights go (default: the package's data)")
+    verify = verbs.add_parser("verify", help="measure what the testbed promises")
+    verify.add_argument("--out", type=Path, default=Path("runs/verify"), metavar="DIR")
+    export = verbs.add_parser("export", help="write its memories, controls and ordinary images as folders")
+    export.add_argument("out", type=Path, metavar="DIR")
+
+    sscd = commands.add_parser("sscd", help="the SSCD copy descriptor")
+    convert = sscd.add_subparsers(dest="verb", required=True, metavar="VERB").add_parser(
+        "convert", help="convert a state dict of the published weights into safetensors, once")
+    convert.add_argument("source", type=Path, metavar="FILE.pt")
+    convert.add_argument("target", type=Path, metavar="FILE.safetensors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; exit 0, 1 (a limit was exceeded) or 2 (bad input)."""
+    arguments = _parser().parse_args(argv)
+    commands = {"audit": _audit, "report": _report, "compare": _compare, "testbed": _testbed, "sscd": _sscd}
+    try:
+        status = commands[arguments.command](arguments)
+    except DoriError as error:
+        say(f"dori: {error}")
+        status = 2
+    except KeyboardInterrupt:
+        say("dori: interrupted; everything finished is kept, and the same command resumes")
+        status = 130
+    sys.exit(status)
+
+
+def _quiet() -> None:
+    """Progress bars and advice of the libraries would bury ours."""
+    import diffusers
+    import torch
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_flush_denormal(True)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    if arguments.model != "testbed" and arguments.memories is None:
+        raise DoriError("an audit needs images to look for; give --memories FOLDER")
+    import dataclasses
+
+    from dori.audit.loop import audit
+    from dori.audit.plan import PRESETS
+    from dori.report.render import render
+    from dori.report.verdict import worst_mr
+    from dori.run import Run, write_text
+
+    _quiet()
+    plan = dataclasses.replace(PRESETS[arguments.preset](), seed=arguments.seed)
+    run = Run(arguments.out, say=say)
+    with run.locked():
+        subjects, judge = _audited(arguments, plan)
+        found = audit(subjects, plan=plan, judge=judge, run=run, say=say)
+        write_text(arguments.out / "audit.json", found.to_json())
+        write_text(arguments.out / "report.html", render(found, arguments.out, redact=arguments.redact))
+    print(f"report: {arguments.out / 'report.html'}")
+    return _over(worst_mr(found), arguments.fail_above)
+
+
+def _over(rate: float, limit: float | None) -> int:
+    if limit is None or rate <= limit:
+        return 0
+    say(f"dori: the worst memorization rate, {rate:.2f}, is above {limit:.2f}")
+    return 1
+
+
+def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Judge]":
+    """The model, the images and the judge that the arguments name."""
+    import dataclasses
+
+    if arguments.model == "testbed" and arguments.memories is None:
+        from dori.testbed.subjects import testbed_judge, testbed_subjects
+
+        subjects, judge = testbed_subjects(plan), testbed_judge()
+    else:
+        from dori.audit.folders import folder_subjects
+
+        subjects, judge = folder_subjects(arguments.model, plan, memories=arguments.memories,
+                                          controls=arguments.controls, ordinary=arguments.ordinary,
+                                          device=arguments.device, half=arguments.half)
+    if arguments.sscd is not None:
+        from dori.metrics.sscd import load_sscd
+
+        judge = dataclasses.replace(judge, descriptor=load_sscd(
+            arguments.sscd, preprocessing=arguments.sscd_preprocessing, device=arguments.device))
+    if arguments.threshold is not None:
+        judge = dataclasses.replace(judge, descriptor=dataclasses.replace(
+            judge.descriptor, threshold=arguments.threshold, calibration=None))
+    return subjects, judge
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dori.findings import read_audit
+    from dori.report.render import render
+    from dori.run import write_text
+
+    target = arguments.run / "report.html"
+    write_text(target, render(read_audit(arguments.run / "audit.json"), arguments.run, redact=arguments.redact))
+    print(f"report: {target}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dori.compare import compare, to_text
+    from dori.findings import read_audit
+    from dori.report.verdict import worst_mr
+
+    before, after = (read_audit(folder / "audit.json") for folder in (arguments.before, arguments.after))
+    print(to_text(compare(before, after)))
+    return _over(worst_mr(after), arguments.fail_above)
+
+
+def _testbed(arguments: argparse.Namespace) -> int:
+    _quiet()
+    if arguments.verb == "export":
+        from dori.testbed.subjects import export_folders
+
+        export_folders(arguments.out)
+        print(f"memories, controls and ordinary images: {arguments.out}")
+        return 0
+    if arguments.verb == "verify":
+        from dori.run import Run, write_json
+        from dori.testbed.verify import to_text, verify
+
+        run = Run(arguments.out, say=say)
+        with run.locked():
+            rows = verify(run)
+            write_json(arguments.out / "verify.json", rows)
+        print(to_text(rows))
+        return 0 if all(row["reached"] for row in rows) else 1
+    from dori.testbed.folder import DATA
+    from dori.testbed.pipeline import train_testbed
+    from dori.testbed.train import Recipe
+
+    train_testbed(arguments.work, arguments.out or DATA, Recipe(), say=say)
+    return 0
+
+
+def _sscd(arguments: argparse.Namespace) -> int:
+    from dori.metrics.sscd import convert
+
+    print(f"sha256 {convert(arguments.source, arguments.target)}  {arguments.target}")
+    return 0
