@@ -15,9 +15,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -67,7 +69,7 @@ def load_model(spec: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
         raise DoriError(f"{spec} may hold a pickle, which can run code; {CONVERT}")
     if path.is_file():
         parts = _read_single_file(path)
-    elif path.is_dir():
+    elif spec.strip() and path.is_dir():
         parts = _read_folder(path, spec)
     elif HUB_ID.fullmatch(spec):
         parts = _read_folder(_download(spec), spec)
@@ -119,7 +121,7 @@ def _read_folder(folder: Path, spec: str) -> dict[str, Any]:
 def _vet_index(index: dict[str, Any], spec: str) -> dict[str, Any]:
     """`model_index.json`, if it names a pipeline that Dori reads and nothing but the libraries' own classes."""
     kind = index.get("_class_name")
-    if kind not in ADAPTERS:
+    if not isinstance(kind, str) or kind not in ADAPTERS:
         raise DoriError(f"{spec} is a {kind!r:.80}; Dori reads {', '.join(ADAPTERS)}")
     for name in ("auto_map", "trust_remote_code", "custom_pipeline"):
         if name in index:
@@ -142,6 +144,12 @@ def _vet_index(index: dict[str, Any], spec: str) -> dict[str, Any]:
 
 def _vet_part(folder: Path, part: str, spec: str) -> None:
     """Refuse a part that is missing, brings code, is quantised, or has weights in anything but safetensors."""
+    _vet_configs(folder, part, spec)
+    if part in WEIGHTS:
+        _vet_weights(folder / part, WEIGHTS[part], spec)
+
+
+def _vet_configs(folder: Path, part: str, spec: str) -> None:
     place = folder / part
     if not place.is_dir():
         raise DoriError(f"{spec} has no folder {part}; fetch or save the whole pipeline")
@@ -151,11 +159,12 @@ def _vet_part(folder: Path, part: str, spec: str) -> None:
             if config.get(name):
                 raise DoriError(f"{spec} has {name} in {part}/{path.name}, which can bring foreign code; use a plain "
                                 "checkpoint")
+    # Without its words the tokenizer opens all the same, and knows nothing.
+    if part == "tokenizer" and not any((place / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise DoriError(f"{spec} has neither tokenizer.json nor vocab.json in tokenizer; fetch it again")
     if (place / "adapter_config.json").exists():
         raise DoriError(f"{spec} has an adapter in {part} (adapter_config.json), which points to another model; merge "
                         "it first")
-    if part in WEIGHTS:
-        _vet_weights(place, WEIGHTS[part], spec)
 
 
 def _vet_weights(place: Path, stem: str, spec: str) -> None:
@@ -172,7 +181,8 @@ def _vet_weights(place: Path, stem: str, spec: str) -> None:
     missing = sorted(name for name in names if not (place / name).is_file())
     if missing:
         pickled = any(path.suffix in PICKLES for path in place.iterdir())
-        mend = f"its weights are pickles, which can run code; {CONVERT}" if pickled else "fetch it again"
+        mend = f"its weights are pickles, which can run code; {CONVERT}" if pickled else (
+            "weights under another name, pickles and variants such as fp16 are not read, so fetch the safetensors")
         raise DoriError(f"{spec} has no {place.name}/{missing[0]}; {mend}")
 
 
@@ -185,28 +195,32 @@ def _open_weights(kind: Any, folder: Path, part: str, spec: str) -> Any:
         raise _damaged(spec, part, error) from None
     wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if wrong:
-        raise DoriError(f"{spec}: the file of {part} lacks {len(wrong)} weights that its configuration asks for "
-                        f"({sorted(wrong)[0]}); fetch it again")
+        raise _lacking(spec, part, wrong)
+    if part != "text_encoder" and report["unexpected_keys"]:  # old text encoders carry harmless buffers
+        raise DoriError(f"{spec}: the file of {part} holds {len(report['unexpected_keys'])} weights that its "
+                        f"configuration does not know ({sorted(report['unexpected_keys'])[0]}), so it would answer "
+                        "differently here; fetch a config.json that fits")
     return module
 
 
 # ----------------------------------------------------------------------------------------------- hub, single file
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, *, weights: bool = True) -> Path:
     """The vetted parts of a hub repository, from the hub or its cache; pickles and code are not even fetched."""
     patterns = ["model_index.json"]
     for part in PARTS:
         patterns += [f"{part}/*.json", f"{part}/*.txt"]
     for part, stem in WEIGHTS.items():
-        patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
+        if weights:
+            patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
     try:
-        _vet_index(_json(Path(snapshot_download(repository, allow_patterns=patterns[:1])) / patterns[0], repository),
-                   repository)
+        first = Path(snapshot_download(repository, allow_patterns=patterns[:1]))
+        _vet_index(_json(first / "model_index.json", repository), repository)
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:  # a missing cache entry is one of the latter two
         raise DoriError(f"{repository!r} is no folder here and could not be fetched from the hub ({_reason(error)}); "
-                        "check the name and the network, or give a local folder") from None
+                        "check the name and the network, or give a local diffusers folder") from None
 
 
 def _read_single_file(path: Path) -> dict[str, Any]:
@@ -214,21 +228,26 @@ def _read_single_file(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         raise DoriError(f"{path} is no .safetensors file; give a diffusers folder or a .safetensors file")
     try:
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
+        weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DoriError(f"{path} is no whole safetensors file ({_reason(error)}); fetch it again") from None
     for prefix in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
-        if not any(name.startswith(prefix) for name in names):
+        if not any(name.startswith(prefix) for name in weights):
             raise DoriError(f"{path} holds no {prefix}* weights, so it is no whole SD 1.x or 2.x pipeline; give a "
                             "diffusers folder instead")
+    # The file brings no configuration: diffusers knows by the weights which published model it is like.
+    config = _download(fetch_diffusers_config(weights)["pretrained_model_name_or_path"], weights=False)
+    for part in PARTS:
+        _vet_configs(config, part, str(path))
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(path), safety_checker=None, feature_extractor=None, local_files_only=True)
-    except Exception as error:  # the hub's errors, or weights that do not fit the configuration
-        raise DoriError(f"{path} could not be opened, because the configuration that belongs to it is neither in the "
-                        f"hub's cache nor reachable, or does not fit ({_reason(error)}); go online once, or give a "
-                        "diffusers folder") from None
+        pipeline = StableDiffusionPipeline.from_single_file(str(path), config=str(config), local_files_only=True,
+                                                            safety_checker=None, feature_extractor=None)
+    except Exception as error:  # whatever the libraries raise on weights that do not fit
+        raise _damaged(str(path), "the checkpoint", error) from None
+    for part in WEIGHTS:
+        lacking = [name for name, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
+        if lacking:
+            raise _lacking(str(path), part, lacking)
     return {part: getattr(pipeline, part) for part in PARTS}
 
 
@@ -285,6 +304,11 @@ def _json(path: Path, spec: str) -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:120]
+
+
+def _lacking(spec: str, part: str, names: list[str]) -> DoriError:
+    return DoriError(f"{spec}: the file of {part} lacks {len(names)} weights that its configuration asks for "
+                     f"({sorted(names)[0]}); fetch it again")
 
 
 def _damaged(spec: str, part: str, error: Exception) -> DoriError:
