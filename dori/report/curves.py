@@ -1,0 +1,175 @@
+"""Attack curves and dose-response: the step budget is part of the test (methods.md 1.4), so curves beside numbers.
+
+A single success after enough steps proves nothing, since a free embedding can carry an image; the curve of memories
+against the curve of images that the model never saw, under one budget, is what counts.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dori.findings import Audit, Finding
+from dori.report.tables import (
+    CONTROLS,
+    MEMORIES,
+    TEMPLATES,
+    Row,
+    Way,
+    described,
+    median_similarity,
+    population_of,
+    table,
+    threshold_of,
+    way_of,
+)
+from dori.stats import Estimate, auroc, wilson
+
+RESAMPLES = 500  # of each AUROC: a report has dozens of them, and two decimals are printed
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One population under one edit and start: MR and similarity at each number of attack steps."""
+
+    label: str
+    population: str
+    twin: bool
+    edit: str
+    edit_scope: str
+    start: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Separation:
+    """How far the area under the curve tells memories from images that were never stored.
+
+    `auroc` is None where a group is empty; `judge` says against whom.
+    """
+
+    edit: str
+    edit_scope: str
+    start: str
+    judge: str
+    auroc: Estimate
+    memories: int
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class DosePoint:
+    """The memories of one duplication count under one way of asking."""
+
+    way: Way
+    dose: float
+    rate: Estimate
+    similarity: float
+    deviation: float
+
+
+def curves(audit: Audit) -> tuple[Curve, ...]:
+    """All curves of at least two points; the prompt itself is step 0 of the start "prompt"."""
+    groups: dict[tuple[str, str, str, str, str], list[Row]] = defaultdict(list)
+    rows = table(audit)
+    for row in rows:
+        way = row.way
+        if way.start:
+            groups[row.population, way.model, way.edit, way.edit_scope, way.start].append(row)
+    found = []
+    for (population, model, edit, scope, start), members in groups.items():
+        if start == "prompt" and members[0].way.steps > 0:
+            members = [row for row in rows if row.population == population
+                       and row.way == Way(model, edit, scope, "", 0)] + members
+        if len(members) > 1:
+            found.append(Curve(described(members[0], audit), population, model != audit.model, edit, scope, start,
+                               tuple(members)))
+    return tuple(found)
+
+
+def areas(findings: Iterable[Finding]) -> dict[str, float]:
+    """Area under each image's curve: trapezoid of the median similarity over steps, divided by the step range.
+
+    Args:
+        findings: of one population under one edit and start, at several numbers of steps.
+
+    Returns:
+        Image id to its mean similarity over the budget, in [-1, 1]; images with one point are left out.
+    """
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    for finding in findings:
+        points[finding.id][finding.steps] = median_similarity(finding)
+    result = {}
+    for image, curve in points.items():
+        steps = sorted(curve)
+        if len(steps) > 1:
+            area = np.trapezoid([curve[step] for step in steps], steps)
+            result[image] = float(area) / (steps[-1] - steps[0])
+    return result
+
+
+def separations(audit: Audit, *, seed: int = 0) -> tuple[Separation, ...]:
+    """AUROC of the curves' areas: memories against controls and against the same memories on each twin.
+
+    Only curves over the same steps are compared; where the edit was not put on controls or twin, the unedited ones
+    stand in and the judge's name says so.
+    """
+    every = curves(audit)
+    result = []
+    for curve in every:
+        if curve.twin or curve.population == CONTROLS:
+            continue
+        steps = [row.way.steps for row in curve.rows]
+        for judge in _judges(every, curve):
+            if [row.way.steps for row in judge.rows] != steps:
+                continue
+            ours, theirs = (list(areas(_behind(audit, c)).values()) for c in (curve, judge))
+            name = judge.label + (" (unedited)" if judge.edit != curve.edit else "")
+            if curve.population == TEMPLATES:
+                name += ", templates"
+            result.append(Separation(curve.edit, curve.edit_scope, curve.start, name, auroc(
+                ours, theirs, seed=seed, resamples=RESAMPLES), len(ours), len(theirs)))
+    return tuple(result)
+
+
+def _judges(every: Sequence[Curve], curve: Curve) -> list[Curve]:
+    """Controls and twins under the same start: with the same edit, else another scope of it, else unedited."""
+    candidates = [c for c in every if c.start == curve.start
+                  and ((c.population == CONTROLS and not c.twin) or (c.twin and c.population == curve.population))]
+    found = []
+    for label in dict.fromkeys(c.label for c in candidates):
+        for fits in (lambda c: (c.edit, c.edit_scope) == (curve.edit, curve.edit_scope),
+                     lambda c: c.edit == curve.edit, lambda c: c.edit == "none"):
+            matching = [c for c in candidates if c.label == label and fits(c)]
+            if matching:
+                found.append(matching[0])
+                break
+    return found
+
+
+def _behind(audit: Audit, curve: Curve) -> list[Finding]:
+    ways = {row.way for row in curve.rows}
+    return [finding for finding in audit.findings
+            if population_of(finding) == curve.population and way_of(finding) in ways]
+
+
+def dose_response(audit: Audit, ways: Iterable[Way]) -> tuple[DosePoint, ...]:
+    """MR with its Wilson interval, and similarity, of the verbatim memories of each dose, by way of asking."""
+    threshold = threshold_of(audit)
+    points = []
+    for way in dict.fromkeys(ways):
+        by_dose: dict[float, list[float]] = defaultdict(list)
+        for finding in audit.findings:
+            if finding.dose is not None and way_of(finding) == way and _has_dose(finding):
+                by_dose[finding.dose].append(median_similarity(finding))
+        for dose in sorted(by_dose):
+            values = np.array(by_dose[dose])
+            middle = float(np.median(values))
+            points.append(DosePoint(way, dose, wilson(int((values > threshold).sum()), len(values)), middle,
+                                    float(np.median(np.abs(values - middle)))))
+    return tuple(points)
+
+
+def _has_dose(finding: Finding) -> bool:
+    return population_of(finding) in (MEMORIES, "once")

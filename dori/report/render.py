@@ -1,0 +1,246 @@
+"""An audit as one self-contained HTML file: no script, no outside request, every text escaped.
+
+`render` is a pure function of the audit's records and of the pictures in the run's folder, so the same run gives the
+same bytes, and a report can be drawn again at any time without a model.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from dori.findings import Audit, Finding, Subject
+from dori.report import tables
+from dori.report.assurance import checks
+from dori.report.curves import Curve, Separation, curves, dose_response, separations
+from dori.report.figures import (
+    Picture,
+    dose_rate_figure,
+    dose_similarity_figure,
+    rate_figure,
+    short,
+    similarity_figure,
+)
+from dori.report.nested import sheet, spoken
+from dori.report.pictures import Album, svg_uri
+from dori.report.tables import Row, Way, number
+from dori.report.verdict import verdict
+
+TEXT = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One generation beside its training image. `mark` is a word as well as a sign; `note` holds further numbers."""
+
+    uri: str
+    alt: str
+    median: str
+    above: bool
+    notes: tuple[str, ...]
+
+
+def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
+    """The report as HTML.
+
+    Args:
+        audit: what was found.
+        folder: the run's folder, in which the pictures lie.
+        redact: blur, in the pixels, every training image and every generation that may show one (any seed above the
+            threshold, and all of template memories), and leave the prompts out.
+
+    Raises:
+        DoriError: a picture outside the folder or damaged, no threshold, or findings that contradict one another.
+    """
+    album, rows = Album(folder), tables.table(audit)
+    final = tables.final_rows(rows, audit)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.filters |= {"spoken": spoken, "number": number}
+    template = environment.from_string(files("dori.report").joinpath("template.html").read_text(encoding="utf-8"))
+    return template.render(
+        audit=audit, redact=redact, verdict=verdict(audit), checks=checks(audit), threshold=number(
+            tables.threshold_of(audit)), caption=tables.caption(audit), main_tables=list(_main_tables(audit, final)),
+        attacks=list(_attacks(audit)), doses=list(_doses(audit, final)),
+        memories=_matrix(audit, final, album, group="memory", redact=redact),
+        controls=_matrix(audit, final, album, group="control", redact=redact),
+        edits=[(edit, sheet(edit.details)) for edit in audit.edits], settings=sheet(audit.settings),
+        descriptor=sheet(audit.descriptor), provenance=sheet(audit.provenance), total_rows=sum(audit.cost.values()))
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A table: `groups` are edit, number of lines, and for each way of asking its lines without those two columns."""
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    groups: tuple[tuple[str, int, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]], ...]
+
+
+def _main_tables(audit: Audit, final: Sequence[Row]) -> Iterable[_Block]:
+    joint = ("Each edit of this table is one edit for all memories together (joint); each start is shown at the "
+             "attack's last step.")
+    own = "Each memory is asked under its own edit, made for it alone; the published per-prompt evaluations do this."
+    template = ("Part of a template varies, so whole-image similarity, and MR with it, understates how much of one is "
+                "stored. The masked similarity is blind to that part; its painted box lifts all values, those of "
+                "strangers too, and no threshold is known for it.")
+    once = "Images that were shown to the model a single time."
+    whole = [row for row in final if row.population in (tables.MEMORIES, tables.CONTROLS)]
+    parts = [
+        ("Memories, controls and twins", joint, [row for row in whole if row.way.edit_scope != "own"]),
+        ("The same with each memory's own edit", own, [row for row in whole if row.way.edit_scope == "own"]),
+        ("Template memories", template, [row for row in final if row.population == tables.TEMPLATES]),
+        ("Images shown once", once, [row for row in final if row.population == tables.ONCE])]
+    for title, note, rows in parts:
+        if rows:
+            yield _block(audit, title, note, rows)
+
+
+def _block(audit: Audit, title: str, note: str, rows: Sequence[Row]) -> _Block:
+    header, body = tables.cells(rows, audit)
+    mixed = {row.way.edit_scope for row in rows} >= {"joint", "own"}
+    named = [(edit + " (own)" * (mixed and row.way.edit_scope == "own"), asked, tuple(rest))
+             for row, (edit, asked, *rest) in zip(rows, body, strict=True)]
+    groups = []
+    for edit, of_edit in groupby(named, key=lambda line: line[0]):
+        lines = list(of_edit)
+        asked = tuple((how, tuple(rest for *_, rest in same)) for how, same in groupby(lines, key=lambda line: line[1]))
+        groups.append((edit, len(lines), asked))
+    return _Block(title, note, header, tuple(groups))
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True, slots=True)
+class _Panels:
+    title: str
+    panels: tuple[tuple[str, str], ...]
+    sentences: tuple[str, ...]
+    main: bool
+
+
+def _attacks(audit: Audit) -> Iterable[_Panels]:
+    every, apart, threshold = curves(audit), separations(audit), tables.threshold_of(audit)
+    keys = dict.fromkeys((curve.edit, curve.edit_scope, curve.start) for curve in every)
+    for edit, scope, start in keys:
+        mine = [curve for curve in every if (curve.edit, curve.edit_scope, curve.start) == (edit, scope, start)]
+        mine.sort(key=lambda curve: curve.twin)
+        said = tuple(_evidence(s) for s in apart if (s.edit, s.edit_scope, s.start) == (edit, scope, start))
+        if not said and any(curve.population != tables.CONTROLS and not curve.twin for curve in mine):
+            said = ("No control or twin was attacked over the same steps: these curves are no evidence of storage.",)
+        yield _Panels(_attack_title(edit, scope, start), _panel(rate_figure(mine), similarity_figure(mine, threshold)),
+                      said, start == "prompt" and any(_is_ours(curve) for curve in mine))
+
+
+def _is_ours(curve: Curve) -> bool:
+    return curve.population == tables.MEMORIES and not curve.twin
+
+
+def _attack_title(edit: str, scope: str, start: str) -> str:
+    under = "unedited model" if edit == "none" else f"{edit}{' (own edits)' if scope == 'own' else ''}"
+    return f"{under}, from {tables.STARTS.get(start, start)}"
+
+
+def _evidence(separation: Separation) -> str:
+    """How far a success counts as evidence, in words, by the interval's lower end."""
+    estimate = separation.auroc
+    words = "no evidence" if not estimate.low > 0.5 else (
+        "weak evidence" if estimate.low <= 0.7 else "fair evidence" if estimate.low <= 0.9 else "strong evidence")
+    few = "" if min(separation.memories, separation.others) >= 10 else \
+        f" With {separation.memories} against {separation.others} images the interval is too narrow: a perfect " \
+        "separation of few images can be luck."
+    return (f"Area under the curve, {separation.memories} memories against {separation.others} {separation.judge}: "
+            f"AUROC {number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}], so the whole curve is "
+            f"{words} of storage.{few}")
+
+
+def _panel(*pictures: Picture) -> tuple[tuple[str, str], ...]:
+    return tuple((svg_uri(picture.svg), picture.alt) for picture in pictures)
+
+
+def _doses(audit: Audit, final: Sequence[Row]) -> Iterable[_Panels]:
+    ways = dict.fromkeys(row.way for row in final if row.population in (tables.MEMORIES, tables.ONCE)
+                         and row.way.model == audit.model)
+    for edit, scope in dict.fromkeys((way.edit, way.edit_scope) for way in ways):
+        points = dose_response(audit, [way for way in ways if (way.edit, way.edit_scope) == (edit, scope)])
+        if len({point.dose for point in points}) > 1:
+            title = "unedited model" if edit == "none" else edit + (" (own edits)" if scope == "own" else "")
+            yield _Panels(title, _panel(dose_rate_figure(points), dose_similarity_figure(
+                points, tables.threshold_of(audit))), (), True)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    subject: Subject
+    uri: str
+    text: str
+    cells: tuple[Shown | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """One line an image, one column a way of asking, columns under the edit's name."""
+
+    groups: tuple[tuple[str, int], ...]
+    columns: tuple[tuple[str, bool], ...]
+    lines: tuple[_Line, ...]
+
+
+def _matrix(audit: Audit, final: Sequence[Row], album: Album, *, group: str, redact: bool) -> _Matrix:
+    threshold = tables.threshold_of(audit)
+    is_control = group == "control"
+    ways = list(dict.fromkeys(row.way for row in final if (row.population == tables.CONTROLS) == is_control))
+    ways.sort(key=lambda way: way.model != audit.model)  # stable: the audited model, then the twins
+    found = {(finding.id, tables.way_of(finding)): finding for finding in audit.findings if finding.group == group}
+    names = [_over(audit, way) for way in ways]
+    lines = []
+    for subject in audit.subjects:
+        if subject.group == group:
+            shown = tuple(_shown(found.get((subject.id, way)), way, album, threshold, redact=redact) for way in ways)
+            text = "" if redact or subject.text is None else subject.text
+            text = text if len(text) <= TEXT else text[:TEXT] + " …"
+            lines.append(_Line(subject, album.uri(subject.picture, blurred=redact), text, shown))
+    edges = [index == 0 or name != names[index - 1] for index, name in enumerate(names)]
+    return _Matrix(tuple((name, len(list(span))) for name, span in groupby(names)),
+                   tuple((_under(way), edge) for way, edge in zip(ways, edges, strict=True)), tuple(lines))
+
+
+def _over(audit: Audit, way: Way) -> str:
+    name = "unedited" if way.edit == "none" else way.edit + (" (own)" if way.edit_scope == "own" else "")
+    return name if way.model == audit.model else f"twin {way.model}" + ("" if way.edit == "none" else f", {name}")
+
+
+def _under(way: Way) -> str:
+    return f"{short(way)}, {way.steps} steps" if way.steps else way.asked
+
+
+def _shown(finding: Finding | None, way: Way, album: Album, threshold: float, *, redact: bool) -> Shown | None:
+    if finding is None:
+        return None
+    median, above = tables.median_similarity(finding), tables.came_back(finding, threshold)
+    blurred = redact and may_show(finding, threshold)
+    # The picture is the first seed's; the median decides. Both are said, since they can disagree.
+    notes = [f"this {number(finding.similarities[0])}"]
+    if finding.masked:
+        notes.append(f"masked {number(float(np.median(finding.masked)))}")
+    alt = (f"{finding.id}, {finding.edit}, {way.asked}: median similarity {number(median)}, "
+           f"{'above' if above else 'not above'} the threshold{', blurred' if blurred else ''}")
+    return Shown(album.uri(finding.picture, blurred=blurred), alt, number(median), above, tuple(notes))
+
+
+def may_show(finding: Finding, threshold: float) -> bool:
+    """Whether a generation must be blurred with its training image: any seed replicates, or it is of a template."""
+    values = (*finding.similarities, *finding.masked)
+    return tables.population_of(finding) == tables.TEMPLATES or any(value > threshold for value in values)
