@@ -27,7 +27,9 @@ def save_tiny(folder: Path, **settings: object) -> Path:
     """The tiny random model as a diffusers folder."""
     words = folder / "words"
     words.mkdir(parents=True)
-    pipeline = StableDiffusionPipeline(**tiny_parts(words), safety_checker=None, feature_extractor=None,
+    parts = tiny_parts(words)
+    parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config, steps_offset=1)  # pipelines insist on it
+    pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                        requires_safety_checker=False)
     pipeline.save_pretrained(folder / "model", **settings)
     return folder / "model"
@@ -88,7 +90,7 @@ def test_only_the_unet_takes_the_dtype(saved: Path, dtype: torch.dtype) -> None:
 
 def test_fingerprints_name_what_is_loaded_and_not_its_file(saved: Path, folder: Path, tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
-    parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config, steps_offset=1)  # as pipelines save it
+    parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config, steps_offset=1)
     expected = model_fingerprint(StableDiffusion(**parts, name="in memory"))
     assert model_fingerprint(load_model(str(saved))) == model_fingerprint(load_model(str(folder))) == expected
     sharded = save_tiny(tmp_path / "sharded", max_shard_size="40KB")
@@ -279,15 +281,16 @@ def in_cache(cache: Path, repository: str, folder: Path) -> None:
 
 def single_file(folder: Path) -> dict[str, torch.Tensor]:
     """The tiny model's weights under the names of the original Stable Diffusion code, written out by hand."""
-    unet = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "conv_norm_out": "out.0",
-            "time_embedding.linear_2": "time_embed.2", "conv_out": "out.2", "down_blocks.0.resnets.0": "input_blocks.1.0",
-            "down_blocks.0.attentions.0": "input_blocks.1.1", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-            "down_blocks.1.resnets.0": "input_blocks.3.0", "mid_block.resnets.0": "middle_block.0",
-            "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
-            "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.resnets.1": "output_blocks.1.0",
-            "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv", "up_blocks.1.resnets.0": "output_blocks.2.0",
-            "up_blocks.1.attentions.0": "output_blocks.2.1", "up_blocks.1.resnets.1": "output_blocks.3.0",
-            "up_blocks.1.attentions.1": "output_blocks.3.1"}
+    unet = {
+        "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2", "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.resnets.1": "output_blocks.1.0", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+        "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.attentions.0": "output_blocks.2.1",
+        "up_blocks.1.resnets.1": "output_blocks.3.0", "up_blocks.1.attentions.1": "output_blocks.3.1"}
     resnet = {".norm1": ".in_layers.0", ".conv1": ".in_layers.2", ".time_emb_proj": ".emb_layers.1",
               ".norm2": ".out_layers.0", ".conv2": ".out_layers.3", ".conv_shortcut": ".skip_connection"}
     vae = {"down_blocks.0.resnets": "down.0.block", "down_blocks.1.resnets": "down.1.block",
@@ -330,7 +333,7 @@ def test_folder_hub_id_and_single_file_are_one_model_without_network_or_pickle(s
     specs = [str(saved), "owner/tiny", str(tmp_path / "whole.safetensors"), "owner/absent", "owner/evil",
              *(str(tmp_path / f"{part}.safetensors") for part in ("model", "first", "cond_"))]
     child = subprocess.run([sys.executable, "-c", QUIET, *specs], env=environment, capture_output=True, text=True,
-                           timeout=120, check=False)
+                           timeout=600, check=False)
     assert child.returncode == 0, child.stderr
     result = json.loads(child.stdout.splitlines()[-1])
     assert result["events"] == []
