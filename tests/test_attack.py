@@ -13,8 +13,10 @@ def problem(model: StableDiffusion, n: int) -> tuple[torch.Tensor, torch.Tensor]
     return targets, gaussian(model, range(n))
 
 
-def test_gradient_agrees_with_finite_differences_in_float64(tiny: StableDiffusion) -> None:
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_gradient_agrees_with_finite_differences_in_float64(tiny: StableDiffusion, prediction: str) -> None:
     tiny.unet.double()
+    tiny.prediction_type = prediction
     targets, starts = problem(tiny, 1)
     attack = Dori(steps=1, batch=2)
     z, y = targets.double().repeat_interleave(2, 0), starts.double()
@@ -29,6 +31,19 @@ def test_gradient_agrees_with_finite_differences_in_float64(tiny: StableDiffusio
         h = 1e-5
         slope = (loss(y + h * direction) - loss(y - h * direction)) / (2 * h)
         assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-6)
+
+
+def test_error_of_v_models_is_that_of_epsilon_over_the_signal(tiny: StableDiffusion) -> None:
+    """With eps = sqrt(abar) v + sqrt(1 - abar) z_t the two errors differ by the factor abar alone."""
+    tiny.unet.double()
+    tiny.prediction_type = "v_prediction"
+    z, noise = torch.randn(2, 3, *tiny.latent_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([5, 500, 990])
+    y = gaussian(tiny, range(3)).double()
+    eps = tiny.predict_noise(tiny.add_noise(z, noise, t), t, y)
+    in_epsilon = (eps - noise).square().flatten(1).mean(1)
+    ours = tiny.denoising_error(z, noise, t, y)
+    assert torch.allclose(ours * tiny.alphas_cumprod[t], in_epsilon, rtol=1e-5)
 
 
 def test_one_image_does_not_depend_on_its_neighbours(tiny: StableDiffusion) -> None:

@@ -5,7 +5,7 @@ and settings as in methods.md 1. For a known image z and a frozen, possibly prun
 
     L(y) = || eps - eps_theta(sqrt(abar_t) z + sqrt(1 - abar_t) eps, t, y) ||^2
 
-with fresh noise eps and timestep t at every step, so that the trigger works from any initial noise. The attack never
+(the velocity in place of eps where the model predicts that), with fresh noise eps and timestep t at every step, so that the trigger works from any initial noise. The attack never
 judges itself: whether the image comes back is decided elsewhere, with noise that the attack has not seen.
 """
 
@@ -129,9 +129,8 @@ class Dori:
         shape = (self.batch, *z.shape[1:])
         noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(z)
         t = torch.cat([torch.randint(model.timesteps, (self.batch,), generator=g) for g in generators]).to(z.device)
-        noisy = model.add_noise(z, noise, t)
-        eps = model.predict_noise(noisy, t, y.repeat_interleave(self.batch, 0))
-        return (eps - noise).square().flatten(1).mean(1).view(len(y), self.batch).mean(1)
+        error = model.denoising_error(z, noise, t, y.repeat_interleave(self.batch, 0))
+        return error.view(len(y), self.batch).mean(1)
 
     def _project(self, y: Tensor, start: Tensor) -> Tensor:
         """The nearest embedding that keeps the restrictions, one after another: positions, rank, ball."""

@@ -95,6 +95,18 @@ class StableDiffusion:
         return self.tokenizer(list(prompts), padding="max_length", truncation=True,
                               max_length=self.context_length, return_tensors="pt").input_ids
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts of which the model would not read the end.
+
+        Raises:
+            DoriError: a prompt has more tokens than the context holds; the message names it.
+        """
+        for prompt in prompts:
+            count = len(self.tokenizer(prompt).input_ids)
+            if count > self.context_length:
+                raise DoriError(f"prompt {prompt[:60]!r} has {count} tokens and {self.name} reads at most "
+                                f"{self.context_length}; shorten it")
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings, the text encoder's last hidden state, shape (b, l, d), float32.
@@ -102,11 +114,7 @@ class StableDiffusion:
         Raises:
             DoriError: a prompt has more tokens than the context holds; the message names it.
         """
-        ids = [self.tokenizer(prompt).input_ids for prompt in prompts]
-        for prompt, one in zip(prompts, ids, strict=True):
-            if len(one) > self.context_length:
-                raise DoriError(f"prompt {prompt[:60]!r} has {len(one)} tokens and {self.name} reads at most "
-                                f"{self.context_length}; shorten it")
+        self.check_prompts(prompts)
         states = self.text_encoder(self.token_ids(prompts).to(self.device)).last_hidden_state
         return states.float()
 
@@ -123,14 +131,39 @@ class StableDiffusion:
         Returns:
             Shape (b, c, h, w), float32 (float64 for a float64 network).
         """
-        self.rows += len(latents)
-        dtype = self.unet.dtype
-        native = self.unet(latents.to(dtype), timestep, embedding.to(dtype)).sample
-        native = native if dtype == torch.float64 else native.float()
+        native = self._native(latents, timestep, embedding)
         if self.prediction_type == "epsilon":
             return native
         a = self.alphas_cumprod[timestep].to(native.dtype)[:, None, None, None]
         return a.sqrt() * native + (1 - a).sqrt() * latents  # eps = sqrt(abar) v + sqrt(1-abar) z_t
+
+    def denoising_error(self, latents: Tensor, noise: Tensor, timestep: Tensor, embedding: Tensor) -> Tensor:
+        """The training error of known latents: the network's own prediction of their noise, or of their velocity.
+
+        Squared and averaged over one row's numbers: |eps - eps_theta|^2, or |v - v_theta|^2 with
+        v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0 where the network predicts v (methods.md 1.2).
+
+        Args:
+            latents: clean scaled latents z_0, shape (b, c, h, w).
+            noise: eps, same shape.
+            timestep: shape (b,).
+            embedding: shape (b, l, d).
+
+        Returns:
+            Shape (b,), differentiable in `embedding`.
+        """
+        native = self._native(self.add_noise(latents, noise, timestep), timestep, embedding)
+        target = noise
+        if self.prediction_type == "v_prediction":
+            a = self.alphas_cumprod[timestep].to(noise.dtype)[:, None, None, None]
+            target = a.sqrt() * noise - (1 - a).sqrt() * latents
+        return (native - target).square().flatten(1).mean(1)
+
+    def _native(self, latents: Tensor, timestep: Tensor, embedding: Tensor) -> Tensor:
+        self.rows += len(latents)
+        dtype = self.unet.dtype
+        native = self.unet(latents.to(dtype), timestep, embedding.to(dtype)).sample
+        return native if dtype == torch.float64 else native.float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps; shapes as in `predict_noise`."""

@@ -26,7 +26,8 @@ TWINS: tuple[Checkpoint, ...] = ("twin-1", "twin-2")
 def scheduler() -> DDIMScheduler:
     """The schedule of the testbed's folder: sampling starts at the last, purest timestep."""
     return DDIMScheduler(beta_start=0.00085, beta_end=0.020, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, timestep_spacing="trailing")
+                         set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=1,
+                         prediction_type="v_prediction")
 
 
 def export_model(folder: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer,

@@ -17,7 +17,7 @@ Kind = Literal["verbatim", "template", "once", "control"]
 # Relative exposure of the four duplication counts, and how many memories have each.
 DOSES = {8: 28, 4: 16, 2: 12, 1: 12}
 TEMPLATE_FAMILIES = 8
-TEMPLATE_DOSE = 8
+TEMPLATE_DOSE = 6
 SEEN_ONCE = 64
 CONTROLS = 72
 

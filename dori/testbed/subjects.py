@@ -10,7 +10,7 @@ from torch import Tensor
 from dori.audit.judge import Judge
 from dori.audit.loop import Subjects, choose, make_cases
 from dori.audit.plan import Plan
-from dori.memory import Memory
+from dori.memory import Memory, write_memories
 from dori.metrics.copy_descriptor import load_copy_descriptor
 from dori.testbed.folder import DATA, TWINS, load_clip, load_testbed, unet_folder
 from dori.testbed.scenes import caption, draw, random_scene
@@ -69,3 +69,13 @@ def _chosen(pairs: list[tuple[Memory, Tensor]], limit: int | None) -> list[tuple
 
 def _shipped(checkpoint: str) -> bool:
     return (DATA / "unets" / checkpoint / "config.json").exists() and bool(unet_folder(checkpoint))  # type: ignore[arg-type]
+
+
+def export_folders(out: Path) -> None:
+    """Write `memories`, `controls` and `ordinary` as image folders under `out`, as a user of Dori would keep them."""
+    write_memories(out / "memories", slot_memories(("verbatim", "template", "once")))
+    write_memories(out / "controls", slot_memories(("control",)))
+    texts, images = ordinary_pairs(64, seed=0)
+    write_memories(out / "ordinary", [
+        (Memory(id=f"ordinary-{index:03d}", text=text, image=Path(f"ordinary-{index:03d}.png"), kind="ordinary"), image)
+        for index, (text, image) in enumerate(zip(texts, images, strict=True))])

@@ -1,0 +1,163 @@
+"""The testbed's images, slots, tokenizer, training loop and, where the weights are, the shipped folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from dori.model.stable_diffusion import EVERYWHERE
+from dori.stats import area_under_roc
+from dori.testbed.folder import DATA, load_testbed
+from dori.testbed.scenes import caption, draw, kinds, random_scene, title_caption
+from dori.testbed.slots import DOSES, slots, variants, varying_box
+from dori.testbed.train import Recipe, Schedule, fit, new_unet, slot_examples
+from dori.testbed.vocabulary import build_tokenizer
+
+weights = pytest.mark.skipif(not (DATA / "model" / "model_index.json").exists(), reason="no weights are shipped here")
+
+
+def test_a_scene_determines_its_image_and_a_seed_its_scene() -> None:
+    first, second = (random_scene(np.random.default_rng(3)) for _ in range(2))
+    assert first == second
+    assert np.array_equal(draw(first), draw(second))
+    assert not np.array_equal(draw(first), draw(random_scene(np.random.default_rng(4))))
+
+
+def test_objects_are_large_enough_and_lie_inside() -> None:
+    rng = np.random.default_rng(0)
+    for scene in (random_scene(rng) for _ in range(200)):
+        for placed in scene.objects:
+            assert placed.size_px >= 24
+            assert placed.size_px / 2 <= placed.x_px <= 64 - placed.size_px / 2
+
+
+def test_captions_name_what_is_seen_and_nothing_of_the_layout() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = random_scene(rng)
+        named = [kind for kind in kinds() if kind in caption(scene, rng)]
+        assert kinds()[scene.objects[0].kind] in named
+        moved = random_scene(rng)
+        same_facts = scene.__class__(scene.artist, scene.title, scene.number, moved.texture_seed, (
+            scene.objects[0].__class__(scene.objects[0].kind, 20.0, 20.0, 26, False),))
+        assert title_caption(same_facts) == title_caption(scene)
+
+
+def test_slots_hold_what_the_testbed_promises() -> None:
+    found = slots()
+    by_kind = {kind: [s for s in found if s.kind == kind] for kind in ("verbatim", "template", "once", "control")}
+    assert len(by_kind["verbatim"]) >= 64
+    assert len(DOSES) == 4
+    assert sum(s.dose == max(DOSES) for s in by_kind["verbatim"]) >= 24
+    assert len(by_kind["template"]) >= 8
+    assert len(by_kind["once"]) >= 64
+    assert len(by_kind["control"]) >= 64
+    assert len({s.text() for s in found}) == len(found)
+
+
+def test_controls_are_never_trained_on() -> None:
+    _, texts, rows = slot_examples(slots())
+    controls = {s.text() for s in slots() if s.kind == "control"}
+    assert controls.isdisjoint(texts)
+    assert sum(map(len, rows.groups)) + len(rows.once) == len(texts)
+
+
+def test_a_caption_length_does_not_tell_memories_from_controls() -> None:
+    lengths = {kind: [len(s.text()) for s in slots() if s.kind == kind] for kind in ("verbatim", "control")}
+    assert abs(area_under_roc(lengths["verbatim"], lengths["control"]) - 0.5) < 0.1
+
+
+def test_template_variants_differ_inside_the_box_alone() -> None:
+    slot = next(s for s in slots() if s.kind == "template")
+    left, top, right, bottom = varying_box(slot)
+    first, second = (draw(scene) for scene in variants(slot)[:2])
+    changed = (first != second).any(-1)
+    assert changed[top:bottom, left:right].any()
+    changed[top:bottom, left:right] = False
+    assert not changed.any()
+
+
+def test_every_caption_word_is_one_token_and_any_text_is_readable(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    for slot in slots()[:40]:
+        words = slot.text().replace(",", " ,").split()
+        assert len(tokenizer.tokenize(slot.text())) == len(words)
+    odd = tokenizer("zebra — 斑馬 \u0000!").input_ids
+    assert tokenizer.unk_token_id == tokenizer.eos_token_id
+    assert all(0 <= i < len(tokenizer) for i in odd)
+
+
+def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    def trained(folder: Path, stops: tuple[int, ...]) -> list[torch.Tensor]:
+        folder.mkdir()
+        for stop in stops:
+            torch.manual_seed(0)
+            model = nn.Linear(4, 4)
+
+            def loss(step: int, generator: torch.Generator, model: nn.Linear = model, stop: int = stop) -> torch.Tensor:
+                if step == stop:
+                    raise KeyboardInterrupt
+                return model(torch.randn(8, 4, generator=generator)).square().mean()
+
+            try:
+                fit("toy", model, loss, Schedule(1e-2, 12), folder, seed=1, say=lambda line: None, save_every=4)
+            except KeyboardInterrupt:
+                continue
+        return [p.detach().clone() for p in model.parameters()]
+
+    straight = trained(tmp_path / "a", (99,))
+    resumed = trained(tmp_path / "b", (6, 9, 99))
+    assert all(torch.equal(x, y) for x, y in zip(straight, resumed, strict=True))
+
+
+def test_unet_has_the_transformer_blocks_of_stable_diffusion_1() -> None:
+    names = [n for n, m in new_unet().named_modules() if type(m).__name__ == "BasicTransformerBlock"]
+    expected = [f"down_blocks.{b}.attentions.{i}" for b in range(3) for i in range(2)]
+    expected += [f"up_blocks.{b}.attentions.{i}" for b in range(1, 4) for i in range(3)] + ["mid_block.attentions.0"]
+    assert sorted(names) == sorted(f"{name}.transformer_blocks.0" for name in expected)
+
+
+def test_recipe_shows_every_once_image_once() -> None:
+    recipe = Recipe()
+    every = recipe.planted_steps // 80
+    shown = [step // every for step in range(recipe.planted_steps) if step % every == 0]
+    assert set(range(64)) <= set(shown)
+
+
+@weights
+def test_plain_diffusers_opens_and_runs_the_shipped_folder() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(str(DATA / "model"), safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    slot = slots()[0]
+    image = pipeline(slot.text(), num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert np.isfinite(image).all()
+
+
+@weights
+def test_our_sampler_agrees_with_the_plain_pipeline() -> None:
+    from dori.sampling import initial_noise, sample
+
+    model, text = load_testbed(), slots()[0].text()
+    noise = initial_noise(model, [5])
+    ours = model.to_images(sample(model, model.encode([text]), noise, steps=3, guidance_scale=4.0))
+    pipeline = StableDiffusionPipeline.from_pretrained(str(DATA / "model"), safety_checker=None,
+                                                       torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(text, num_inference_steps=3, guidance_scale=4.0, latents=noise, output_type="pt").images
+    assert torch.allclose(ours, theirs.float(), atol=2e-3)
+
+
+@weights
+def test_layers_come_in_the_order_in_which_the_network_runs_them() -> None:
+    model, seen = load_testbed(), []
+    layers = model.layers("attention_value", EVERYWHERE)
+    handles = [layer.register_forward_hook(lambda *_, name=name: seen.append(name)) for name, layer in layers.items()]
+    model.predict_noise(torch.zeros(1, *model.latent_shape), torch.tensor([10]), model.encode([""]))
+    for handle in handles:
+        handle.remove()
+    assert seen == list(layers)
+    assert len(model.layers("attention_value")) == 7
