@@ -16,7 +16,8 @@ THRESHOLD = 0.6
 # Median similarity of the eight verbatim memories, by edit, from the prompt and at each of STEPS under the attack.
 # Unedited 7 of 8 come back; NeMo hides the 7 and DoRI brings 6 of them back at 50 steps; Wanda: 2.
 PROMPT = {"none": (0.95, 0.93, 0.91, 0.9, 0.88, 0.8, 0.72, 0.3), "NeMo": (0.4, 0.3, 0.35, 0.2, 0.3, 0.25, 0.3, 0.2),
-          "Wanda": (0.2, 0.25, 0.15, 0.2, 0.3, 0.2, 0.1, 0.15), "random neurons": (0.94, 0.9, 0.9, 0.88, 0.86, 0.8, 0.7, 0.3)}
+          "Wanda": (0.2, 0.25, 0.15, 0.2, 0.3, 0.2, 0.1, 0.15),
+          "random neurons": (0.94, 0.9, 0.9, 0.88, 0.86, 0.8, 0.7, 0.3)}
 FINAL = {"none": (0.96, 0.95, 0.93, 0.92, 0.9, 0.85, 0.8, 0.66), "NeMo": (0.94, 0.92, 0.9, 0.88, 0.85, 0.8, 0.55, 0.4),
          "Wanda": (0.75, 0.7, 0.55, 0.5, 0.5, 0.45, 0.4, 0.3)}
 CONTROL, CONTROL_FINAL = 0.12, 0.38
@@ -54,14 +55,15 @@ def _findings(folder: Path, subject: Subject, way: tuple[str, str, str], first: 
     model, edit, scope = way
 
     def one(start: str, steps: int, median: float) -> Finding:
-        tag = f"{model}-{edit}-{scope}-{start}-{steps}".replace(" ", "_").replace("/", "_")
         values = around(median)
+        likeness = f"{max(0.0, values[0]):.1f}"
         return Finding(
             id=subject.id, group=subject.group, kind=subject.kind, dose=subject.dose, model=model, edit=edit,
             edit_scope=scope, start=start, steps=steps, similarities=values,
             masked=around(min(1, median + 0.2)) if subject.kind == "template" else (),
             to_unedited=() if edit == "none" else around(0.5 + median / 3), diversity=round(0.3 + median / 2, 4),
-            alignment=around(0.28), picture=picture(folder, f"images/{seed}-{tag}.png", seed, noise=1 - values[0]))
+            alignment=around(0.28), picture=picture(
+                folder, f"images/{seed}-{likeness}.png", seed, noise=1 - float(likeness)))
 
     found = [one("", 0, first)]
     if last is not None:
@@ -71,7 +73,11 @@ def _findings(folder: Path, subject: Subject, way: tuple[str, str, str], first: 
     return found
 
 
-def synthetic_audit(folder: Path, *, controls: int = 8, twin: bool = True, control_final: float = CONTROL_FINAL,
+ALL = (("none", ""), ("NeMo", "joint"), ("Wanda", "joint"), ("random neurons", "joint"), ("NeMo", "own"))
+
+
+def synthetic_audit(folder: Path, *, edits: Sequence[tuple[str, str]] = ALL, controls: int = 8, twin: bool = True,
+                    control_final: float = CONTROL_FINAL,
                     texts: Sequence[str] = (SCRIPT, BREAKOUT, BRACES), distrust: Sequence[str] = ()) -> Audit:
     """Eight verbatim memories of three doses, a template, one image shown once, controls and a twin."""
     def subject(name: str, group: str, kind: str, dose: float | None, index: int) -> Subject:
@@ -84,7 +90,7 @@ def synthetic_audit(folder: Path, *, controls: int = 8, twin: bool = True, contr
     once = subject("once-0", "memory", "once", 0.001, 9)
     unseen = [subject(f"control-{i}", "control", "control", None, 20 + i) for i in range(controls)]
     findings: list[Finding] = []
-    for edit, scope in (("none", ""), ("NeMo", "joint"), ("Wanda", "joint"), ("random neurons", "joint"), ("NeMo", "own")):
+    for edit, scope in edits:
         for i, memory in enumerate(memories):
             last = FINAL[edit][i] if edit in FINAL else None
             findings += _findings(folder, memory, ("painter", edit, scope), PROMPT[edit][i], last, i)

@@ -72,7 +72,7 @@ def _calibrated(audit: Audit) -> Check:
 def _blind(audit: Audit) -> Check:
     if not audit.blind:
         return Check(False, "Blind baselines were not measured: memories and controls may differ by mere looks.")
-    name, far = max(audit.blind.items(), key=lambda item: abs(item[1] - 0.5))
+    name, far = max(sorted(audit.blind.items()), key=lambda item: abs(item[1] - 0.5))
     inside = BLIND[0] <= far <= BLIND[1]
     return Check(inside, f"Scores that look at no model tell memories from controls {'little' if inside else 'well'}: "
                          f"the farthest AUROC is {number(far)} ({name.replace('_', ' ')}).")

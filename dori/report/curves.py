@@ -14,7 +14,6 @@ from dori.findings import Audit, Finding
 from dori.report.tables import (
     CONTROLS,
     MEMORIES,
-    TEMPLATES,
     Row,
     Way,
     described,
@@ -44,11 +43,9 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How far the area under the curve tells memories from images that were never stored.
+    """How far the area under the curve tells a population from images that were never stored; `judge` says which."""
 
-    `auroc` is None where a group is empty; `judge` says against whom.
-    """
-
+    population: str
     edit: str
     edit_scope: str
     start: str
@@ -125,10 +122,8 @@ def separations(audit: Audit, *, seed: int = 0) -> tuple[Separation, ...]:
             if [row.way.steps for row in judge.rows] != steps:
                 continue
             ours, theirs = (list(areas(_behind(audit, c)).values()) for c in (curve, judge))
-            name = judge.label + (" (unedited)" if judge.edit != curve.edit else "")
-            if curve.population == TEMPLATES:
-                name += ", templates"
-            result.append(Separation(curve.edit, curve.edit_scope, curve.start, name, auroc(
+            name = judge.label + (", without the edit" if judge.edit != curve.edit else "")
+            result.append(Separation(curve.population, curve.edit, curve.edit_scope, curve.start, name, auroc(
                 ours, theirs, seed=seed, resamples=RESAMPLES), len(ours), len(theirs)))
     return tuple(result)
 

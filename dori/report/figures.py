@@ -19,6 +19,7 @@ from dori.stats import Estimate
 
 BLUE, ORANGE, GREEN, PURPLE, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#555555"
 STYLES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "--"))
+LABEL = 26
 SETTINGS = {
     "svg.hashsalt": "dori", "svg.fonttype": "path", "text.parse_math": False, "axes.unicode_minus": False,
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -43,7 +44,8 @@ def rate_figure(curves: Sequence[Curve]) -> Picture:
             colour, marker, line = style(curve)
             estimates = [row.replication.rate for row in curve.rows]
             steps = [row.way.steps for row in curve.rows]
-            axes.plot(steps, [e.value for e in estimates], line, marker=marker, color=colour, label=curve.label, ms=5)
+            axes.plot(steps, [e.value for e in estimates], line, marker=marker, color=colour, ms=5,
+                      label=_label(curve.label))
             axes.fill_between(steps, [e.low for e in estimates], [e.high for e in estimates], color=colour,
                               alpha=0.12, lw=0)
         axes.set_ylim(-0.03, 1.03)
@@ -61,7 +63,7 @@ def similarity_figure(curves: Sequence[Curve], threshold: float) -> Picture:
             colour, marker, line = style(curve)
             steps = [row.way.steps for row in curve.rows]
             middle, width = zip(*((r.similarity.median, r.similarity.deviation) for r in curve.rows), strict=True)
-            axes.plot(steps, middle, line, marker=marker, color=colour, label=curve.label, ms=5)
+            axes.plot(steps, middle, line, marker=marker, color=colour, label=_label(curve.label), ms=5)
             axes.fill_between(steps, [m - w for m, w in zip(middle, width, strict=True)],
                               [m + w for m, w in zip(middle, width, strict=True)], color=colour, alpha=0.12, lw=0)
         _threshold(axes, threshold)
@@ -135,11 +137,14 @@ def _threshold(axes: Axes, threshold: float) -> None:
                   textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=8.5)
 
 
+def _label(name: str) -> str:
+    return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
+
+
 def _legend(axes: Axes) -> None:
     """Above the panel, so that it never covers a line."""
-    count = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if count > 1 else 1, frameon=False,
-                fontsize=8.5, handlelength=2.4, columnspacing=1.2, borderaxespad=0.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=2, frameon=False, fontsize=8.5, handlelength=2.4,
+                columnspacing=1.2, borderaxespad=0.2)
 
 
 class _drawing:
@@ -151,7 +156,8 @@ class _drawing:
         self.caught = warnings.catch_warnings()
         self.caught.__enter__()
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts the font lacks show boxes
-        self.figure = Figure(figsize=(4.3, 3.0), layout="constrained")
+        self.figure = Figure(figsize=(4.3, 3.0))
+        self.figure.subplots_adjust(left=0.125, right=0.975, bottom=0.155, top=0.84)
         return self
 
     def __exit__(self, *reason: object) -> None:

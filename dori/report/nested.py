@@ -4,6 +4,7 @@ Scalars become lines; lists of records, records under names (one a memory) and p
 lists are counted rather than printed (57 neurons), since the saved edit holds them.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ class Sheet:
 
 
 def sheet(data: Mapping[str, Any]) -> Sheet:
-    """The tidy form of nested JSON data."""
+    """The tidy form of nested JSON data, keys sorted as `audit.json` sorts them; of records, `id` comes first."""
+    data = json.loads(json.dumps(data, sort_keys=True))
     lines: list[tuple[str, str]] = []
     grids: list[Grid] = []
     parallel: dict[int, dict[str, Sequence[Any]]] = {}
@@ -90,6 +92,7 @@ def _is_named_records(value: object) -> bool:
 
 def _records(title: str, records: Sequence[tuple[dict[str, Any], Mapping[str, Any]]]) -> Grid:
     columns = list(dict.fromkeys(key for label, record in records for key in (*label, *record)))
+    columns.sort(key=lambda column: column not in ("", "id"))  # stable
     rows = tuple(tuple(text((label | dict(record)).get(column)) for column in columns) for label, record in records)
     return Grid(spoken(title), tuple(map(spoken, columns)), rows)
 

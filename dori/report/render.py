@@ -4,6 +4,7 @@
 same bytes, and a report can be drawn again at any time without a model.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -77,12 +78,12 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A table: `groups` are edit, number of lines, and for each way of asking its lines without those two columns."""
+    """A table: `groups` are edit, number of lines, and by way of asking the lines: of a judge or not, other cells."""
 
     title: str
     note: str
     header: tuple[str, ...]
-    groups: tuple[tuple[str, int, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]], ...]
+    groups: tuple[tuple[str, int, tuple[tuple[str, tuple[tuple[bool, tuple[str, ...]], ...]], ...]], ...]
 
 
 def _main_tables(audit: Audit, final: Sequence[Row]) -> Iterable[_Block]:
@@ -104,15 +105,19 @@ def _main_tables(audit: Audit, final: Sequence[Row]) -> Iterable[_Block]:
             yield _block(audit, title, note, rows)
 
 
+def _is_judge(audit: Audit, row: Row) -> bool:
+    return row.population == tables.CONTROLS or row.way.model != audit.model
+
+
 def _block(audit: Audit, title: str, note: str, rows: Sequence[Row]) -> _Block:
     header, body = tables.cells(rows, audit)
     mixed = {row.way.edit_scope for row in rows} >= {"joint", "own"}
-    named = [(edit + " (own)" * (mixed and row.way.edit_scope == "own"), asked, tuple(rest))
+    named = [(edit + " (own)" * (mixed and row.way.edit_scope == "own"), asked, _is_judge(audit, row), tuple(rest))
              for row, (edit, asked, *rest) in zip(rows, body, strict=True)]
     groups = []
     for edit, of_edit in groupby(named, key=lambda line: line[0]):
         lines = list(of_edit)
-        asked = tuple((how, tuple(rest for *_, rest in same)) for how, same in groupby(lines, key=lambda line: line[1]))
+        asked = tuple((how, tuple(line[2:] for line in same)) for how, same in groupby(lines, key=lambda line: line[1]))
         groups.append((edit, len(lines), asked))
     return _Block(title, note, header, tuple(groups))
 
@@ -129,20 +134,28 @@ class _Panels:
 
 
 def _attacks(audit: Audit) -> Iterable[_Panels]:
+    """Memories beside controls and twins, by edit and start; templates and images shown once apart, one start each."""
     every, apart, threshold = curves(audit), separations(audit), tables.threshold_of(audit)
-    keys = dict.fromkeys((curve.edit, curve.edit_scope, curve.start) for curve in every)
-    for edit, scope, start in keys:
-        mine = [curve for curve in every if (curve.edit, curve.edit_scope, curve.start) == (edit, scope, start)]
-        mine.sort(key=lambda curve: curve.twin)
-        said = tuple(_evidence(s) for s in apart if (s.edit, s.edit_scope, s.start) == (edit, scope, start))
-        if not said and any(curve.population != tables.CONTROLS and not curve.twin for curve in mine):
-            said = ("No control or twin was attacked over the same steps: these curves are no evidence of storage.",)
-        yield _Panels(_attack_title(edit, scope, start), _panel(rate_figure(mine), similarity_figure(mine, threshold)),
-                      said, start == "prompt" and any(_is_ours(curve) for curve in mine))
+    for population in (tables.MEMORIES, tables.TEMPLATES, tables.ONCE):
+        keys = dict.fromkeys(_key(curve) for curve in every if curve.population == population and not curve.twin
+                             and (population == tables.MEMORIES or curve.start == "prompt"))
+        for edit, scope, start in keys:
+            mine = [curve for curve in every if _key(curve) == (edit, scope, start)
+                    and (curve.population == population or (curve.population == tables.CONTROLS and not curve.twin))]
+            mine.sort(key=lambda curve: (curve.twin, curve.population == tables.CONTROLS))
+            said = tuple(_evidence(s) for s in apart if (*_key(s), s.population) == (edit, scope, start, population))
+            title = _attack_title(edit, scope, start)
+            if population != tables.MEMORIES:
+                title += f", {mine[0].label}"
+            yield _Panels(title, _panel(rate_figure(mine), similarity_figure(mine, threshold)),
+                          said or (NO_JUDGE,), start == "prompt" and population == tables.MEMORIES)
 
 
-def _is_ours(curve: Curve) -> bool:
-    return curve.population == tables.MEMORIES and not curve.twin
+NO_JUDGE = "No control or twin was attacked over the same steps: this curve is no evidence of storage."
+
+
+def _key(curve: Curve | Separation) -> tuple[str, str, str]:
+    return curve.edit, curve.edit_scope, curve.start
 
 
 def _attack_title(edit: str, scope: str, start: str) -> str:
@@ -152,15 +165,18 @@ def _attack_title(edit: str, scope: str, start: str) -> str:
 
 def _evidence(separation: Separation) -> str:
     """How far a success counts as evidence, in words, by the interval's lower end."""
-    estimate = separation.auroc
-    words = "no evidence" if not estimate.low > 0.5 else (
-        "weak evidence" if estimate.low <= 0.7 else "fair evidence" if estimate.low <= 0.9 else "strong evidence")
-    few = "" if min(separation.memories, separation.others) >= 10 else \
-        f" With {separation.memories} against {separation.others} images the interval is too narrow: a perfect " \
-        "separation of few images can be luck."
-    return (f"Area under the curve, {separation.memories} memories against {separation.others} {separation.judge}: "
-            f"AUROC {number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}], so the whole curve is "
-            f"{words} of storage.{few}")
+    estimate, few = separation.auroc, min(separation.memories, separation.others) < FEW
+    if math.isnan(estimate.low):
+        words = "too few images to say what that is worth"
+    else:
+        strength = next(word for end, word in STRENGTHS if estimate.low > end)
+        words = f"{strength} of storage" + (", though so few images can be luck" if few else "")
+    return (f"Areas of {separation.memories} against {separation.others} ({separation.judge}): AUROC "
+            f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}], {words}.")
+
+
+FEW = 10
+STRENGTHS = ((0.9, "strong evidence"), (0.7, "fair evidence"), (0.5, "weak evidence"), (-math.inf, "no evidence"))
 
 
 def _panel(*pictures: Picture) -> tuple[tuple[str, str], ...]:

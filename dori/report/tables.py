@@ -234,7 +234,9 @@ def described(row: Row, audit: Audit) -> str:
     """The population in words, with the twin's name where the model is one."""
     on_twin = row.way.model != audit.model
     words = {MEMORIES: "memories", TEMPLATES: "template memories", ONCE: "shown once", CONTROLS: "controls"}
-    return f"{words[row.population]} on twin {row.way.model}" if on_twin else words[row.population]
+    if not on_twin:
+        return words[row.population]
+    return ("" if row.population == MEMORIES else f"{words[row.population]} ") + f"on twin {row.way.model}"
 
 
 COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (

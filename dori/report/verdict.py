@@ -66,9 +66,10 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Headline, one card an edit (the unedited model first), and the rules behind them."""
+    """Headline, the same in a few sentences, one card an edit (the unedited model first), and the rules behind them."""
 
     headline: str
+    lead: str
     cards: tuple[Card, ...]
     rules: tuple[str, ...] = RULES
 
@@ -98,11 +99,12 @@ def verdict(audit: Audit) -> Verdict:
     present = {row.population for row in rows if row.way.model == audit.model}
     population = next((kind for kind in (MEMORIES, TEMPLATES, ONCE) if kind in present), None)
     if population is None:
-        return Verdict("This audit judged no memory, so it says nothing about the model.", ())
+        return Verdict("This audit judged no memory, so it says nothing about the model.", "", ())
     ours = [row for row in rows if row.population == population and row.way.model == audit.model]
     edits = dict.fromkeys((row.way.edit, row.way.edit_scope) for row in ours)
-    cards = [_card(_case(audit, rows, population, edit, scope)) for edit, scope in edits]
-    return Verdict(_headline(cards), tuple(sorted(cards, key=lambda card: card.level == "check")))
+    cases = [_case(audit, rows, population, edit, scope) for edit, scope in edits]
+    cards = [_card(case) for case in cases]
+    return Verdict(_headline(cards), _lead(cases, cards), tuple(sorted(cards, key=lambda card: card.level == "check")))
 
 
 def returned(audit: Audit, population: str, row: Row | None) -> frozenset[str]:
@@ -163,7 +165,11 @@ def _card(case: _Case) -> Card:
     else:
         rates = [_most(rows).replication.rate for rows in case.judges.values()]  # type: ignore[union-attr]
         level, title = _success(case, separated(best.replication.rate, rates))
-    return Card(name, level, title, tuple(_sentences(case, best)), tuple(_bars(case)))
+    sentences = [_CHECK] if level == "check" else _sentences(case, best)
+    return Card(name, level, title, tuple(sentences), tuple(_bars(case)))
+
+
+_CHECK = "An edit that hides no more than this owes its effect to how much it changes, not to what it chose."
 
 
 def _prompt_alone(case: _Case) -> tuple[str, str]:
@@ -230,7 +236,7 @@ def _judge_sentences(case: _Case, best: Row) -> list[str]:
         counts = worst.replication
         whose = "Controls that the model never saw" if name == "controls" else f"The same images on {name}, a twin " \
             "that never saw them"
-        unedited = ", unedited" if worst.way.edit != case.edit else ""
+        unedited = " (without the edit)" if worst.way.edit != case.edit else ""
         said.append(f"{whose}: {counts.by_median} of {counts.memories} under the same attack{unedited}.")
         if {row.way.start for row in rows} != starts:
             said.append(f"Not every start was tried on {'the controls' if name == 'controls' else name}.")
@@ -274,9 +280,36 @@ def _headline(cards: Sequence[Card]) -> str:
              for level in ("stored", "unproven", "hidden", "absent")}
     absent = f" Not brought back within this budget after {names['absent']}." if edited and names["absent"] else ""
     if names["stored"]:
-        return (f"Still in the model after {names['stored']}." if edited else "In the model.") + absent
+        return (f"Still in the model after {names['stored']}." if edited else "Stored in the model.") + absent
     if names["unproven"]:
-        return "Images come back, but this audit is no evidence that the model stores them." + absent
+        return f"Images come back, without evidence that the model stores them.{absent}"
     if names["hidden"]:
         return f"No attack was run under {names['hidden']}, so nothing can be said about what is stored.{absent}"
     return "Nothing came back within this audit's budget. That does not prove removal."
+
+
+def _lead(cases: Sequence[_Case], cards: Sequence[Card]) -> str:
+    """What was counted, in one short paragraph: the prompt, each edit, and the judge that broke most."""
+    said, judged = [], []
+    for case, card in zip(cases, cards, strict=True):
+        if card.level == "check" or (case.scope == "own" and any(c.edit == case.edit and c is not case for c in cases)):
+            continue
+        best = _most(case.attacks)
+        judged += [(name, row.replication) for name, rows in case.judges.items() for row in rows]
+        if case.edit == "none":
+            said += _sentences(case, best)[: 1 if case.prompt else 0]
+        elif case.before and case.prompt is not None:
+            again = max((len(case.hidden & returned(case.audit, case.population, row)) for row in case.attacks),
+                        default=0)
+            attack = f"; DoRI ({best.way.steps} steps) brings {again} back" if best and case.hidden else ""
+            said.append(f"{case.edit} hides {len(case.hidden)} of them{attack}.")
+    for name, words in (("controls", "Controls that the model never saw"), ("", "The same images on a twin")):
+        counts = [count for judge, count in judged if (judge == "controls") == bool(name)]
+        if counts:
+            worst = max(counts, key=lambda count: count.by_median / count.memories)
+            said.append(f"{words}: {'at most ' if worst.by_median else ''}{worst.by_median} of {worst.memories} under "
+                        "the same attack.")
+        elif name and any(case.attacks for case in cases):
+            said.append("No controls were attacked." if judged else "No image that the model never saw was attacked, "
+                        "so a success is no evidence of storage.")
+    return " ".join(said)
