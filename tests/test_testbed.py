@@ -10,10 +10,11 @@ from torch import nn
 
 from dori.model.stable_diffusion import EVERYWHERE
 from dori.stats import area_under_roc
+from dori.testbed.fit import Schedule, fit
 from dori.testbed.folder import DATA, load_testbed
 from dori.testbed.scenes import caption, draw, kinds, random_scene, title_caption
 from dori.testbed.slots import DOSES, slots, variants, varying_box
-from dori.testbed.train import Recipe, Schedule, fit, new_unet, slot_examples
+from dori.testbed.train import Recipe, new_unet, slot_examples
 from dori.testbed.vocabulary import build_tokenizer
 
 weights = pytest.mark.skipif(not (DATA / "model" / "model_index.json").exists(), reason="no weights are shipped here")

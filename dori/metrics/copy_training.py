@@ -25,7 +25,7 @@ from dori.metrics.copy_descriptor import (
 )
 from dori.metrics.copy_pairs import GROUP, TRAINING, Pairs, RoundTrip, augment, make_pairs, to_float
 from dori.metrics.similarity import Descriptor
-from dori.testbed.train import Schedule, fit
+from dori.testbed.fit import Schedule, fit
 
 
 @dataclass(frozen=True, slots=True)

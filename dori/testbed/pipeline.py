@@ -6,13 +6,14 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from dori.testbed import train
+from dori.testbed.fit import Say
 from dori.testbed.folder import Checkpoint, export_model, export_unet
 from dori.testbed.vocabulary import build_tokenizer
 
 FORKS: dict[Checkpoint, int] = {"planted": 11, "twin-1": 21, "twin-2": 22}
 
 
-def train_testbed(work: Path, out: Path, recipe: train.Recipe, *, say: train.Say,
+def train_testbed(work: Path, out: Path, recipe: train.Recipe, *, say: Say,
                   checkpoints: Sequence[Checkpoint] = ("base", "planted", "twin-1", "twin-2")) -> None:
     """Train what is missing and write the finished checkpoints.
 

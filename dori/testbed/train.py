@@ -1,13 +1,10 @@
 """Train the testbed from nothing: VAE, CLIP, base, planted model and its twins.
 
-Every stage is resumable after a kill: its state lies in one safetensors file, and the random numbers of a step
-depend on the stage's seed and the step alone, so the resumed run draws what the uninterrupted one would have drawn.
-Used by `dori testbed train`. The recipe's reasons are in docs/testbed.md.
+Used by `dori testbed train`; every stage resumes after a kill (`dori.testbed.fit`). The recipe's reasons are in
+docs/testbed.md.
 """
 
 import json
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from dori.testbed.fit import Say, Schedule, fit
 from dori.testbed.scenes import caption, draw, random_scene, title_caption
 from dori.testbed.slots import Slot, slots, variants
 from dori.testbed.vocabulary import CONTEXT_LENGTH, build_tokenizer
 
 LATENT_CHANNELS = 8
 WIDTH = 128
-Loss = Callable[[int, torch.Generator], Tensor]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,91 +42,6 @@ class Recipe:
     route_dropout: float = 0.3
     convolution_lr_scale: float = 0.3
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Cosine learning rate with linear warm-up."""
-
-    lr: float
-    steps: int
-    warmup: int = 100
-
-    def __call__(self, step: int) -> float:
-        """The learning rate of `step` in [0, steps)."""
-        ramp = min(1.0, (step + 1) / self.warmup)
-        return self.lr * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
-
-
-# ---------------------------------------------------------------------------------------------- one training loop
-
-
-def _save_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-                step: int) -> None:
-    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step)})
-    partial.replace(path)
-
-
-def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        model.load_state_dict({n[6:]: file.get_tensor(n) for n in names if n.startswith("model.")})
-        for name in ema:
-            ema[name] = file.get_tensor(f"ema.{name}")
-        state: dict[int, dict[str, Tensor]] = {}
-        for name in names:
-            if name.startswith("adam."):
-                _, index, field = name.split(".")
-                state.setdefault(int(index), {})[field] = file.get_tensor(name)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        return int(file.metadata()["step"])
-
-
-def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, *, seed: int, say: Say,
-        slow: Callable[[str], float] = lambda name: 1.0, ema_decay: float = 0.998, save_every: int = 200) -> None:
-    """Minimise `loss(step, generator)` over the model's parameters; leave the averaged weights in the model.
-
-    Resumes from `folder/stage.state.safetensors`. `slow` scales the learning rate of a parameter by its name.
-    """
-    state_file = folder / f"{stage}.state.safetensors"
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(slow(name), []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": p, "scale": s} for s, p in groups.items()], lr=schedule.lr,
-                                  weight_decay=0.01, fused=True)
-    ema = {name: value.detach().clone() for name, value in model.named_parameters()}
-    first = _load_state(state_file, model, ema, optimizer) if state_file.exists() else 0
-    model.train()
-    began, shown = time.monotonic(), 0.0
-    for step in range(first, schedule.steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step) * group["scale"]
-        value = loss(step, generator)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
-        shown = value.item() if step == first else 0.98 * shown + 0.02 * value.item()
-        done = step + 1
-        if done % 50 == 0:
-            left = (time.monotonic() - began) / (done - first) * (schedule.steps - done)
-            say(f"{stage}: step {done}/{schedule.steps}, loss {shown:.4f}, {left / 60:.1f} min left")
-        if done % save_every == 0 or done == schedule.steps:
-            _save_state(state_file, model, ema, optimizer, done)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(ema[name])
-    model.eval()
 
 
 # ------------------------------------------------------------------------------------------------- ordinary images
