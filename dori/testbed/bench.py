@@ -5,6 +5,7 @@ Generations are cells of the run's folder, kept as bytes and judged anew each ti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,9 +56,11 @@ class Bench:
         with edit.applied(model):
             for key, part in zip(self.keys(name, len(embeddings)), embeddings.split(self.plan.chunk), strict=True):
                 inputs = base | {"embeddings": tensors_sha256({"y": part})}
-                parts.append(self.run.once_tensors(
-                    key, inputs, lambda y=part: {"images": _bytes(draw(model, self.plan, y, chosen))})["images"])  # type: ignore[misc]
+                parts.append(self.run.once_tensors(key, inputs, partial(self._drawn, model, part, chosen))["images"])
         return torch.cat(parts).float() / 255
+
+    def _drawn(self, model: StableDiffusion, embeddings: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
+        return {"images": _bytes(draw(model, self.plan, embeddings, seeds))}
 
     def keys(self, name: str, count: int) -> list[str]:
         """The cells of `count` embeddings."""
