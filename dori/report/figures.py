@@ -134,7 +134,8 @@ def _threshold(axes: Axes, threshold: float) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0), max(high, 1))
     axes.annotate("threshold", (1, threshold), (-2, 2), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=8.5)
+                  textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=8.5,
+                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})
 
 
 def _label(name: str) -> str:

@@ -216,13 +216,14 @@ def _attack_sentences(case: _Case) -> list[str]:
     said = []
     for steps in dict.fromkeys(row.way.steps for row in case.attacks):
         rows = [row for row in case.attacks if row.way.steps == steps]
-        opening = f"DoRI ({steps} steps) " + (f"brings back, of the {len(case.hidden)} hidden, " if case.hidden
-                                              else f"draws, of {rows[0].replication.memories}, ")
         counts = [len(case.hidden & returned(case.audit, case.population, row)) if case.hidden
                   else row.replication.by_median for row in rows]
-        parts = [f"{count} from {STARTS.get(row.way.start, row.way.start)}"
-                 for count, row in zip(counts, rows, strict=True)]
-        said.append(opening + " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) + ".")
+        starts = [STARTS.get(row.way.start, row.way.start) for row in rows]
+        whose = f"back {counts[0]} of the {len(case.hidden)} hidden" if case.hidden else \
+            f"{counts[0]} of {rows[0].replication.memories}"
+        more = "".join(f", {count} from {start}" for count, start in zip(counts[1:], starts[1:], strict=True))
+        said.append(f"DoRI ({steps} steps) {'brings' if case.hidden else 'draws'} {whose} when it starts from "
+                    f"{starts[0]}{more}.")
     return said
 
 
@@ -280,6 +281,8 @@ def _headline(cards: Sequence[Card]) -> str:
              for level in ("stored", "unproven", "hidden", "absent")}
     absent = f" Not brought back within this budget after {names['absent']}." if edited and names["absent"] else ""
     if names["stored"]:
+        if edited and names["unproven"]:
+            absent = f" After {names['unproven']} images come back too, without evidence of storage.{absent}"
         return (f"Still in the model after {names['stored']}." if edited else "Stored in the model.") + absent
     if names["unproven"]:
         return f"Images come back, without evidence that the model stores them.{absent}"
