@@ -59,7 +59,7 @@ class Memory:
     dose: float | None = None
     varying_box: Box | None = None
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not 0 < len(self.id) <= 200 or not self.id.isprintable():
             raise DoriError(f"id {self.id!r:.60} is no name; use 1 to 200 printable letters")
         if self.text is not None and not isinstance(self.text, str):

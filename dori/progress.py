@@ -28,7 +28,7 @@ class Progress:
     _seconds_s: float = field(default=0.0, init=False)
     _mark_s: float = field(default=0.0, init=False)
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         self._mark_s = self.clock()
 
     def done(self, key: str, *, stored: bool) -> None:

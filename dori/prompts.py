@@ -1,5 +1,8 @@
-"""Ordinary prompts for models that come without any: statistics, foreign starts and quality need captions that no
-memory has. Composed from plain words, so that nobody's captions are shipped."""
+"""Ordinary prompts for models that come without any.
+
+Statistics, foreign starts and quality need captions that no memory has. They are composed from plain words, so that
+nobody's captions are shipped.
+"""
 
 import itertools
 import random

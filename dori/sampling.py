@@ -10,8 +10,9 @@ from dori.model.stable_diffusion import StableDiffusion
 
 
 def named_seed(*parts: object) -> int:
-    """A seed in [0, 2^62) that belongs to what the parts name, such as ("attack", "memory-01"): streams of different
-    names do not overlap, so an attack never sees the noise with which it is judged.
+    """A seed in [0, 2^62) that belongs to what the parts name, such as ("attack", "memory-01").
+
+    Streams of different names do not overlap, so an attack never sees the noise with which it is judged.
     """
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2

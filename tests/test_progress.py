@@ -11,10 +11,10 @@ from dori.run import Run
 class Hand:
     """A clock that is moved by hand."""
 
-    def __init__(self) -> None:  # noqa: D107
+    def __init__(self) -> None:
         self.now_s = 1000.0
 
-    def __call__(self) -> float:  # noqa: D102
+    def __call__(self) -> float:
         return self.now_s
 
 

@@ -28,10 +28,10 @@ class Method:
 class Counted:
     """A computation that counts how often it runs."""
 
-    def __init__(self, result: dict) -> None:  # noqa: D107
+    def __init__(self, result: dict) -> None:
         self.result, self.calls = result, 0
 
-    def __call__(self) -> dict:  # noqa: D102
+    def __call__(self) -> dict:
         self.calls += 1
         return self.result
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (torch's own habit)
+from torch.nn import functional as F
 
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion

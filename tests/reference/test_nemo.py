@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,7 +348,7 @@ def test_calibration_equals_prompt_by_prompt_statistics(tiny: StableDiffusion, v
                                                       "exponent": pytest.approx(0.495)}
 
 
-def test_stored_calibration_gives_the_same_mask(tiny: StableDiffusion, tmp_path) -> None:
+def test_stored_calibration_gives_the_same_mask(tiny: StableDiffusion, tmp_path: Path) -> None:
     model, nemo = memorizing(tiny), Nemo(noises=3, similarity="prompt_difference")
     fresh = dataclasses.replace(nemo.calibrate(model, model.encode(["a", "b"]), seed=0), tau=0.3)
     stored = NeMoCalibration.from_tensors(fresh.tensors(), fresh.details)

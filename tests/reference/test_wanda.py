@@ -1,6 +1,7 @@
 """Wanda's score and mask against plain Python loops in float64, on activations captured from ordinary sampling."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_sparsity_sweep_needs_one_trajectory_and_nests(tiny: StableDiffusion) ->
     spent = tiny.rows
     edits = [mask_from_norms(tiny, target, base, sparsity=s, name="sweep") for s in (0.05, 0.1, 0.3, 1.0)]
     assert tiny.rows == spent == 2 * 3 * 2 * 2  # two runs, three calls, two halves, two prompts
-    for small, large in zip(edits[:-1], edits[1:], strict=True):
+    for small, large in pairwise(edits):
         assert small.size < large.size
         assert all(bool((large.masks[key] >= mask).all()) for key, mask in small.masks.items())
     direct = Wanda(counted_steps=3, sparsity=0.1)(tiny, prompts, seed=0)
