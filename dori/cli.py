@@ -34,6 +34,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _cosine(text: str) -> float:
+    value = float(text)
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no cosine; give a number from -1 to 1")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dori", description="Find, break and remove memorized training images in text-to-image models.")
@@ -53,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--half", action="store_true", help="run the U-Net in half precision")
     audit.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
     audit.add_argument("--sscd-preprocessing", default="skew320", metavar="NAME", help="default skew320")
-    audit.add_argument("--threshold", type=float, help="similarity that counts as a copy (default: the descriptor's)")
+    audit.add_argument("--threshold", type=_cosine, metavar="COSINE",
+                       help="similarity that counts as a copy (default: the descriptor's)")
     audit.add_argument("--redact", action="store_true", help="blur the training images in the report")
     audit.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if any MR of memories is higher")
 
@@ -120,8 +128,8 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     from dori.audit.loop import audit
     from dori.audit.plan import PRESETS
+    from dori.compare import worst_mr
     from dori.report.render import render
-    from dori.report.verdict import worst_mr
     from dori.run import Run, write_text
 
     _quiet()
@@ -180,9 +188,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from dori.compare import compare, to_text
+    from dori.compare import compare, to_text, worst_mr
     from dori.findings import read_audit
-    from dori.report.verdict import worst_mr
 
     before, after = (read_audit(folder / "audit.json") for folder in (arguments.before, arguments.after))
     print(to_text(compare(before, after)))

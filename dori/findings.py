@@ -143,7 +143,7 @@ def read_audit(path: Path) -> Audit:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DoriError(f"{path} cannot be read as an audit ({error}); give the folder of a finished audit") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise DoriError(f"{path} has another schema than {SCHEMA}; run the audit again with this version of Dori")
@@ -153,5 +153,5 @@ def read_audit(path: Path) -> Audit:
         data["findings"] = tuple(Finding(**_tuples(entry)) for entry in data["findings"])
         data["quality"] = tuple(Quality(**entry) for entry in data["quality"])
         return Audit(**_tuples(data))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DoriError(f"{path} lacks a field of the schema ({error}); run the audit again") from None

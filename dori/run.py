@@ -130,9 +130,8 @@ class Run:
         """
         _make_folder(self.folder)
         with locked(self.folder / "lock", say=self.say):
-            for folder in (self.folder, self.folder / "cells"):
-                for partial in folder.glob(f".*{PARTIAL}"):
-                    partial.unlink(missing_ok=True)
+            for partial in self.folder.rglob(f".*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
             yield
 
     def provenance(self) -> dict[str, Any]:

@@ -58,9 +58,11 @@ def _replicated(rows: Sequence[Finding], threshold: float) -> int:
     return sum(float(np.median(f.similarities)) > threshold for f in rows)
 
 
-def with_distrust(audit: Audit) -> Audit:
-    """The audit with its reasons to distrust, one sentence each."""
+def with_distrust(audit: Audit, *, diverged: int) -> Audit:
+    """The audit with its reasons to distrust, one sentence each; `diverged` generations were not finite."""
     reasons = [*_about_controls(audit), *_about_attack(audit), *_about_judge(audit)]
+    if diverged:
+        reasons.append(f"{diverged} generations diverged and were judged as no copy: the rates there are too low.")
     return dataclasses.replace(audit, distrust=tuple(reasons))
 
 

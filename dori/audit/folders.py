@@ -1,5 +1,7 @@
 """An audit's subjects from a user's model and folders of images."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from dori.audit.judge import Judge
 from dori.audit.loop import Subjects, choose, make_cases
 from dori.audit.plan import Plan
 from dori.errors import DoriError
+from dori.image_file import size
 from dori.memory import Memory, load_images, read_memories
 from dori.metrics.copy_descriptor import load_copy_descriptor
 from dori.model.load import load_model
@@ -31,6 +34,7 @@ def folder_subjects(model: str, plan: Plan, *, memories: Path, controls: Path | 
         seen.add(memory.id)
     opened = load_model(_testbed_folder(model), device=device, dtype=torch.float16 if half else torch.float32)
     side = opened.image_side_px
+    groups = [tuple(_in_square(memory, side) for memory in group) for group in groups]
     pictures = [load_images(group, side) if group else torch.zeros(0, 3, side, side) for group in groups]
     prompts = tuple(memory.text for memory in groups[2] if memory.text) or ordinary_prompts()
     subjects = Subjects(opened, make_cases(opened, groups[0], pictures[0], "memory"),
@@ -44,6 +48,24 @@ def _read(folder: Path | None, kind: str, limit: int | None) -> tuple[Memory, ..
         return ()
     found = read_memories(folder, default_kind=kind)
     return tuple(found[index] for index in choose(len(found), limit))
+
+
+def _in_square(memory: Memory, side_px: int) -> Memory:
+    """The memory with its box in pixels of the square that `load_image` makes of the file."""
+    if memory.varying_box is None:
+        return memory
+    width, height = size(memory.image)
+    side = min(width, height)
+    offsets, scale = ((width - side) // 2, (height - side) // 2), side_px / side
+    edges = [(edge - offsets[index % 2]) * scale for index, edge in enumerate(memory.varying_box)]
+    left, top = (max(0, math.floor(edge)) for edge in edges[:2])
+    right, bottom = (min(side_px, math.ceil(edge)) for edge in edges[2:])
+    if left >= right or top >= bottom:  # what varies was cut away
+        return dataclasses.replace(memory, varying_box=None)
+    if (left, top, right, bottom) == (0, 0, side_px, side_px):
+        raise DoriError(f"varying_box of {memory.id!r} covers the whole square of {memory.image} that the model sees; "
+                        "mark only the part that varies")
+    return dataclasses.replace(memory, varying_box=(left, top, right, bottom))
 
 
 def _testbed_folder(model: str) -> str:

@@ -64,6 +64,15 @@ def draw(model: StableDiffusion, plan: Plan, embeddings: Tensor, seeds: Sequence
     return model.to_images(latents).cpu().unflatten(0, (n, s))
 
 
+def finite_images(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images fit to be judged and seen, shape (n, 3, H, W), and which of them were finite, booleans (n,).
+
+    A diverged generation is no copy of anything: it becomes grey as a whole, whatever parts of it came out.
+    """
+    finite = torch.isfinite(images).flatten(1).all(1)
+    return torch.where(finite[:, None, None, None], images, torch.full_like(images, 0.5)), finite
+
+
 def judged(judge: Judge, cases: Sequence[Case], images: Tensor) -> dict[str, Tensor]:
     """Everything that the audit keeps of generated images.
 
@@ -74,20 +83,22 @@ def judged(judge: Judge, cases: Sequence[Case], images: Tensor) -> dict[str, Ten
 
     Returns:
         similarity (n, s); masked (n, s), zero where the case has no varying box; descriptors (n, s, d); alignment
-        (n, s) if there is a CLIP, zero where the case has no text; shown (n, H, W, 3) bytes of the first seed.
+        (n, s) if there is a CLIP, zero where the case has no text; shown (n, H, W, 3) bytes of the first seed;
+        finite (n, s), false where the generation diverged: its similarities are zero.
     """
     n, s = images.shape[:2]
-    flat = images.flatten(0, 1)
-    # A diverged generation is no copy of anything: grey, so that it is judged and seen as what it is.
-    flat = torch.where(torch.isfinite(flat), flat, torch.full_like(flat, 0.5))
-    descriptors = judge.descriptor(flat).cpu().unflatten(0, (n, s))
+    flat, finite = finite_images(images.flatten(0, 1))
+    images, finite = flat.unflatten(0, (n, s)), finite.unflatten(0, (n, s))
+    # Zero vectors are like nothing, not even like a grey training image.
+    descriptors = judge.descriptor(flat).cpu().unflatten(0, (n, s)) * finite[..., None]
     references = judge.descriptor(torch.stack([case.image for case in cases])).cpu()
     masked = torch.zeros(n, s)
     for row, case in enumerate(cases):
         if case.memory.varying_box is not None:
-            masked[row] = masked_similarity(judge.descriptor, images[row], case.image, case.memory.varying_box)
+            masked[row] = finite[row] * masked_similarity(judge.descriptor, images[row], case.image,
+                                                          case.memory.varying_box).cpu()
     found = {"similarity": cosine(descriptors, references[:, None]), "masked": masked, "descriptors": descriptors,
-             "shown": (images[:, 0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8)}
+             "finite": finite, "shown": (images[:, 0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8)}
     texts = [case.memory.text or "" for case in cases for _ in range(s)]
     aligned = judge.align(flat, texts)
     if aligned is not None:

@@ -7,6 +7,7 @@ the hash of all that they depend on.
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from dori.audit import checks
 from dori.audit.edits import Edits, fingerprint, make_edits
 from dori.audit.judge import Case, Judge, draw, judged
 from dori.audit.plan import Plan, Start
-from dori.audit.quality import ordinary_quality
+from dori.audit.quality import ordinary_quality, quality_rows
 from dori.edit import WeightMask, no_edit
 from dori.findings import Audit, EditInfo, Finding, Quality, Subject
 from dori.memory import Memory
@@ -85,6 +86,7 @@ class _Loop:
     gradients: dict[str, float] = field(default_factory=dict)
     unedited: dict[tuple[str, str, int, str], Tensor] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
+    diverged: int = 0
 
     def ask(self, setting: Setting) -> None:
         """All ways of asking under one setting."""
@@ -129,7 +131,8 @@ class _Loop:
         self.cost["attack, forward and backward"] = self.cost.get("attack, forward and backward", 0) + rows
         if setting.model is self.subjects.model and setting.edit.name == "none":
             for one, norm in zip(ids, triggers["first_gradient"].tolist(), strict=True):
-                self.gradients.setdefault(one, norm)
+                if math.isfinite(norm):  # otherwise the generations diverge too, and those are counted
+                    self.gradients.setdefault(one, norm)
         return triggers
 
     def _starts(self, model: StableDiffusion, cases: Sequence[Case], start: Start) -> Tensor:
@@ -156,6 +159,7 @@ class _Loop:
         found = self.run.once_tensors(key, inputs, lambda: judged(
             self.judge, cases, draw(setting.model, plan, embeddings, plan.fresh_seeds())))
         self.cost["generation, forward"] = self.cost.get("generation, forward", 0) + self._generation_rows(len(cases))
+        self.diverged += int((~found["finite"]).sum())
         for row, case in enumerate(cases):
             self._record(setting, case, start, step, {name: value[row] for name, value in found.items()}, key, row)
 
@@ -194,9 +198,14 @@ def write_png(path: Path, pixels: Tensor) -> None:
 
 
 def make_cases(model: StableDiffusion, memories: Sequence[Memory], images: Tensor, group: str) -> tuple[Case, ...]:
-    """Bind records to their pixels, shape (n, 3, H, W) in [0, 1], and to the model's latents of them."""
+    """Bind records to their pixels, shape (n, 3, H, W) in [0, 1], and to the model's latents of them.
+
+    Raises:
+        DoriError: the model cannot read a text as a whole.
+    """
     if not memories:
         return ()
+    model.check_prompts([memory.text for memory in memories if memory.text is not None])
     latents = model.to_latents(images).cpu()
     return tuple(Case(memory, group, image, latent)  # type: ignore[arg-type]
                  for memory, image, latent in zip(memories, images, latents, strict=True))
@@ -261,21 +270,21 @@ def audit(subjects: Subjects, *, plan: Plan, judge: Judge, run: Run,
 
     Returns:
         The audit; pictures lie in the run's folder.
+
+    Raises:
+        DoriError: an ordinary prompt is too long for the model, or no space is left in the folder.
     """
     model = subjects.model
+    model.check_prompts(subjects.ordinary)  # now, not after hours of attacks
     loop = _Loop(subjects, plan, judge, run, {m.name: model_fingerprint(m) for m in (model, *subjects.twins)})
     asked = [case for case in subjects.memories if case.memory.text is not None]
     embeddings = model.encode([case.memory.text or "" for case in asked]) if asked else torch.zeros(
         0, *model.embedding_shape)
     say("computing the edits")
-    rows = model.rows
     ordinary = model.encode(list(subjects.ordinary[: plan.calibration_prompts]))
     edits = make_edits(model, plan, run, {"model": loop.fingerprints[model.name]},
                        [case.memory.id for case in asked], embeddings, ordinary)
-    spent = run.once_record("cost.edits", {"model": loop.fingerprints[model.name], "plan": plan,
-                                           "ids": [case.memory.id for case in asked]},
-                            lambda: {"rows": model.rows - rows})
-    loop.cost["edits, forward"] = spent["rows"]
+    loop.cost["edits, forward"] = edits.rows
     settings = _settings(subjects, plan, edits)
     run.plan("audit", _planned(loop, settings))
     for setting in settings:
@@ -283,6 +292,7 @@ def audit(subjects: Subjects, *, plan: Plan, judge: Judge, run: Run,
     say("quality on ordinary prompts")
     quality = ordinary_quality(subjects.model, plan, judge, run, loop.fingerprints[model.name],
                                (*edits.joint, *edits.asked_only), subjects.ordinary, subjects.held_out)
+    loop.cost["quality, forward"] = quality_rows(plan, quality, subjects.held_out)
     return _assemble(loop, edits, quality)
 
 
@@ -307,7 +317,7 @@ def _assemble(loop: _Loop, edits: Edits, quality: tuple[Quality, ...]) -> Audit:
         provenance=loop.run.provenance(), cost=loop.cost, subjects=tuple(shown), edits=tuple(infos),
         findings=tuple(loop.findings), quality=quality,
         blind=checks.blind_scores(subjects.model, subjects.memories, subjects.controls), distrust=())
-    return checks.with_distrust(unfinished)
+    return checks.with_distrust(unfinished, diverged=loop.diverged)
 
 
 def _plain_settings(plan: Plan) -> dict[str, object]:

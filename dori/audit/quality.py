@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dori.audit.edits import fingerprint
-from dori.audit.judge import Judge
+from dori.audit.judge import Judge, finite_images
 from dori.audit.plan import Plan
 from dori.edit import WeightMask
 from dori.findings import Quality
@@ -26,7 +25,7 @@ def _drawn(model: StableDiffusion, plan: Plan, judge: Judge, prompts: Sequence[s
     seeds = [named_seed(name, plan.seed, k) for k in range(len(prompts))]
     latents = sample(model, model.encode(list(prompts)), initial_noise(model, seeds), steps=plan.sampling_steps,
                      guidance_scale=plan.guidance_scale)
-    images = model.to_images(latents).cpu()
+    images, _ = finite_images(model.to_images(latents).cpu())
     found = _described(judge, images)
     aligned = judge.align(images, prompts)
     return found if aligned is None else found | {"alignment": aligned.cpu()}
@@ -60,7 +59,8 @@ def ordinary_quality(model: StableDiffusion, plan: Plan, judge: Judge, run: Run,
                                      lambda: _drawn(model, plan, judge, prompts, "quality"))
         drift = None if unedited is None else float(cosine(found["descriptors"], unedited).median())
         unedited = found["descriptors"] if unedited is None else unedited
-        kernel = kernel_distance(found["features"], reference["features"], seed=plan.seed)
+        kernel = kernel_distance(found["features"], reference["features"],
+                                 seed=named_seed("kernel distance", plan.seed))
         rows.append(Quality(
             model=model.name, edit=edit.name, prompts=len(prompts),
             frechet=float(frechet_distance(found["features"], reference["features"])), kernel=kernel.value,
@@ -69,6 +69,7 @@ def ordinary_quality(model: StableDiffusion, plan: Plan, judge: Judge, run: Run,
     return tuple(rows)
 
 
-def quality_rows(plan: Plan, edits: int) -> int:
-    """U-Net rows of `edits` quality rows."""
-    return edits * plan.quality_prompts * plan.sampling_steps * (2 if plan.guidance_scale != 1 else 1)
+def quality_rows(plan: Plan, rows: Sequence[Quality], held_out: Tensor | None) -> int:
+    """U-Net rows that the quality rows cost, the unedited model's other generations included where they were needed."""
+    drawn = sum(row.prompts for row in rows) + (rows[0].prompts if rows and held_out is None else 0)
+    return drawn * plan.sampling_steps * (2 if plan.guidance_scale != 1 else 1)
