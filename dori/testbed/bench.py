@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dori.audit.edits import fingerprint
-from dori.audit.judge import Case, Judge, draw, judged
+from dori.audit.judge import Case, Judge, draw, finite_images, judged
 from dori.audit.loop import choose, make_cases
 from dori.audit.plan import Plan
 from dori.edit import WeightMask, no_edit
@@ -91,8 +91,9 @@ class Bench:
 
 
 def _bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as bytes; what diverged is grey, a copy of nothing."""
-    return (torch.nan_to_num(images, nan=0.5) * 255).round().to(torch.uint8)
+    """Images in [0, 1], shape (n, s, 3, H, W), as bytes; what diverged is grey, a copy of nothing."""
+    flat, _ = finite_images(images.flatten(0, 1))
+    return (flat * 255).round().to(torch.uint8).unflatten(0, images.shape[:2])
 
 
 def encoded(model: StableDiffusion, cases: Sequence[Case]) -> Tensor:
