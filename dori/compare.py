@@ -124,10 +124,11 @@ def compare(a: Audit, b: Audit) -> Comparison:
 
 
 def _incomparable(a: Audit, b: Audit) -> str:
-    parts = {"descriptor": [audit.descriptor.get("name") for audit in (a, b)],
-             "preprocessing": [audit.descriptor.get("preprocessing") for audit in (a, b)],
-             "descriptor's weights": [audit.descriptor.get("fingerprint") for audit in (a, b)],
-             "threshold": [threshold_of(a), threshold_of(b)]}
+    parts: dict[str, list[object]] = {
+        "descriptor": [audit.descriptor.get("name") for audit in (a, b)],
+        "preprocessing": [audit.descriptor.get("preprocessing") for audit in (a, b)],
+        "descriptor's weights": [audit.descriptor.get("fingerprint") for audit in (a, b)],
+        "threshold": [threshold_of(a), threshold_of(b)]}
     differing = [name for name, (before, after) in parts.items() if before != after]
     if not differing:
         return ""
@@ -176,8 +177,8 @@ def _rates(a: Mapping[_Role, Mapping[int, Row]], b: Mapping[_Role, Mapping[int, 
         steps = [max(both)] if both else [max(rows) for rows in (before, after) if rows]
         for step in steps:
             ours, theirs = before.get(step), after.get(step)
-            yield RateChange(role[0], Way(*role[1:], step), ours and ours.replication.rate,
-                             theirs and theirs.replication.rate)
+            yield RateChange(role[0], Way(*role[1:], step), None if ours is None else ours.replication.rate,
+                             None if theirs is None else theirs.replication.rate)
 
 
 def _flips(a: Audit, b: Audit, rates: Iterable[RateChange]) -> Iterable[Flip]:

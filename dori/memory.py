@@ -129,7 +129,7 @@ def write_memories(folder: Path, memories: Iterable[tuple[Memory, Tensor]]) -> t
     Raises:
         DoriError: an id that cannot name a file or occurs twice, no space left.
     """
-    lines, written = [], []
+    lines, written = list[str](), list[Memory]()
     for memory, image in memories:
         if not FILE_STEM.fullmatch(memory.id) or memory.id in {other.id for other in written}:
             raise DoriError(f"id {memory.id!r} cannot name a file of its own in {folder}; use letters, digits, dots, "

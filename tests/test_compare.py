@@ -1,6 +1,7 @@
 """Promises of the comparison of two audits and of the number that a release gate reads."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 from synthetic_audit import synthetic_audit
@@ -15,7 +16,7 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     return synthetic_audit(tmp_path_factory.mktemp("run"), edits=(("none", ""), ("NeMo", "joint")))
 
 
-def changed(audit: Audit, when, **changes: object) -> Audit:
+def changed(audit: Audit, when: Callable[[Finding], bool], **changes: object) -> Audit:
     return dataclasses.replace(audit, findings=tuple(
         dataclasses.replace(f, **changes) if when(f) else f for f in audit.findings))  # type: ignore[arg-type]
 

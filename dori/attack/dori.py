@@ -5,8 +5,9 @@ and settings as in methods.md 1. For a known image z and a frozen, possibly prun
 
     L(y) = || eps - eps_theta(sqrt(abar_t) z + sqrt(1 - abar_t) eps, t, y) ||^2
 
-(the velocity in place of eps where the model predicts that), with fresh noise eps and timestep t at every step, so that the trigger works from any initial noise. The attack never
-judges itself: whether the image comes back is decided elsewhere, with noise that the attack has not seen.
+(the velocity in place of eps where the model predicts that), with fresh noise eps and timestep t at every step, so
+that the trigger works from any initial noise. The attack never judges itself: whether the image comes back is decided
+elsewhere, with noise that the attack has not seen.
 """
 
 import dataclasses

@@ -90,7 +90,7 @@ class _Loop:
 
     def ask(self, setting: Setting) -> None:
         """All ways of asking under one setting."""
-        base = {"model": self.fingerprints[setting.model.name], "edit": fingerprint(setting.edit)}
+        base: dict[str, object] = {"model": self.fingerprints[setting.model.name], "edit": fingerprint(setting.edit)}
         with setting.edit.applied(setting.model):
             for first in range(0, len(setting.cases), self.plan.chunk):
                 chunk = setting.cases[first : first + self.plan.chunk]

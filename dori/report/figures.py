@@ -6,7 +6,7 @@ Okabe and Ito's, told apart by the colour-blind; markers and line styles repeat 
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -93,7 +93,8 @@ def style(curve: Curve) -> tuple[str, str, str]:
     return {"templates": (GREEN, "^", "-."), "once": (ORANGE, "v", "-.")}.get(curve.population, (BLUE, "o", "-"))
 
 
-def _dose(points, label, value, threshold) -> Picture:  # type: ignore[no-untyped-def]
+def _dose(points: Sequence[DosePoint], label: str, value: Callable[[DosePoint], Estimate],
+          threshold: float | None) -> Picture:
     doses = sorted({point.dose for point in points})
     ways: list[Way] = list(dict.fromkeys(point.way for point in points))
     told = []

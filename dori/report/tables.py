@@ -254,11 +254,11 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
 
 def cells(rows: Sequence[Row], audit: Audit) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and body as text; columns that no row measured are left out."""
-    name = 1 if is_sscd(audit) else 0
+    sscd = is_sscd(audit)
     measured = {2: "masked", 3: "to_unedited", 4: "diversity", 5: "alignment"}
     shown = [column for index, column in enumerate(COLUMNS)
              if index not in measured or any(getattr(row, measured[index]) is not None for row in rows)]
-    header = ("Edit", "How asked", "Whose images", *(column[name] for column in shown))
+    header = ("Edit", "How asked", "Whose images", *(column[1] if sscd else column[0] for column in shown))
     body = [(row.way.edit, row.way.asked, f"{row.replication.memories} {described(row, audit)}",
              *(column[2](row) for column in shown)) for row in rows]
     return header, body
