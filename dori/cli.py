@@ -124,6 +124,7 @@ def _quiet() -> None:
 def _audit(arguments: argparse.Namespace) -> int:
     if arguments.model != "testbed" and arguments.memories is None:
         raise DoriError("an audit needs images to look for; give --memories FOLDER")
+    _quiet()  # first: some advice comes while the libraries are imported
     import dataclasses
 
     from dori.audit.loop import audit
@@ -132,7 +133,6 @@ def _audit(arguments: argparse.Namespace) -> int:
     from dori.report.render import render
     from dori.run import Run, write_text
 
-    _quiet()
     plan = dataclasses.replace(PRESETS[arguments.preset](), seed=arguments.seed)
     run = Run(arguments.out, say=say)
     with run.locked():

@@ -252,7 +252,8 @@ for third in range(3):
     equal.append(contents() == whole)
 print(json.dumps({"signals": signals, "equal": equal, "count": count}))
 """
-KILLED_PLAN = dataclasses.replace(PLAN, sampling_steps=1, starts=("prompt",), attack=Dori(steps=1, batch=1))
+KILLED_PLAN = dataclasses.replace(PLAN, sampling_steps=1, starts=("prompt",), attack=Dori(steps=1, batch=1),
+                                  attack_random=False, attack_own=False)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
