@@ -145,8 +145,7 @@ def test_our_sampler_agrees_with_the_plain_pipeline() -> None:
     model, text = load_testbed(), slots()[0].text()
     noise = initial_noise(model, [5])
     ours = model.to_images(sample(model, model.encode([text]), noise, steps=3, guidance_scale=4.0))
-    pipeline = StableDiffusionPipeline.from_pretrained(str(DATA / "model"), safety_checker=None,
-                                                       torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(DATA / "model"), safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(text, num_inference_steps=3, guidance_scale=4.0, latents=noise, output_type="pt").images
     assert torch.allclose(ours, theirs.float(), atol=2e-3)

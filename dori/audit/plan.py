@@ -62,8 +62,8 @@ def quick() -> Plan:
     """About eight memories and eight controls, one start: a first look within ten minutes on two cores."""
     return Plan(
         "quick", seeds=4, sampling_steps=12, guidance_scale=4.0, attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
-        starts=("prompt",), wandas=(Wanda(sparsity=0.10),), attack_random=False, attack_own=False,
-        calibration_prompts=64, quality_prompts=48, memories=8, controls=8)
+        starts=("prompt",), nemo=Nemo(max_refinement_passes=60), wandas=(Wanda(sparsity=0.10),), attack_random=False,
+        attack_own=False, calibration_prompts=48, quality_prompts=32, memories=8, controls=8)
 
 
 def paper() -> Plan:

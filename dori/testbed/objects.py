@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dori.metrics.copy_pairs import RoundTrip, augment, to_float
-from dori.testbed.scenes import draw, kinds, random_scene
 from dori.testbed.fit import Schedule, fit
+from dori.testbed.scenes import draw, kinds, random_scene
 
 SHOWN = 2  # objects that an image holds at most
 # Output channels and stride of each 3 x 3 convolution: 64 pixels to a map of 8 x 8.
