@@ -34,8 +34,8 @@ def _features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), covariances with n - 1, in float64.
 
-    The symmetric form needs only eigenvalues of symmetric matrices, so it stays real and finite when there are
-    fewer images than dimensions, where a general matrix square root of S_a S_b turns complex.
+    The last trace is the nuclear norm of A B^T, where S_a = A^T A: no square root of a matrix is taken, so the result
+    stays real and finite when there are fewer images than dimensions, where a root of S_a S_b turns complex.
 
     Args:
         a: features, shape (n, d).
@@ -45,12 +45,16 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         DoriError: shapes do not fit, fewer than two rows, or numbers that are not finite.
     """
     a, b = _features(a, b)
-    covariance_a, covariance_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    root_a, root_b = _root(a), _root(b)
+    cross = torch.linalg.matrix_norm(root_a @ root_b.T, "nuc")
     shift = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    return max(0.0, float(shift + covariance_a.trace() + covariance_b.trace() - 2 * cross))
+    return max(0.0, float(shift + root_a.square().sum() + root_b.square().sum() - 2 * cross))
+
+
+def _root(x: Tensor) -> Tensor:
+    """A matrix with at most d rows whose A^T A is the covariance of x."""
+    centred = (x - x.mean(dim=0)) / (len(x) - 1) ** 0.5
+    return torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred
 
 
 def _squared_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

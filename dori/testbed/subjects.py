@@ -58,7 +58,7 @@ def testbed_subjects(plan: Plan) -> Subjects:
     _, held_out = ordinary_pairs(plan.quality_prompts, seed=1)
     # Where no twin is shipped, the base stands in: it never saw a memory either, but was trained for fewer steps.
     shipped = [twin for twin in TWINS if _shipped(twin)] or [one for one in ("base",) if _shipped(one)]
-    twins = tuple(load_testbed(one) for one in shipped)  # type: ignore[arg-type]
+    twins = tuple(load_testbed(one) for one in shipped)
     return Subjects(
         model, make_cases(model, [m for m, _ in memories], torch.stack([x for _, x in memories]), "memory"),
         make_cases(model, [m for m, _ in controls], torch.stack([x for _, x in controls]), "control"),
