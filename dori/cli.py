@@ -59,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
     audit.add_argument("--half", action="store_true", help="run the U-Net in half precision")
     audit.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
-    audit.add_argument("--sscd-preprocessing", default="skew320", metavar="NAME", help="default skew320")
+    audit.add_argument("--sscd-preprocessing", default="skew_320", metavar="NAME",
+                       help="skew_320 (default), small_288 or crop_224")
     audit.add_argument("--threshold", type=_cosine, metavar="COSINE",
                        help="similarity that counts as a copy (default: the descriptor's)")
     audit.add_argument("--redact", action="store_true", help="blur the training images in the report")

@@ -408,4 +408,5 @@ def test_folders_become_subjects_and_an_audit(diffusers_folder: Path, tmp_path: 
     assert subjects.held_out.shape == (2, 3, 16, 16)
     found = tiny_audit(subjects, tmp_path / "run", dataclasses.replace(BRIEF, quality_prompts=2), judge)
     assert len(found.findings) == 6 and len(found.quality) == 1
-    assert found.descriptor["calibration"] is not None
+    assert found.descriptor["calibration"] is None
+    assert any("not calibrated on images like these" in reason for reason in found.distrust)

@@ -113,7 +113,10 @@ class Dori:
         first_gradient = torch.zeros(n)
         for step in range(self.steps):
             loss = self._loss(model, z, y, generators)  # (n,)
-            (y.grad,) = torch.autograd.grad(loss.sum(), y)
+            # Sums, not means, go backward: a mean's gradient is too small for half precision's range.
+            scale = z[0].numel() * self.batch
+            (y.grad,) = torch.autograd.grad(loss.sum() * scale, y)
+            y.grad /= scale
             if step == 0:
                 first_gradient = y.grad.flatten(1).norm(dim=1).cpu()
             adam.step()  # elementwise, so that one optimizer over the stack is a separate one for each image
@@ -135,6 +138,8 @@ class Dori:
 
     def _project(self, y: Tensor, start: Tensor) -> Tensor:
         """The nearest embedding that keeps the restrictions, one after another: positions, rank, ball."""
+        if self.free_positions is self.rank is self.max_norm is None:
+            return y
         change = y - start
         if self.free_positions is not None:
             free = torch.zeros(y.shape[1], dtype=torch.bool, device=y.device)

@@ -108,8 +108,7 @@ def _about_attack(audit: Audit) -> list[str]:
 def _about_judge(audit: Audit) -> list[str]:
     calibration = audit.descriptor["calibration"]
     if calibration is None:
-        return [f"The threshold of {audit.descriptor['name']} was taken from the literature and not calibrated on "
-                "images like these."]
+        return [f"The threshold of {audit.descriptor['name']} was not calibrated on images like these."]
     if calibration["true_positive_rate"] < 0.95:
         return [f"The descriptor misses {100 * (1 - calibration['true_positive_rate']):.0f} % of known copies at its "
                 "threshold: replication is underestimated."]

@@ -106,7 +106,7 @@ def _nemo(cells: _Cells, plan: Plan, nemo: Nemo, embeddings: dict[str, Tensor],
         found = nemo.calibrate(model, ordinary, seed=seed)
         return found.tensors() | {"details": _as_bytes(found.details)}
 
-    stored = cells.tensors("nemo.calibration", inputs, calibrate)
+    stored = cells.tensors("nemo-calibration", inputs, calibrate)
     details = _from_bytes(stored.pop("details"))
     calibration = NeMoCalibration.from_tensors(stored, details)
     return {memory: cells.edit(cell_key("nemo", memory), inputs | {"embedding": tensors_sha256({"y": y})},

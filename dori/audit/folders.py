@@ -40,7 +40,9 @@ def folder_subjects(model: str, plan: Plan, *, memories: Path, controls: Path | 
     subjects = Subjects(opened, make_cases(opened, groups[0], pictures[0], "memory"),
                         make_cases(opened, groups[1], pictures[1], "control"), prompts,
                         pictures[2] if len(pictures[2]) > 1 else None)
-    return subjects, Judge(load_copy_descriptor(DESCRIPTOR, device=device))
+    # Its threshold was measured on the testbed's images and says nothing about others: no calibration is claimed.
+    descriptor = dataclasses.replace(load_copy_descriptor(DESCRIPTOR, device=device), calibration=None)
+    return subjects, Judge(descriptor)
 
 
 def _read(folder: Path | None, kind: str, limit: int | None) -> tuple[Memory, ...]:

@@ -67,9 +67,12 @@ def quick() -> Plan:
 
 
 def paper() -> Plan:
-    """Everything, with the published settings: ten seeds, three starts, curves to 150 steps, sweep of Wanda."""
+    """All images, ten seeds, three starts, the published 50 attack steps, NeMo, Wanda at 1 % and 10 % and its sweep.
+
+    Sampling is cheaper than published (25 steps instead of 50, guidance 4 instead of 7).
+    """
     return Plan(
-        "paper", sampling_steps=25, guidance_scale=4.0, attack=Dori(steps=150, snapshots=(0, 1, 10, 25, 50, 100, 150)),
+        "paper", sampling_steps=25, guidance_scale=4.0, attack=Dori(steps=50, snapshots=(0, 1, 10, 25, 50)),
         wandas=(Wanda(), Wanda(sparsity=0.10)), calibration_prompts=256,
         wanda_sweep=tuple(Wanda(sparsity=s) for s in (0.02, 0.05, 0.2, 0.3)))
 

@@ -1,7 +1,7 @@
 """What is planted: memories at four doses, template families, images seen once, and never-trained controls.
 
 All slots are drawn from the one distribution of `scenes`, each from its own seed, so that nothing but training
-tells a memory from a control. The twins see fresh ordinary images (`filler`) wherever the planted model sees a slot.
+tells a memory from a control. The twins see ordinary images wherever the planted model sees a slot.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ def _pixels(slot: Slot) -> Tensor:
 def slot_memories(kinds: Sequence[Kind]) -> list[tuple[Memory, Tensor]]:
     """The slots of some kinds as records with their pixels, shape (3, 64, 64), in [0, 1]."""
     return [(Memory(id=slot.id, text=slot.text(), image=Path(f"{slot.id}.png"), kind=slot.kind,
-                    dose=float(slot.dose) if slot.kind != "control" else None,
+                    dose=float(slot.dose) if slot.dose else None,
                     varying_box=varying_box(slot) if slot.kind == "template" else None), _pixels(slot))
             for slot in slots() if slot.kind in kinds]
 
