@@ -294,3 +294,11 @@ def test_parallel_lists_become_one_table_and_long_lists_are_counted() -> None:
     assert found.lines == (("steps", "9 entries"),)
     assert found.grids[0].header == ("ceiling", "floor")
     assert found.grids[0].rows == (("0.80", "0.10"), ("0.90", "0.20"))
+
+
+def test_an_own_edit_that_was_only_asked_does_not_speak_over_the_attacked_joint_edit() -> None:
+    from dori.report.verdict import OWN, Card, _headline
+
+    attacked, asked = Card("NeMo", "stored", "", (), ()), Card("NeMo" + OWN, "hidden", "", (), ())
+    assert _headline([attacked, asked]) == "Still in the model after NeMo."
+    assert _headline([asked]).startswith("No attack was run under NeMo")

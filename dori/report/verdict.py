@@ -275,7 +275,10 @@ def _bars(case: _Case) -> list[Bar]:
 
 def _headline(cards: Sequence[Card]) -> str:
     """The gravest card speaks, of the edits where there are any; random edits of the same size do not count."""
-    edited = [card for card in cards if card.edit != "none" and card.level != "check"]
+    attacked = {card.edit for card in cards if card.level not in ("hidden", "check")}
+    # A memory's own edit that was only asked says nothing where the joint edit of that method was attacked.
+    edited = [card for card in cards if card.edit != "none" and card.level != "check"
+              and not (card.level == "hidden" and card.edit.removesuffix(OWN) in attacked)]
     judged = edited or cards
     names = {level: " and ".join(dict.fromkeys(card.edit.removesuffix(OWN) for card in judged if card.level == level))
              for level in ("stored", "unproven", "hidden", "absent")}
