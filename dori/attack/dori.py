@@ -138,7 +138,7 @@ class Dori:
 
     def _project(self, y: Tensor, start: Tensor) -> Tensor:
         """The nearest embedding that keeps the restrictions, one after another: positions, rank, ball."""
-        if self.free_positions is self.rank is self.max_norm is None:
+        if self.free_positions is None and self.rank is None and self.max_norm is None:
             return y
         change = y - start
         if self.free_positions is not None:
