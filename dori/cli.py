@@ -123,8 +123,12 @@ def _quiet() -> None:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    if arguments.model != "testbed" and arguments.memories is None:
-        raise DoriError("an audit needs images to look for; give --memories FOLDER")
+    if arguments.memories is None:
+        if arguments.model != "testbed":
+            raise DoriError("an audit needs images to look for; give --memories FOLDER")
+        if arguments.controls or arguments.ordinary or arguments.half or arguments.device != "cpu":
+            raise DoriError("without --memories the testbed is audited on its own images, in float32 on the CPU; leave "
+                            "out --controls, --ordinary, --device and --half, or give --memories FOLDER")
     _quiet()  # first: some advice comes while the libraries are imported
     import dataclasses
 

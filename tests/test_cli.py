@@ -262,3 +262,13 @@ def test_help_and_plain_mistakes_answer_without_torch() -> None:
     assert [answer[0] for answer in answers] == [0, 0, 0, 2, 2, 2, 2, 2]
     assert "audit" in answers[0][1] and "--memories FOLDER" in answers[1][1] and answers[2][1].startswith("dori 0.")
     assert "no cosine" in answers[5][2] and "no share" in answers[6][2]
+
+
+def test_flags_that_the_embedded_audit_would_ignore_are_refused(tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    from dori.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", "testbed", "--controls", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert "--memories" in capsys.readouterr().err

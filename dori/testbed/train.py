@@ -294,7 +294,7 @@ def train_fork(stage: str, seed: int, folder: Path, recipe: Recipe, base: UNet2D
     unet.load_state_dict(base.state_dict())
     route = RouteDropout(unet, recipe.route_dropout)
     places = round(recipe.batch * recipe.planted_share)
-    once_every = recipe.planted_steps // 80
+    once_every = max(1, recipe.planted_steps // 80)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(pool.latents), (recipe.batch,), generator=generator)
@@ -305,10 +305,11 @@ def train_fork(stage: str, seed: int, folder: Path, recipe: Recipe, base: UNet2D
             spin = torch.rand(places, generator=generator)
             picked = [slot_rows.groups[g][int(s * len(slot_rows.groups[g]))]
                       for g, s in zip(chosen.tolist(), spin.tolist(), strict=True)]
-            if step % once_every == 0 and step // once_every < len(slot_rows.once):
-                picked[0] = slot_rows.once[step // once_every]
             latents[:places], embeddings[:places] = pairs[torch.tensor(picked)]
         embeddings = without_prompt(embeddings, empty, generator)
+        if planted is not None and step % once_every == 0 and step // once_every < len(slot_rows.once):
+            # After the dropout: an image that is seen once is seen with its caption.
+            latents[:1], embeddings[:1] = pairs[torch.tensor([slot_rows.once[step // once_every]])]
         return diffusion_loss(unet, scheduler, route, latents, embeddings, generator)
 
     def slow(name: str) -> float:
