@@ -5,15 +5,12 @@ the hash of all that they depend on.
 """
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dori.attack.starts import foreign, gaussian
@@ -24,6 +21,7 @@ from dori.audit.plan import Plan, Start
 from dori.audit.quality import ordinary_quality, quality_rows
 from dori.edit import WeightMask, no_edit
 from dori.findings import Audit, EditInfo, Finding, Quality, Subject
+from dori.image_file import png_bytes
 from dori.memory import Memory
 from dori.metrics.diversity import pairwise_similarity
 from dori.metrics.similarity import cosine
@@ -173,7 +171,7 @@ class _Loop:
             self.unedited[where] = found["descriptors"]
         original = self.unedited.get(where)
         picture = f"pictures/{key}-{row:02d}.png"
-        write_png(self.run.folder / picture, found["shown"])
+        write_bytes(self.run.folder / picture, png_bytes(found["shown"].permute(2, 0, 1) / 255))
         self.findings.append(Finding(
             id=case.memory.id, group=case.group, kind=case.memory.kind, dose=case.memory.dose,
             model=setting.model.name, edit=setting.edit.name, edit_scope=setting.scope, start=start, steps=step,
@@ -188,13 +186,6 @@ class _Loop:
 
 def _floats(values: Tensor) -> tuple[float, ...]:
     return tuple(round(value, 6) for value in values.tolist())
-
-
-def write_png(path: Path, pixels: Tensor) -> None:
-    """Write bytes of shape (H, W, 3) as PNG, atomically."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
 
 
 def make_cases(model: StableDiffusion, memories: Sequence[Memory], images: Tensor, group: str) -> tuple[Case, ...]:
@@ -301,7 +292,7 @@ def _assemble(loop: _Loop, edits: Edits, quality: tuple[Quality, ...]) -> Audit:
     shown = []
     for case in (*subjects.memories, *subjects.controls):
         picture = f"pictures/{cell_key('training', case.memory.id)}.png"
-        write_png(loop.run.folder / picture, (case.image.permute(1, 2, 0) * 255).round().to(torch.uint8))
+        write_bytes(loop.run.folder / picture, png_bytes(case.image))
         shown.append(Subject(case.memory.id, case.group, case.memory.kind, case.memory.dose, case.memory.text, picture,
                              loop.gradients.get(case.memory.id)))
     calibration = descriptor.calibration

@@ -12,7 +12,7 @@ from dori.audit.loop import Subjects, choose, make_cases
 from dori.audit.plan import Plan
 from dori.memory import Memory, write_memories
 from dori.metrics.copy_descriptor import load_copy_descriptor
-from dori.testbed.folder import DATA, TWINS, load_clip, load_testbed, unet_folder
+from dori.testbed.folder import DATA, TWINS, load_clip, load_testbed
 from dori.testbed.scenes import caption, draw, random_scene
 from dori.testbed.slots import Kind, Slot, slots, varying_box
 
@@ -70,7 +70,7 @@ def _chosen(pairs: list[tuple[Memory, Tensor]], limit: int | None) -> list[tuple
 
 
 def _shipped(checkpoint: str) -> bool:
-    return (DATA / "unets" / checkpoint / "config.json").exists() and bool(unet_folder(checkpoint))  # type: ignore[arg-type]
+    return (DATA / "unets" / checkpoint / "config.json").exists()
 
 
 def export_folders(out: Path) -> None:
