@@ -25,7 +25,9 @@ from dori.sampling import initial_noise
 Variant = Literal["paper", "as_released"]
 Similarity = Literal["paper", "prompt_difference"]
 K1, K2 = 0.01, 0.03  # SSIM's stabilising constants
-LEAST_SPAN = 1e-5  # in latent units; a difference that spans less is rounding, not to be blown up to [0, 1]
+# A difference that spans less than this share of the prediction itself counts as none. It may be nothing but rounding,
+# and blown up to [0, 1] that would let a machine's choice of kernels decide the score.
+LEAST_SPAN = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,16 +168,18 @@ class NoiseDifference:
         """
         t = torch.full((len(noise),), self.timestep(model), device=noise.device)
         if self.similarity == "paper":
-            return self.scaled(model.predict_noise(noise, t, embedding) - noise)
+            return self.scaled(model.predict_noise(noise, t, embedding), noise)
         context = torch.cat([embedding, model.encode([""]).to(embedding).expand_as(embedding)])
         with_prompt, without = model.predict_noise(noise.repeat(2, 1, 1, 1), t.repeat(2), context).chunk(2)
-        return self.scaled(with_prompt - without)
+        return self.scaled(with_prompt, without)
 
-    def scaled(self, delta: Tensor) -> Tensor:
-        """Min-max scaling to [0, 1], of each row or of each row's channels; a constant becomes 0, see `LEAST_SPAN`."""
-        dims = (1, 2, 3) if self.variant == "paper" else (2, 3)
+    def scaled(self, prediction: Tensor, other: Tensor) -> Tensor:
+        """Min-max scaling of `prediction - other` to [0, 1], of each row or of each row's channels; see `LEAST_SPAN`."""
+        delta, dims = prediction - other, (1, 2, 3) if self.variant == "paper" else (2, 3)
         low, high = delta.amin(dims, keepdim=True), delta.amax(dims, keepdim=True)
-        return (delta - low) / (high - low).clamp_min(LEAST_SPAN)
+        share = max(LEAST_SPAN, 16 * torch.finfo(prediction.dtype).eps)
+        heard = high - low > share * prediction.abs().amax((1, 2, 3), keepdim=True)
+        return torch.where(heard, (delta - low) / (high - low).clamp_min(1e-12), 0)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Similarity of pairs of scaled differences (b, c, h, w), shape (b,), in [0, 1]; 1 = identical."""

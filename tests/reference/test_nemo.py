@@ -107,11 +107,11 @@ def test_window_is_the_published_one_where_it_fits_and_always_fits() -> None:
 # ---------------------------------------------------------------------------------------- noise differences
 
 
-def slow_scaled(delta: Tensor, variant: str) -> Tensor:
-    """Min-max scaling of one (c, h, w)."""
-    if variant == "paper":
-        return (delta - delta.min()) / max(delta.max() - delta.min(), 1e-5)
-    return torch.stack([(c - c.min()) / max(c.max() - c.min(), 1e-5) for c in delta])
+def slow_scaled(delta: Tensor, variant: str, least: float) -> Tensor:
+    """Min-max scaling of one (c, h, w); 0 where it spans no more than `least`."""
+    parts = [delta] if variant == "paper" else list(delta)
+    scaled = [(c - c.min()) / (c.max() - c.min()) if float(c.max() - c.min()) > least else c * 0 for c in parts]
+    return scaled[0] if variant == "paper" else torch.stack(scaled)
 
 
 def slow_difference(model: StableDiffusion, noise: Tensor, embedding: Tensor, variant: str, similarity: str) -> Tensor:
@@ -119,7 +119,7 @@ def slow_difference(model: StableDiffusion, noise: Tensor, embedding: Tensor, va
     t = model.ddim(50).timesteps[0 if variant == "paper" else 1][None]
     eps = model.predict_noise(noise[None], t, embedding)[0]
     other = noise if similarity == "paper" else model.predict_noise(noise[None], t, model.encode([""]))[0]
-    return slow_scaled(eps - other, variant)
+    return slow_scaled(eps - other, variant, 1e-3 * float(eps.abs().max()))
 
 
 @pytest.mark.parametrize(("variant", "similarity"), SCORES)
@@ -130,7 +130,10 @@ def test_differences_follow_the_definition_row_by_row(tiny: StableDiffusion, var
     slow = [slow_difference(tiny, n, e[None], variant, similarity) for n, e in zip(noise, embedding, strict=True)]
     torch.testing.assert_close(deltas, torch.stack(slow), atol=2e-5, rtol=0)
     assert difference.timestep(tiny) == (980 if variant == "paper" else 960)
-    assert torch.equal(difference.scaled(torch.full((1, 3, 8, 8), 2.5)), torch.zeros(1, 3, 8, 8))
+    same = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 2
+    assert torch.equal(difference.scaled(same, same), torch.zeros_like(same))
+    assert torch.equal(difference.scaled(same + 1e-4 * torch.rand(same.shape), same), torch.zeros_like(same))
+    assert float(difference.scaled(same + 1e-2 * torch.rand(same.shape), same).max()) == 1
 
 
 def test_each_noise_gets_its_largest_similarity_with_another_one() -> None:
