@@ -219,11 +219,12 @@ def _testbed(arguments: argparse.Namespace) -> int:
             write_json(arguments.out / "verify.json", rows)
         print(to_text(rows))
         return 0 if all(row["reached"] for row in rows) else 1
+    from dori.metrics.copy_training import CopyRecipe
     from dori.testbed.folder import DATA
     from dori.testbed.pipeline import train_testbed
     from dori.testbed.train import Recipe
 
-    train_testbed(arguments.work, arguments.out or DATA, Recipe(), say=say)
+    train_testbed(arguments.work, arguments.out or DATA, Recipe(), CopyRecipe(), say=say)
     return 0
 
 

@@ -65,7 +65,7 @@ def test_look_alikes_share_all_but_one_thing() -> None:
         assert all(o.objects == scene.objects for o in others)
 
 
-def test_drifted_moves_each_object_by_at_most_two_pixels_and_keeps_the_rest() -> None:
+def test_drifted_moves_each_object_by_at_most_its_bound_and_keeps_the_rest() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         scene = random_scene(rng)
@@ -130,7 +130,7 @@ def test_network_depends_on_its_seed_alone_and_not_on_neighbours() -> None:
     assert not torch.allclose(descriptor(images), as_descriptor(other)(images), atol=1e-2)
     torch.testing.assert_close(descriptor(images)[2:3], descriptor(images[2:3]), atol=1e-5, rtol=0)
     assert math.isnan(descriptor.threshold)
-    assert sum(p.numel() for p in CopyNetwork().parameters()) < 500_000
+    assert sum(p.numel() for p in CopyNetwork().parameters()) < 1_000_000
 
 
 # ------------------------------------------------------------------------------------------ file and calibration

@@ -1,5 +1,6 @@
 """The testbed's images, slots, tokenizer, training loop and, where the weights are, the shipped folder."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,19 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from dori.errors import DoriError
+from dori.metrics.copy_descriptor import load_copy_descriptor
+from dori.metrics.copy_training import CopyRecipe
 from dori.model.stable_diffusion import EVERYWHERE
 from dori.stats import area_under_roc
 from dori.testbed.fit import Schedule, fit
 from dori.testbed.folder import DATA, load_testbed
+from dori.testbed.networks import RouteDropout, new_unet
+from dori.testbed.pipeline import train_testbed
+from dori.testbed.pool import fresh_filling, planted_filling
 from dori.testbed.scenes import caption, draw, kinds, random_scene, title_caption
 from dori.testbed.slots import DOSES, slots, variants, varying_box
-from dori.testbed.train import Recipe, new_unet, slot_examples
+from dori.testbed.train import Recipe, once_steps
 from dori.testbed.vocabulary import build_tokenizer
 
 weights = pytest.mark.skipif(not (DATA / "model" / "model_index.json").exists(), reason="no weights are shipped here")
@@ -60,10 +67,20 @@ def test_slots_hold_what_the_testbed_promises() -> None:
 
 
 def test_controls_are_never_trained_on() -> None:
-    _, texts, rows = slot_examples(slots())
+    shown, filling = planted_filling(slots())
     controls = {s.text() for s in slots() if s.kind == "control"}
-    assert controls.isdisjoint(texts)
-    assert sum(map(len, rows.groups)) + len(rows.once) == len(texts)
+    assert controls.isdisjoint(shown.captions)
+    assert sum(map(len, filling.groups)) + len(filling.once) == len(shown.captions) == len(shown.images)
+
+
+def test_a_twin_sees_fresh_images_where_the_planted_model_sees_slots() -> None:
+    planted, own = planted_filling(slots())
+    twin, filling = fresh_filling(21, images=30, once=len(own.once))
+    assert len(filling.once) == len(own.once) and len(filling.groups) == 30
+    assert sorted([row for group in filling.groups for row in group] + filling.once) == list(range(len(twin.images)))
+    slot_images = {image.tobytes() for image in planted.images}
+    assert slot_images.isdisjoint(image.tobytes() for image in twin.images)
+    assert twin.fingerprint != fresh_filling(22, images=30, once=len(own.once))[0].fingerprint
 
 
 def test_a_caption_length_does_not_tell_memories_from_controls() -> None:
@@ -104,7 +121,8 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
                 return model(torch.randn(8, 4, generator=generator)).square().mean()
 
             try:
-                fit("toy", model, loss, Schedule(1e-2, 12), folder, seed=1, say=lambda line: None, save_every=4)
+                fit("toy", model, loss, Schedule(1e-2, 12), folder, seed=1, say=lambda line: None, save_every=4,
+                    made_from={"data": 1})
             except KeyboardInterrupt:
                 continue
         return [p.detach().clone() for p in model.parameters()]
@@ -121,11 +139,60 @@ def test_unet_has_the_transformer_blocks_of_stable_diffusion_1() -> None:
     assert sorted(names) == sorted(f"{name}.transformer_blocks.0" for name in expected)
 
 
-def test_recipe_shows_every_once_image_once() -> None:
-    recipe = Recipe()
-    every = recipe.planted_steps // 80
-    shown = [step // every for step in range(recipe.planted_steps) if step % every == 0]
-    assert set(range(64)) <= set(shown)
+def test_training_does_not_go_on_from_the_state_of_another(tmp_path: Path) -> None:
+    def train(**changed: int) -> None:
+        model = nn.Linear(2, 2)
+        fit("toy", model, lambda step, generator: model(torch.ones(1, 2)).sum(),
+            Schedule(1e-2, changed.get("steps", 2)), tmp_path, seed=1, say=lambda line: None,
+            made_from={"data": changed.get("data", 1)})
+
+    train()
+    train()
+    for changed, named in (({"steps": 3}, "schedule"), ({"data": 2}, "data")):
+        with pytest.raises(DoriError, match=rf"toy.state.safetensors.*other settings \({named}\)"):
+            train(**changed)
+
+
+def test_training_makes_the_whole_testbed_from_nothing_and_again_the_same(tmp_path: Path) -> None:
+    recipe = Recipe(images=32, fresh_images=8, batch=4, clip_batch=4, vae_steps=2, clip_steps=2, base_steps=2,
+                    fork_steps=2)
+    copies = CopyRecipe(groups=2, batch_groups=1, steps=2, negatives=36)
+    said: list[str] = []
+    for out in ("first", "again"):  # the second time nothing is left to train
+        train_testbed(tmp_path / "work", tmp_path / out, recipe, copies, say=said.append,
+                      checkpoints=("base", "planted", "twin-1"))
+    for checkpoint in ("base", "planted", "twin-1"):
+        first, again = (load_testbed(checkpoint, tmp_path / out).unet.state_dict() for out in ("first", "again"))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert all(torch.isfinite(value).all() for value in first.values())
+    assert not (tmp_path / "first" / "unets" / "twin-2").exists()
+    assert load_copy_descriptor(tmp_path / "first" / "copy_descriptor.safetensors").calibration is not None
+    with pytest.raises(DoriError, match="attention_dropout"):
+        train_testbed(tmp_path / "work", tmp_path / "other", dataclasses.replace(recipe, attention_dropout=0.0), copies,
+                      say=said.append, checkpoints=())
+
+
+def test_each_image_that_is_seen_once_has_a_step_of_its_own() -> None:
+    steps = once_steps(64, Recipe().fork_steps)
+    assert sorted(steps.values()) == list(range(64))
+    assert max(steps) < Recipe().fork_steps
+
+
+def test_route_dropout_silences_whole_kinds_of_layers_in_the_up_blocks_during_training_alone() -> None:
+    unet = new_unet()
+    route = RouteDropout(unet, attention=0.0, feed_forward=1.0)
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2", ".ff")):
+            module.register_forward_hook(lambda _m, _i, output, name=name: outputs.__setitem__(name, output))
+    inputs = torch.randn(2, 8, 16, 16), torch.tensor([5, 900]), torch.randn(2, 32, 128)
+    route.draw(2, torch.Generator().manual_seed(0))
+    for training in (True, False):
+        unet.train(training)
+        with torch.no_grad():
+            unet(*inputs)
+        silent = {name for name, output in outputs.items() if not output.any()}
+        assert silent == ({n for n in outputs if n.startswith("up_blocks") and n.endswith("ff")} if training else set())
 
 
 @weights

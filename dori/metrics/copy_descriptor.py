@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dori.errors import DoriError
+from dori.metrics.convolutions import initialised, trunk
 from dori.metrics.similarity import Calibration, Descriptor
 
 NAME = "dori-copy-64"
@@ -28,27 +29,22 @@ KIND = "copy-descriptor"
 PREPROCESSING = "64 x 64, bilinear with antialiasing, aspect ignored, scaled to [-1, 1]"
 SIDE_PX = 64
 GRID = 4
-DIMENSIONS = 128
+DIMENSIONS = 256
 GEM_POWER = 3.0
-# Output channels and stride of each 3 x 3 convolution: 64 pixels to a map of 8 x 8.
-CONVOLUTIONS = ((32, 2), (64, 2), (64, 1), (128, 2), (96, 1))
+# Output channels and stride of each convolution: 64 pixels to a map of 8 x 8.
+CONVOLUTIONS = ((32, 2), (64, 2), (64, 1), (128, 2), (128, 1), (128, 1))
 
 
 class CopyNetwork(nn.Module):
-    """Five convolutions with group norm (one image never depends on its batch), GeM over a 4 x 4 grid, one linear."""
+    """Six convolutions, GeM over a 4 x 4 grid, one linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        into = 3
-        for out, stride in CONVOLUTIONS:
-            layers += [nn.Conv2d(into, out, 3, stride, padding=1, bias=False), nn.GroupNorm(8, out), nn.ReLU()]
-            into = out
-        self.trunk = nn.Sequential(*layers)
-        self.embeddings = nn.Linear(into * GRID**2, DIMENSIONS)
+        self.trunk = trunk(CONVOLUTIONS)
+        self.embeddings = nn.Linear(CONVOLUTIONS[-1][0] * GRID**2, DIMENSIONS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Unit-norm descriptors, shape (n, 128), of images in [0, 1], shape (n, 3, H, W)."""
+        """Unit-norm descriptors, shape (n, 256), of images in [0, 1], shape (n, 3, H, W)."""
         x = functional.interpolate(images, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True, align_corners=False)
         x = self.trunk(x * 2 - 1)
         pooled = functional.adaptive_avg_pool2d(x.clamp(min=1e-6) ** GEM_POWER, GRID) ** (1 / GEM_POWER)
@@ -56,19 +52,8 @@ class CopyNetwork(nn.Module):
 
 
 def new_network(seed: int) -> CopyNetwork:
-    """The untrained network; depends on the seed alone and leaves the global generator as it was."""
-    with torch.device("meta"):
-        network = CopyNetwork()
-    network.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0 if name.startswith("trunk") and name.endswith("weight") else 0.0)
-            else:
-                fan_in = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * math.sqrt(2 / fan_in))
-    return network
+    """The untrained network."""
+    return initialised(CopyNetwork, seed)
 
 
 def as_descriptor(network: CopyNetwork, *, threshold: float = math.nan, calibration: Calibration | None = None,

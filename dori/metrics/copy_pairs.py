@@ -1,6 +1,6 @@
 """Copies and look-alikes of the testbed's scenes: what a copy descriptor learns from and is calibrated on.
 
-A copy looks as a diffusion model's would: objects a pixel or two off, through the VAE and back, colours and contrast
+A copy looks as a diffusion model's would: objects up to a pixel off, through the VAE and back, colours and contrast
 a little off, slightly blurred or cut. A look-alike, the hard negative, shares with an image everything but one thing:
 the same objects on the same background at other places, other objects at the same places on the same background, or
 the same objects at the same places on another background.
@@ -22,7 +22,7 @@ from dori.testbed.scenes import SIDE_PX, Placed, Scene, draw, kinds, random_scen
 RoundTrip = Callable[[Tensor], Tensor]
 SIBLINGS = 3
 GROUP = 1 + 3 * SIBLINGS
-DRIFT_PX = 2.0
+DRIFT_PX = 1.0
 # Stream of random numbers: training and measuring never see the same scene, whatever their seeds.
 TRAINING, HELD_OUT = 0, 1
 
@@ -85,7 +85,7 @@ def look_alikes(scene: Scene, rng: np.random.Generator) -> tuple[tuple[Scene, ..
 
 
 def drifted(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with each object up to two pixels off in each direction."""
+    """The scene with each object up to `DRIFT_PX` off in each direction."""
     def move(placed: Placed) -> Placed:
         x, y = rng.uniform(-DRIFT_PX, DRIFT_PX, 2)
         half = placed.size_px / 2
@@ -137,7 +137,7 @@ def augment(images: Tensor, strength: Tensor, generator: torch.Generator) -> Ten
     """Small changes of colour, place, sharpness and grain; strength 0 leaves an image as it is.
 
     At strength 1: contrast off by up to 12 %, each colour by up to 6 %, brightness by up to 0.04, zoomed in by up to
-    5 %, shifted by up to one pixel in 64, blurred by up to one pixel, noise of 0.01. Beyond strength 2 a rectangle
+    3 %, shifted by up to one pixel in 64, blurred by up to one pixel, noise of 0.01. Beyond strength 2 a rectangle
     is painted over as well, as overlays do.
 
     Args:
@@ -151,7 +151,7 @@ def augment(images: Tensor, strength: Tensor, generator: torch.Generator) -> Ten
         return torch.rand((n, *shape), generator=generator) * 2 - 1
 
     s = strength[:, None, None, None]
-    zoom = 1 - 0.05 * strength * torch.rand(n, generator=generator)
+    zoom = 1 - 0.03 * strength * torch.rand(n, generator=generator)
     shift = uniform(2) * ((1 - zoom) + strength / 32)[:, None]
     theta = torch.cat([torch.diag_embed(zoom[:, None].expand(n, 2)), shift[..., None]], dim=2)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)

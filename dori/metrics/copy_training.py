@@ -25,6 +25,7 @@ from dori.metrics.copy_descriptor import (
 )
 from dori.metrics.copy_pairs import GROUP, TRAINING, Pairs, RoundTrip, augment, make_pairs, to_float
 from dori.metrics.similarity import Descriptor
+from dori.run import tensors_sha256
 from dori.testbed.fit import Schedule, fit
 
 
@@ -44,9 +45,9 @@ class CopyRecipe:
         seed: of everything drawn.
     """
 
-    groups: int = 800
+    groups: int = 2000
     batch_groups: int = 12
-    steps: int = 450
+    steps: int = 3000
     lr: float = 2e-3
     temperature: float = 0.05
     entropy_weight: float = 30.0
@@ -114,7 +115,8 @@ def train_descriptor(folder: Path, round_trip: RoundTrip, *, recipe: CopyRecipe 
     pairs = make_pairs(recipe.groups, round_trip, seed=recipe.seed, stream=TRAINING)
     network = new_network(recipe.seed)
     fit("copy", network, _loss(network, pairs, recipe), Schedule(recipe.lr, recipe.steps, warmup=50), folder,
-        seed=recipe.seed, say=say)
+        seed=recipe.seed, say=say, made_from={
+            "recipe": asdict(recipe), "pairs": tensors_sha256({"images": pairs.images, "copies": pairs.copies})})
     say(f"copy descriptor: calibrating on {recipe.negatives} pairs")
     calibrated = calibrate(as_descriptor(network), round_trip, seed=recipe.seed, negatives=recipe.negatives)
     path = folder / "copy_descriptor.safetensors"

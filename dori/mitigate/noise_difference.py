@@ -174,7 +174,7 @@ class NoiseDifference:
         return self.scaled(with_prompt, without)
 
     def scaled(self, prediction: Tensor, other: Tensor) -> Tensor:
-        """Min-max scaling of `prediction - other` to [0, 1], of each row or of each row's channels; see `LEAST_SPAN`."""
+        """Min-max scaling of `prediction - other` to [0, 1], by row or by a row's channels; see `LEAST_SPAN`."""
         delta, dims = prediction - other, (1, 2, 3) if self.variant == "paper" else (2, 3)
         low, high = delta.amin(dims, keepdim=True), delta.amax(dims, keepdim=True)
         share = max(LEAST_SPAN, 16 * torch.finfo(prediction.dtype).eps)

@@ -1,19 +1,23 @@
 """One training loop for everything that the testbed trains: resumable, with averaged weights.
 
 The state lies in one safetensors file, and the random numbers of a step depend on the stage's seed and the step alone,
-so a resumed run draws what the uninterrupted one would have drawn.
+so a resumed run draws what the uninterrupted one would have drawn. The file says what the training was made from, and
+no other training goes on from it.
 """
 
+import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from dori.errors import DoriError
 
 Loss = Callable[[int, torch.Generator], Tensor]
 Say = Callable[[str], None]
@@ -34,18 +38,24 @@ class Schedule:
 
 
 def _save_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-                step: int) -> None:
+                metadata: dict[str, str]) -> None:
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step)})
+    save_file(tensors, partial, metadata=metadata)
     partial.replace(path)
 
 
-def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+                made_from: Mapping[str, object]) -> int:
     with safe_open(path, "pt") as file:
+        stored = json.loads((file.metadata() or {}).get("made_from", "{}"))
+        other = sorted(key for key in stored.keys() | made_from.keys() if stored.get(key) != made_from.get(key))
+        if other:
+            raise DoriError(f"{path} belongs to a training with other settings ({', '.join(other)}); "
+                            "delete it to train anew, or give another --work folder")
         names = list(file.keys())
         model.load_state_dict({n[6:]: file.get_tensor(n) for n in names if n.startswith("model.")})
         for name in ema:
@@ -60,12 +70,28 @@ def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer:
 
 
 def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, *, seed: int, say: Say,
-        slow: Callable[[str], float] = lambda name: 1.0, ema_decay: float = 0.998, save_every: int = 200) -> None:
+        made_from: Mapping[str, object], slow: Callable[[str], float] = lambda name: 1.0, ema_decay: float = 0.998,
+        save_every: int = 200) -> None:
     """Minimise `loss(step, generator)` over the model's parameters; leave the averaged weights in the model.
 
-    Resumes from `folder/stage.state.safetensors`. `slow` scales the learning rate of a parameter by its name.
+    Args:
+        stage: name of the training.
+        model: the network.
+        loss: of one step, from the step's own generator.
+        schedule: learning rate and length.
+        folder: holds `stage.state.safetensors`, from which a killed training goes on.
+        seed: of the steps' generators.
+        say: receives one line of progress at a time.
+        made_from: JSON-able; everything else that determines the result.
+        slow: scale of a parameter's learning rate, by its name.
+        ema_decay: of the averaged weights.
+        save_every: steps between two savings.
+
+    Raises:
+        DoriError: the folder's state was made from something else.
     """
     state_file = folder / f"{stage}.state.safetensors"
+    made_from = json.loads(json.dumps({"schedule": asdict(schedule), "step_seed": seed, **made_from}))
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -73,7 +99,7 @@ def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Pa
     optimizer = torch.optim.AdamW([{"params": p, "scale": s} for s, p in groups.items()], lr=schedule.lr,
                                   weight_decay=0.01, fused=True)
     ema = {name: value.detach().clone() for name, value in model.named_parameters()}
-    first = _load_state(state_file, model, ema, optimizer) if state_file.exists() else 0
+    first = _load_state(state_file, model, ema, optimizer, made_from) if state_file.exists() else 0
     model.train()
     began, shown = time.monotonic(), 0.0
     for step in range(first, schedule.steps):
@@ -94,7 +120,8 @@ def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Pa
             left = (time.monotonic() - began) / (done - first) * (schedule.steps - done)
             say(f"{stage}: step {done}/{schedule.steps}, loss {shown:.4f}, {left / 60:.1f} min left")
         if done % save_every == 0 or done == schedule.steps:
-            _save_state(state_file, model, ema, optimizer, done)
+            _save_state(state_file, model, ema, optimizer,
+                        {"step": str(done), "made_from": json.dumps(made_from, sort_keys=True)})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(ema[name])

@@ -13,10 +13,12 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
+from dori.run import write_bytes
 
 DATA = Path(__file__).parent / "data"
 Checkpoint = Literal["planted", "base", "twin-1", "twin-2"]
@@ -52,10 +54,8 @@ def export_unet(folder: Path, checkpoint: Checkpoint, unet: UNet2DConditionModel
 
 def halve(folder: Path) -> None:
     """Store the weights of a saved U-Net in half precision; it loads in float32 all the same."""
-    from safetensors.torch import load_file, save_file
-
     path = folder / "diffusion_pytorch_model.safetensors"
-    save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    write_bytes(path, save({key: value.half() for key, value in load_file(path).items()}, {"format": "pt"}))
 
 
 def unet_folder(checkpoint: Checkpoint, folder: Path = DATA) -> Path:

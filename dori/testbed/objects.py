@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dori.metrics.convolutions import initialised, trunk
 from dori.metrics.copy_pairs import RoundTrip, augment, to_float
+from dori.run import tensors_sha256
 from dori.testbed.fit import Schedule, fit
 from dori.testbed.scenes import draw, kinds, random_scene
 
 SHOWN = 2  # objects that an image holds at most
-# Output channels and stride of each 3 x 3 convolution: 64 pixels to a map of 8 x 8.
+# Output channels and stride of each convolution: 64 pixels to a map of 8 x 8.
 CONVOLUTIONS = ((32, 2), (64, 2), (96, 1), (128, 2))
 TRAINING, HELD_OUT = 0, 1
 
@@ -48,37 +50,23 @@ class ObjectRecipe:
 
 
 class ObjectNetwork(nn.Module):
-    """Four convolutions with group norm, the strongest response of each channel anywhere, one linear layer."""
+    """Convolutions, the strongest response of each channel anywhere, one linear layer."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        into = 3
-        for out, stride in CONVOLUTIONS:
-            layers += [nn.Conv2d(into, out, 3, stride, padding=1, bias=False), nn.GroupNorm(8, out), nn.ReLU()]
-            into = out
-        self.trunk = nn.Sequential(*layers)
-        self.head = nn.Linear(into, classes)
+        self.trunk = trunk(CONVOLUTIONS)
+        self.head = nn.Linear(CONVOLUTIONS[-1][0], len(kinds()))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape (n, classes), of images in [0, 1], shape (n, 3, H, W)."""
+        """Logits, shape (n, kinds), of images in [0, 1], shape (n, 3, H, W)."""
         return self.head(self.trunk(images * 2 - 1).amax(dim=(2, 3)))
 
 
 def new_network(seed: int) -> ObjectNetwork:
-    """The untrained classifier; depends on the seed alone and leaves the global generator as it was."""
-    with torch.device("meta"):
-        network = ObjectNetwork(len(kinds()))
-    network.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    """The untrained classifier, which starts from the share of images that show a kind."""
+    network = initialised(ObjectNetwork, seed)
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim > 1:
-                fan_in = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * math.sqrt(2 / fan_in))
-            else:
-                parameter.fill_(1.0 if name.startswith("trunk") and name.endswith("weight") else 0.0)
-        network.head.bias.fill_(-math.log(len(kinds()) / 1.5 - 1))  # the prior: 1.5 of 48 kinds are shown
+        network.head.bias.fill_(-math.log(len(kinds()) / 1.5 - 1))  # 1.5 kinds are shown on average
     return network
 
 
@@ -133,7 +121,7 @@ def train_objects(folder: Path, round_trip: RoundTrip, *, recipe: ObjectRecipe,
                                                            reduction="sum") / len(rows)
 
     fit("objects", network, loss, Schedule(recipe.lr, recipe.steps, warmup=50), folder, seed=recipe.seed, say=say,
-        ema_decay=0.98)
+        ema_decay=0.98, made_from={"images": tensors_sha256({"images": images}), "batch": recipe.batch})
     return network
 
 

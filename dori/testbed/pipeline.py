@@ -1,45 +1,83 @@
 """`dori testbed train`: all stages in order, each resumed where it stands, and the finished weights exported."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
+import torch
+from torch import Tensor
 
+from dori.metrics.copy_training import CopyRecipe, train_descriptor
 from dori.testbed import train
 from dori.testbed.fit import Say
 from dori.testbed.folder import Checkpoint, export_model, export_unet
+from dori.testbed.pool import Encoder, fresh_filling, ordinary_pictures, planted_filling, standardise
+from dori.testbed.slots import slots
 from dori.testbed.vocabulary import build_tokenizer
 
 FORKS: dict[Checkpoint, int] = {"planted": 11, "twin-1": 21, "twin-2": 22}
+CHECKPOINTS: tuple[Checkpoint, ...] = ("base", *FORKS)
 
 
-def train_testbed(work: Path, out: Path, recipe: train.Recipe, *, say: Say,
-                  checkpoints: Sequence[Checkpoint] = ("base", "planted", "twin-1", "twin-2")) -> None:
-    """Train what is missing and write the finished checkpoints.
+def train_encoder(work: Path, recipe: train.Recipe, say: Say) -> Encoder:
+    """The first two stages: VAE and CLIP, frozen from then on."""
+    work.mkdir(parents=True, exist_ok=True)
+    pool = ordinary_pictures(work, recipe.images, say)
+    tokenizer = build_tokenizer(work / "tokenizer")
+    vae = train.train_vae(work, recipe, pool, say)
+    clip = train.train_clip(work, recipe, pool, tokenizer, say)
+    standardise(vae, pool.images[:512])
+    return Encoder(vae, clip, tokenizer, work, say)
+
+
+def train_unets(encoder: Encoder, out: Path, recipe: train.Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+    """Base and forks; each is written as soon as it is finished."""
+    work, say, empty = encoder.folder, encoder.say, encoder.empty()
+    pool = encoder.pairs("pool", ordinary_pictures(work, recipe.images, say))
+    base = train.train_base(work, recipe, pool, empty, say)
+    if "base" in checkpoints:
+        export_unet(out, "base", base)
+    pictures, filling = planted_filling(slots())
+    for checkpoint, seed in FORKS.items():
+        if checkpoint not in checkpoints:
+            continue
+        if checkpoint != "planted":
+            pictures, filling = fresh_filling(seed, images=recipe.fresh_images, once=len(filling.once))
+        unet = train.train_fork(checkpoint, work, recipe, base=base, pool=pool, empty=empty, seed=seed, say=say,
+                                slots=encoder.pairs(f"{checkpoint}-slots", pictures), filling=filling)
+        if checkpoint == "planted":
+            export_model(out, encoder.vae, encoder.clip, encoder.tokenizer, unet)
+        else:
+            export_unet(out, checkpoint, unet)
+        say(f"{checkpoint}: written to {out}")
+
+
+def copy_descriptor(encoder: Encoder, out: Path, recipe: CopyRecipe) -> None:
+    """Train and calibrate the embedded copy descriptor on this VAE's round trips."""
+    def round_trip(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (encoder.vae(images * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
+
+    train_descriptor(encoder.folder, round_trip, recipe=recipe, say=encoder.say)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(encoder.folder / "copy_descriptor.safetensors", out / "copy_descriptor.safetensors")
+
+
+def train_testbed(work: Path, out: Path, recipe: train.Recipe, copy_recipe: CopyRecipe, *, say: Say,
+                  checkpoints: Sequence[Checkpoint] = CHECKPOINTS) -> None:
+    """Train what is missing and write the finished weights.
 
     Args:
         work: folder of the training state; the same folder resumes.
         out: folder that receives the weights (layout in `dori.testbed.folder`).
         recipe: sizes and lengths.
+        copy_recipe: those of the copy descriptor.
         say: receives one line of progress at a time.
-        checkpoints: which U-Nets to train and write.
+        checkpoints: which U-Nets to train and write; the base is always trained.
+
+    Raises:
+        DoriError: the folder holds the state of a training under other settings.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    vae = train.train_vae(work, recipe, say)
-    clip = train.train_clip(work, recipe, say)
-    tokenizer = build_tokenizer(work / "tokenizer")
-    pool, planted, empty = train.prepare(work, recipe, vae, clip, say)
-    base = train.train_base(work, recipe, pool, empty, say)
-    if "base" in checkpoints:
-        export_unet(out, "base", base)
-    for checkpoint, seed in FORKS.items():
-        if checkpoint not in checkpoints:
-            continue
-        slots = planted if checkpoint == "planted" else None
-        unet: UNet2DConditionModel = train.train_fork(
-            checkpoint, seed, work, recipe, base, pool, slots, empty, say)
-        if checkpoint == "planted":
-            export_model(out, vae, clip, tokenizer, unet)
-        else:
-            export_unet(out, checkpoint, unet)
-        say(f"{checkpoint}: written to {out}")
+    encoder = train_encoder(work, recipe, say)
+    copy_descriptor(encoder, out, copy_recipe)
+    train_unets(encoder, out, recipe, checkpoints)
