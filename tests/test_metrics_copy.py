@@ -1,15 +1,24 @@
 """Promises of the embedded descriptor: its pairs, loss, file and calibration. The training itself is only smoked."""
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dori.errors import DoriError
-from dori.metrics.calibration import PIXEL_CORRELATION, calibrate, compare_descriptors
+from dori.metrics.calibration import (
+    PIXEL_CORRELATION,
+    calibrate,
+    calibrate_masked,
+    compare_descriptors,
+    differ_outside,
+    random_boxes,
+)
 from dori.metrics.copy_descriptor import (
     CopyNetwork,
     as_descriptor,
@@ -22,6 +31,7 @@ from dori.metrics.copy_pairs import (
     GROUP,
     HELD_OUT,
     TRAINING,
+    Pairs,
     augment,
     displacement_px,
     drifted,
@@ -30,7 +40,7 @@ from dori.metrics.copy_pairs import (
     to_float,
 )
 from dori.metrics.copy_training import CopyRecipe, copy_loss, train_descriptor
-from dori.metrics.similarity import Descriptor
+from dori.metrics.similarity import Descriptor, masked_similarity
 from dori.testbed.scenes import random_scene
 
 
@@ -144,8 +154,26 @@ def test_saved_descriptor_comes_back_with_its_threshold(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 48, 80, generator=generator())  # any size is resized
     assert torch.equal(loaded(images), calibrated(images))
     assert (loaded.threshold, loaded.calibration) == (calibrated.threshold, calibrated.calibration)
+    assert (loaded.masked_threshold, loaded.masked_calibration) == (calibrated.masked_threshold,
+                                                                   calibrated.masked_calibration)
+    assert loaded.masked_calibration is not None
     assert len(loaded.fingerprint) == 64
     assert "sscd" not in loaded.name.lower()
+
+
+def test_a_file_from_before_masked_thresholds_loads_without_one(tmp_path: Path) -> None:
+    measured = {"false_positive_rate": 0.0, "true_positive_rate": 1.0, "negative_pairs": 3, "positive_pairs": 2,
+                "measured_on": "pairs"}
+    header = {"kind": "copy-descriptor", "name": "dori-copy-64", "threshold": "0.61", "details": "{}",
+              "calibration": json.dumps(measured)}
+    save_file(new_network(0).state_dict(), tmp_path / "old.safetensors", metadata=header)
+    old = load_copy_descriptor(tmp_path / "old.safetensors")
+    assert old.threshold == 0.61
+    assert math.isnan(old.masked_threshold)
+    assert old.masked_calibration is None
+    assert old.record() == {
+        "name": "dori-copy-64", "preprocessing": old.preprocessing, "fingerprint": old.fingerprint, "threshold": 0.61,
+        "calibration": measured, "masked_threshold": None, "masked_calibration": None}
 
 
 def test_files_that_are_no_descriptor_are_refused(tmp_path: Path) -> None:
@@ -171,6 +199,56 @@ def test_calibrate_keeps_the_false_positive_rate_on_its_pairs() -> None:
         measured.false_positive_rate)
     assert (table.diagonal() > calibrated.threshold).float().mean().item() == pytest.approx(
         measured.true_positive_rate)
+
+
+def test_the_masked_threshold_keeps_its_rate_on_pairs_painted_as_masked_similarity_does() -> None:
+    calibrated = calibrate(PIXEL_CORRELATION, same, seed=0, negatives=100, fpr=0.05)
+    measured, pairs = calibrated.masked_calibration, make_pairs(3, same, seed=0, stream=HELD_OUT)
+    assert measured is not None
+    boxes, images, copies = random_boxes(pairs.images, seed=0), to_float(pairs.images), to_float(pairs.copies)
+    assert all(26 <= r - left == b - t <= 38 and 0 <= left < r <= 64 and 0 <= t < b <= 64 for left, t, r, b in boxes)
+    assert len(set(boxes)) > 20
+
+    def similarity(image: int, copy: int) -> float:
+        return float(masked_similarity(PIXEL_CORRELATION, copies[copy : copy + 1], images[image], boxes[image]))
+
+    kept = pairs.negatives[differ_outside(pairs, boxes)].tolist()
+    other, known = [similarity(*pair) for pair in kept], [similarity(row, row) for row in range(len(images))]
+    assert (measured.negative_pairs, measured.positive_pairs) == (len(kept), 30)
+    assert 60 < len(kept) <= 108
+    threshold = calibrated.masked_threshold
+    assert threshold == pytest.approx(sorted(other)[-1 - math.floor(0.05 * len(kept))], abs=1e-5)
+    assert measured.false_positive_rate == pytest.approx(math.floor(0.05 * len(kept)) / len(kept))
+    assert measured.true_positive_rate == pytest.approx(np.mean([value > threshold for value in known]), abs=0.04)
+
+
+def test_pairs_that_differ_within_the_box_alone_are_no_strangers() -> None:
+    image = to_float(make_pairs(1, same, seed=0, stream=HELD_OUT).images)[:1]
+    within, beyond = image.clone(), image.clone()
+    within[..., 8:40, 8:40] = 1 - within[..., 8:40, 8:40]
+    beyond[..., 32:64, 8:40] = 1 - beyond[..., 32:64, 8:40]
+    images = (torch.cat([image, within, beyond]) * 255).round().to(torch.uint8)
+    pairs = Pairs(images, images, torch.tensor([[0, 1], [0, 2], [1, 0], [1, 2], [2, 1]]))
+    assert differ_outside(pairs, [(8, 8, 40, 40)] * 3).tolist() == [False, True, False, True, True]
+    assert differ_outside(pairs, [(7, 31, 41, 64)] * 3).tolist() == [True, False, True, True, True]
+
+
+def test_a_masked_threshold_comes_from_anybodys_controls() -> None:
+    references, controls = torch.rand(2, 3, 20, 24, generator=generator()), torch.rand(5, 3, 20, 24,
+                                                                                       generator=generator(1))
+    boxes, every = [(0, 0, 12, 10), (5, 5, 20, 20)], torch.cartesian_prod(torch.arange(2), torch.arange(5))
+    found = calibrate_masked(PIXEL_CORRELATION, references, boxes, copies=references, strangers=controls, pairs=every,
+                             measured_on="two templates against five controls")
+    values = [float(masked_similarity(PIXEL_CORRELATION, controls[k : k + 1], references[i], boxes[i]))
+              for i, k in every.tolist()]
+    assert found.masked_threshold == pytest.approx(max(values), abs=1e-5)
+    assert found.masked_calibration is not None
+    assert found.masked_calibration.measured_on == "two templates against five controls"
+    assert found.masked_calibration.true_positive_rate == 1
+    assert found.threshold == PIXEL_CORRELATION.threshold
+    with pytest.raises(DoriError, match="there are none"):
+        calibrate_masked(PIXEL_CORRELATION, references, boxes, copies=references, strangers=controls, pairs=every[:0],
+                         measured_on="")
 
 
 def test_pixel_correlation_is_the_correlation_coefficient() -> None:

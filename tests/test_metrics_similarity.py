@@ -10,7 +10,7 @@ from torch import Tensor
 from dori.errors import DoriError
 from dori.metrics.diversity import pairwise_similarity
 from dori.metrics.replication import replication
-from dori.metrics.similarity import Descriptor, cosine, masked_similarity, similarity
+from dori.metrics.similarity import Descriptor, cosine, masked_similarity, paint, similarity
 
 PIXELS = Descriptor("pixels", "none", lambda images: images.flatten(1) - 0.5, threshold=0.7)
 
@@ -73,6 +73,21 @@ def test_masked_similarity_cuts_a_box_at_the_border() -> None:
     image = reference[None].clone()
     image[..., :4, :4] = 0
     assert masked_similarity(PIXELS, image, reference, (-3, -3, 4, 4)).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_paint_fills_each_box_with_the_mean_of_its_own_reference_outside_it() -> None:
+    images, references = noise(3, 3, 8, 10), noise(3, 3, 8, 10, seed=1)
+    boxes = [(1, 2, 4, 7), (-3, 0, 2, 20), (6, 5, 10, 8)]
+    painted = paint(images, references, boxes)
+    for row, (left, top, right, bottom) in enumerate(boxes):
+        hidden = np.zeros((8, 10), bool)
+        hidden[max(0, top) : bottom, max(0, left) : right] = True
+        for channel in range(3):
+            mean = references[row, channel].numpy().astype(np.float64)[~hidden].mean()
+            np.testing.assert_allclose(painted[row, channel].numpy()[hidden], mean, rtol=1e-5)
+            np.testing.assert_array_equal(painted[row, channel].numpy()[~hidden], images[row, channel].numpy()[~hidden])
+    white = torch.ones(1, 3, 64, 64)
+    assert paint(white, white, [(3, 3, 30, 31)]).max() <= 1
 
 
 @pytest.mark.parametrize("box", [(0, 0, 16, 16), (3, 3, 3, 9), (-4, -4, -1, -1), (20, 0, 30, 9)])

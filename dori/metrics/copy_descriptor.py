@@ -2,10 +2,12 @@
 
 A small convolutional network for the testbed's images, trained by SSCD's recipe (`dori.metrics.copy_training`) on
 copies that look like a diffusion model's. GeM pooling keeps a coarse grid of places: two pictures of the same
-objects at other places are no copies of one another. The file carries its threshold and how it was measured; on
-images unlike the testbed's neither the descriptor nor the threshold means anything.
+objects at other places are no copies of one another. The file carries its thresholds, for whole images and for
+images with a box painted over, and how they were measured; on images unlike the testbed's neither the descriptor nor
+the thresholds mean anything.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -56,14 +58,13 @@ def new_network(seed: int) -> CopyNetwork:
     return initialised(CopyNetwork, seed)
 
 
-def as_descriptor(network: CopyNetwork, *, threshold: float = math.nan, calibration: Calibration | None = None,
-                  fingerprint: str = "") -> Descriptor:
-    """A network as a descriptor; without a threshold until it is calibrated."""
-    return Descriptor(NAME, PREPROCESSING, network.eval(), threshold, calibration, fingerprint)
+def as_descriptor(network: CopyNetwork) -> Descriptor:
+    """A network as a descriptor without a threshold, to be calibrated."""
+    return Descriptor(NAME, PREPROCESSING, network.eval(), math.nan)
 
 
 def save_copy_descriptor(path: Path, network: CopyNetwork, calibrated: Descriptor, details: Mapping[str, Any]) -> None:
-    """Write weights, threshold and calibration as safetensors, atomically.
+    """Write weights, thresholds and calibrations as safetensors, atomically.
 
     Args:
         path: file to write.
@@ -78,6 +79,9 @@ def save_copy_descriptor(path: Path, network: CopyNetwork, calibrated: Descripto
         raise DoriError(f"{path} would hold a descriptor without a threshold; calibrate it first")
     header = {"kind": KIND, "name": NAME, "threshold": repr(calibrated.threshold),
               "calibration": json.dumps(asdict(calibrated.calibration)), "details": json.dumps(details)}
+    if calibrated.masked_calibration is not None:
+        header |= {"masked_threshold": repr(calibrated.masked_threshold),
+                   "masked_calibration": json.dumps(asdict(calibrated.masked_calibration))}
     partial = path.with_name(path.name + ".partial")
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, partial, metadata=header)
     partial.replace(path)
@@ -107,6 +111,9 @@ def load_copy_descriptor(path: Path, *, device: str = "cpu") -> Descriptor:
         raise DoriError(f"{path} is no copy descriptor, or one of another shape; {mend}")
     network.load_state_dict(tensors, assign=True)
     network.requires_grad_(False).to(device)
-    return as_descriptor(network, threshold=float(header["threshold"]),
-                         calibration=Calibration(**json.loads(header["calibration"])),
-                         fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
+    masked = header.get("masked_calibration")  # files written before there was one have none
+    return dataclasses.replace(
+        as_descriptor(network), fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        threshold=float(header["threshold"]), calibration=Calibration(**json.loads(header["calibration"])),
+        masked_threshold=float(header.get("masked_threshold", math.nan)),
+        masked_calibration=None if masked is None else Calibration(**json.loads(masked)))

@@ -5,8 +5,10 @@ the threshold was measured (field.md section 10: two numbers with different sett
 SSCD_Orig and SSCD_Gen of methods.md 6.2 are `similarity` and `cosine` here, with any descriptor.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ class Descriptor:
         threshold: cosine above which a pair counts as a copy; NaN as long as none is known.
         calibration: where the threshold was measured, or None for one taken from the literature.
         fingerprint: SHA-256 of the weights; empty where there are none.
+        masked_threshold: the same for `masked_similarity`, whose painted box lifts all values; NaN if none is known.
+        masked_calibration: where the masked threshold was measured.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Descriptor:
     threshold: float
     calibration: Calibration | None = None
     fingerprint: str = ""
+    masked_threshold: float = math.nan
+    masked_calibration: Calibration | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -70,6 +76,17 @@ class Descriptor:
             raise DoriError(f"{self.name} describes images in [0, 1], and these reach from {images.min():.3g} to "
                             f"{images.max():.3g}; rescale them")
         return functional.normalize(torch.cat([self.embed(part) for part in images.split(64)]))
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the function, as `audit.json` keeps it: a threshold that is not known becomes None."""
+        return {"name": self.name, "preprocessing": self.preprocessing, "fingerprint": self.fingerprint,
+                "threshold": _known(self.threshold), "masked_threshold": _known(self.masked_threshold),
+                "calibration": None if self.calibration is None else asdict(self.calibration),
+                "masked_calibration": None if self.masked_calibration is None else asdict(self.masked_calibration)}
+
+
+def _known(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -91,19 +108,42 @@ def similarity(descriptor: Descriptor, images: Tensor, references: Tensor) -> Te
     return cosine(descriptor(images)[:, None], descriptor(references)).quantile(0.5, dim=1)
 
 
+def paint(images: Tensor, references: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """The images with a box painted over, in the mean colour of a reference outside that box.
+
+    Args:
+        images: shape (n, 3, H, W).
+        references: whose colour is taken, row by row; shape (n, 3, H, W).
+        boxes: n times left, top, right, bottom in pixels, right and bottom excluded; the part outside is cut off.
+
+    Raises:
+        DoriError: a box covers all or nothing.
+    """
+    height, width = images.shape[-2:]
+    left, top, right, bottom = torch.tensor(boxes, device=images.device).T[..., None]
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    hidden = ((y >= top) & (y < bottom))[:, None, :, None] & ((x >= left) & (x < right))[:, None, None, :]
+    useless = hidden.flatten(1).all(dim=1) | ~hidden.flatten(1).any(dim=1)
+    if useless.any():
+        raise DoriError(f"box {boxes[int(useless.nonzero()[0])]} covers all or nothing of an image of "
+                        f"{height, width} pixels; give left, top, right, bottom of the part that varies")
+    fill = torch.where(hidden, 0, references).sum(dim=(2, 3), keepdim=True) / (~hidden).sum(dim=(2, 3), keepdim=True)
+    return torch.where(hidden, fill.clamp(0, 1), images)  # rounding may carry the mean of a white image beyond 1
+
+
 def masked_similarity(descriptor: Descriptor, images: Tensor, reference: Tensor, box: Box) -> Tensor:
     """Similarity blind to the part of a template memory that varies.
 
     The box is painted over in the images and in the reference, everywhere with one colour: the mean of the reference
     outside the box. Whatever was in the box can then neither raise nor lower the result. The painted box itself is
-    equal in both, which lifts all similarities, those of strangers included: compare with controls painted alike,
-    not with thresholds measured on whole images.
+    equal in both, which lifts all similarities, those of strangers included: hold it against a threshold measured on
+    strangers painted alike (`Descriptor.masked_threshold`), not against one measured on whole images.
 
     Args:
         descriptor: the judge.
         images: generations in [0, 1], shape (n, 3, H, W).
         reference: one training image, shape (3, H, W), of the images' size.
-        box: left, top, right, bottom in pixels, right and bottom excluded; the part outside the image is cut off.
+        box: as in `paint`.
 
     Returns:
         Shape (n,), in [-1, 1].
@@ -114,12 +154,6 @@ def masked_similarity(descriptor: Descriptor, images: Tensor, reference: Tensor,
     if images.shape[1:] != reference.shape:
         raise DoriError(f"a box in pixels needs images of the reference's size {tuple(reference.shape)}, not "
                         f"{tuple(images.shape[1:])}; resize the reference and its box first")
-    left, top, right, bottom = box
-    hidden = torch.zeros(reference.shape[1:], dtype=torch.bool, device=reference.device)
-    hidden[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
-    if hidden.all() or not hidden.any():
-        raise DoriError(f"box {box} covers all or nothing of an image of {tuple(hidden.shape)} pixels; give left, "
-                        "top, right, bottom of the part that varies")
-    fill = reference[:, ~hidden].mean(dim=1)[:, None, None]
-    painted = descriptor(torch.where(hidden, fill, reference)[None])
-    return cosine(descriptor(torch.where(hidden, fill, images)), painted)
+    itself = reference[None]
+    painted = paint(images, itself.expand_as(images), [box] * len(images))
+    return cosine(descriptor(painted), descriptor(paint(itself, itself, [box])))
