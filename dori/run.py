@@ -5,8 +5,9 @@
         run.plan("audit", {"none.memory-01": 400, "none.memory-02": 400})
         record = run.once_record("none.memory-01", {"attack": Dori(), "model": fingerprint}, compute)
 
-A cell is stored with the hash of its inputs: the same inputs give the stored cell back, other inputs compute it
-again. Files are written beside their place and renamed into it, so a cell that was cut off does not exist, and they
+A cell is stored with the hash of its inputs and of what made it (this package's code, the libraries' versions, the kind
+of device): the same give the stored cell back, others compute it again, so that no run mixes cells of different code.
+Files are written beside their place and renamed into it, so a cell that was cut off does not exist, and they
 hold neither times nor process ids, so an interrupted run ends with the same bytes as an undisturbed one.
 Source: architecture.md 7.3 (`Run`) and 8, rule 16; anchors.md B (kill -9, disk full, torn write).
 """
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ from dori.progress import Progress
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 PARTIAL = ".partial"
+# What shows figures, or says how far they are, cannot change them; and what trains the testbed shows in its weights.
+NO_FIGURES = ("report/", "cli.py", "__main__.py", "compare.py", "errors.py", "lock.py", "progress.py",
+              *(f"testbed/{name}.py" for name in ("networks", "pipeline", "pool", "train", "vocabulary")))
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -50,6 +55,17 @@ def cell_key(*parts: str) -> str:
         return plain
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-")[:120] or "cell"
     return f"{safe}-{_sha256(json.dumps(parts).encode())[:10]}"
+
+
+@cache
+def code_sha256() -> str:
+    """SHA-256 over the names and texts of this package's source files that can change a figure."""
+    root, digest = Path(dori.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(NO_FIGURES):
+            digest.update(_canonical([name, _sha256(path.read_bytes())]))
+    return digest.hexdigest()
 
 
 def _silent(line: str) -> None:
@@ -67,12 +83,15 @@ class Run:
     Args:
         folder: made when the first thing is written.
         say: receives one line at a time: progress, and why a cell is computed again.
+        device: kind of device that computes ("cpu", "cuda"): another rounds otherwise.
     """
 
     folder: Path
     say: Callable[[str], None] = _silent
+    device: str = "cpu"
     progress: Progress | None = field(default=None, init=False)
     started: str = field(default_factory=_now, init=False)
+    _told: set[str] = field(default_factory=set, init=False)
 
     def once_record(self, key: str, inputs: Mapping[str, object],
                     compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -89,7 +108,7 @@ class Run:
         Raises:
             DoriError: bad key, a number that is not finite, or no space left.
         """
-        path, wanted = self._path(key, ".json"), _header(inputs)
+        path, wanted = self._path(key, ".json"), self._header(inputs)
         stored = self._reusable(key, path, _read_record, wanted)
         if stored is None:
             record = compute()
@@ -104,7 +123,7 @@ class Run:
     def once_tensors(self, key: str, inputs: Mapping[str, object],
                      compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The stored tensors of these inputs, computed and stored if there are none; as `once_record`, on the CPU."""
-        path, wanted = self._path(key, ".safetensors"), _header(inputs)
+        path, wanted = self._path(key, ".safetensors"), self._header(inputs)
         stored = self._reusable(key, path, _read_tensors, wanted)
         if stored is None:
             tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in compute().items()}
@@ -128,21 +147,34 @@ class Run:
         Raises:
             DoriError: another process works in the folder.
         """
-        _make_folder(self.folder)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock", say=self.say):
             for partial in self.folder.rglob(f".*{PARTIAL}"):
                 partial.unlink(missing_ok=True)
             yield
 
+    @property
+    def made_by(self) -> dict[str, str]:
+        """Beside its inputs, everything that a cell depends on: code, libraries and kind of device."""
+        libraries = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+        return {"code": code_sha256(), "device": self.device, **libraries}
+
     def provenance(self) -> dict[str, Any]:
-        """What made this run: versions and machine, and, apart from them, what differs from run to run: times."""
+        """What made this run: code, versions and machine, and, apart from them, what differs from run to run: times."""
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         return {
             "versions": {"dori": dori.__version__, "python": platform.python_version(), **versions},
+            "code": code_sha256(),
             "machine": {"platform": platform.platform(), "processor": platform.machine(),
-                        "threads": torch.get_num_threads()},
+                        "threads": torch.get_num_threads(), "device": self.device},
             "times": {"started": self.started, "finished": _now()},
         }
+
+    def _header(self, inputs: Mapping[str, object]) -> dict[str, Any]:
+        _refuse_nan(inputs, "the inputs of a cell")
+        described = {"made_by": self.made_by, "inputs": json.loads(_canonical(dict(inputs)))}
+        return described | {"inputs_sha256": canonical_sha256(described)}
 
     def _path(self, key: str, suffix: str) -> Path:
         if not KEY.fullmatch(key):
@@ -159,11 +191,20 @@ class Run:
             header, stored = read(path)
             if header["inputs_sha256"] == wanted["inputs_sha256"]:
                 return stored
+            others = _other_makers(header.get("made_by", {}), wanted["made_by"])
+            if others:
+                self._tell_once(f"{self.folder}: made by {others}; results are computed anew")
+                return None
             reason = f"{', '.join(_changed(header, wanted))} changed"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
             reason = "the stored cell is damaged"
         self.say(f"{key}: {reason}, computed again")
         return None
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self.say(line)
 
     def _count(self, key: str, *, stored: bool) -> None:
         if self.progress is not None:
@@ -207,12 +248,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _header(inputs: Mapping[str, object]) -> dict[str, Any]:
-    _refuse_nan(inputs, "the inputs of a cell")
-    described = {"dori_version": dori.__version__, "inputs": json.loads(_canonical(dict(inputs)))}
-    return described | {"inputs_sha256": canonical_sha256(described)}
-
-
 def _read_record(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     header = json.loads(path.read_bytes())
     record = header.pop("record")
@@ -249,9 +284,14 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before, after = (dict(_leaves(header["inputs"], "")) for header in (old, new))
     missing = object()
     names = [name for name in sorted({*before, *after}) if before.get(name, missing) != after.get(name, missing)]
-    if old["dori_version"] != new["dori_version"]:
-        names.insert(0, "Dori's version")
     return names[:5] + ["more"] * (len(names) > 5) or ["the stored hash"]
+
+
+def _other_makers(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """In words what made a cell and is not at work now; empty if all is the same."""
+    found = ["other code" if name == "code" else f"{name} {old.get(name, 'unknown')} (now {now})"
+             for name, now in new.items() if old.get(name) != now]
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
 def _refuse_nan(data: object, what: str) -> None:
@@ -284,11 +324,21 @@ def write_json(path: Path, data: object) -> None:
     write_text(path, text + "\n")
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make what goes wrong with the disk inside the block one sentence about `path`.
+
+    Raises:
+        DoriError: no space left, or the place cannot be written.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        if error.errno in NO_SPACE:
+            raise DoriError(f"no space left to write {path} ({error.strerror}); everything finished is kept, so free "
+                            "some space and give the same command again to resume") from None
+        raise DoriError(f"{path} cannot be written ({error.strerror}); everything finished is kept, so choose a folder "
+                        "that you may write, or mend its permissions, and give the same command again") from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -297,22 +347,19 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         DoriError: no space left, or the place cannot be written.
     """
-    _make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
+        finally:
+            with suppress(OSError):  # after the renaming there is none
                 partial.unlink(missing_ok=True)
-            raise
         _sync_folder(path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -323,11 +370,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _unwritable(path: Path, error: OSError) -> DoriError:
-    if error.errno in NO_SPACE:
-        return DoriError(f"no space left to write {path} ({error.strerror}); all finished cells are kept, so free "
-                         "some space and give the same command again to resume")
-    return DoriError(f"{path} cannot be written ({error.strerror}); all finished cells are kept, so choose a folder "
-                     "that you may write, or mend its permissions, and give the same command again")

@@ -1,5 +1,6 @@
 """A run folder keeps what was finished, gives it back only for the same inputs, and survives whatever kills it."""
 
+import ast
 import json
 import os
 import subprocess
@@ -12,7 +13,16 @@ import torch
 
 import dori
 from dori.errors import DoriError
-from dori.run import Run, canonical_sha256, cell_key, tensors_sha256, write_json, write_text
+from dori.run import (
+    NO_FIGURES,
+    Run,
+    canonical_sha256,
+    cell_key,
+    code_sha256,
+    tensors_sha256,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,12 +94,62 @@ def test_other_inputs_compute_again_and_are_named(tmp_path: Path, before: dict, 
     assert said == [f"a: {named} changed, computed again"] * 2
 
 
-def test_another_version_of_dori_computes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    Run(tmp_path).once_record("a", {}, lambda: {"value": 1})
-    monkeypatch.setattr(dori, "__version__", "999.0")
-    assert Run(tmp_path, said.append).once_record("a", {}, lambda: {"value": 2}) == {"value": 2}
-    assert said == ["a: Dori's version changed, computed again"]
+@pytest.mark.parametrize(("part", "said"), [
+    ("code", "made by other code"), ("torch", "made by torch 0.1 (now {torch})"),
+    ("device", "made by device 0.1 (now cpu)")])
+def test_other_makers_compute_anew_and_are_named_once(tmp_path: Path, part: str, said: str,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    made_by = Run(tmp_path).made_by
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "made_by", property(lambda run: made_by | {part: "0.1"}))
+        for key in "ab":
+            Run(tmp_path).once_record(key, {"seed": 1}, lambda: {"value": 1})
+        assert Run(tmp_path, lines.append).once_record("a", {"seed": 1}, lambda: {"value": 2}) == {"value": 1}
+    run = Run(tmp_path, lines.append)
+    for key in "ab":
+        assert run.once_record(key, {"seed": 1}, lambda: {"value": 2}) == {"value": 2}
+    assert lines == [f"{tmp_path}: {said.format(torch=made_by['torch'])}; results are computed anew"]
+
+
+def test_a_cell_of_another_device_is_computed_anew(tmp_path: Path) -> None:
+    lines: list[str] = []
+    Run(tmp_path, device="cuda").once_record("a", {}, lambda: {"value": 1})
+    assert Run(tmp_path, lines.append).once_record("a", {}, lambda: {"value": 2}) == {"value": 2}
+    assert lines == [f"{tmp_path}: made by device cuda (now cpu); results are computed anew"]
+
+
+def test_the_code_is_that_of_every_file_that_can_change_a_figure(tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def hashed() -> str:
+        return code_sha256.__wrapped__()
+
+    for name in ("__init__.py", "cli.py", "sampling.py", "report/render.py", "attack/dori.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(dori, "__file__", str(tmp_path / "__init__.py"))
+    first = hashed()
+    for name in ("cli.py", "report/render.py"):
+        (tmp_path / name).write_text("x = 2\n")
+        assert hashed() == first
+    for name in ("sampling.py", "attack/dori.py"):
+        before = hashed()
+        (tmp_path / name).write_text("x = 2\n")
+        assert hashed() != before
+    (tmp_path / "attack" / "dori.py").rename(tmp_path / "attack" / "other.py")
+    assert hashed() not in (first, before)
+
+
+def test_no_hashed_file_imports_one_that_is_not() -> None:
+    package, harmless = ROOT / "dori", {"errors.py", "lock.py", "progress.py"}
+    left_out = {path.relative_to(package).as_posix() for path in package.rglob("*.py")
+                if path.relative_to(package).as_posix().startswith(NO_FIGURES)}
+    for path in package.rglob("*.py"):
+        if (name := path.relative_to(package).as_posix()) in left_out:
+            continue
+        imported = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        files = {f"{module.removeprefix('dori.').replace('.', '/')}.py" for module in imported if module}
+        assert files & left_out <= harmless, name
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
@@ -287,5 +347,5 @@ def test_a_full_disk_loses_no_finished_cell_and_leaves_no_rest(tmp_path: Path) -
     child = run_child(FULL, str(tmp_path))
     assert child.returncode == 0, child.stderr
     sentence, names = child.stdout.splitlines()
-    assert "no space left" in sentence and "all finished cells are kept" in sentence and "same command" in sentence
+    assert "no space left" in sentence and "everything finished is kept" in sentence and "same command" in sentence
     assert names == "first.json"
