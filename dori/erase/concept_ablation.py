@@ -1,0 +1,86 @@
+"""Concept Ablation, memorization mode: the prompt learns to draw what an anchor draws.
+
+Source: Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models" (ICCV 2023), field.md 6.3:
+
+    L = |eps(x_t, anchor) - eps_theta(x_t, target)|^2 + prior weight L_DM(retain)     (`model`)
+    L = |eps - eps_theta(x_t, target)|^2 + ...                                        (`noise`)
+
+x_t noised anchor images, eps(., .) the frozen model. Full weights, rate 5e-7, batch 2, 400 steps, prior weight 1. The
+paper's anchors are paraphrases by a language model, filtered by similarity; here they need none: the anchor images are
+the model's own samples that do not replicate (the surrogates), the anchor prompt is the prompt shortened.
+
+Trap: with the frozen model's prediction under the *memorized* prompt as target nothing would change, since that
+prediction is the memory; the anchor prompt must not replicate either.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dori.erase.delta import WeightDelta, making
+from dori.erase.pairs import (
+    Forget,
+    Pairs,
+    Work,
+    denoising_losses,
+    memory_rows,
+    noised,
+    ordinary_batch,
+    prediction_losses,
+    step_generator,
+    surrogate_pairs,
+)
+from dori.erase.tuning import Tuner, tuning
+from dori.model.stable_diffusion import StableDiffusion
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptAblation:
+    """Concept Ablation for memorized images.
+
+    Args:
+        steps: updates.
+        batch: anchor rows in each, and as many ordinary ones.
+        prior_weight: of L_DM on ordinary pairs.
+        target: the frozen model's prediction under the anchor prompt (`model`), or the noise itself (`noise`).
+        tuner: how weights move.
+    """
+
+    steps: int = 400
+    batch: int = 2
+    prior_weight: float = 1.0
+    target: Literal["model", "noise"] = "model"
+    tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-7))
+
+    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
+                 work: Work | None = None) -> WeightDelta:
+        """The edit.
+
+        Raises:
+            DoriError: a memory has no text or no surrogate.
+        """
+        memories.need_texts("concept ablation")
+        memories.need_surrogates("concept ablation")
+        work, before, log = work or Work(), model.rows, []
+        rows, generator = self.steps * self.batch, step_generator("concept ablation", seed, 0)
+        which = memory_rows(memories, rows, generator)
+        batch = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
+        noisy, targets = model.add_noise(batch.latents, batch.noise, batch.timestep), batch.noise
+        if self.target == "model":  # drawn beforehand, so that no second model is kept
+            anchors = memories.anchors[which].to(batch.embeddings)
+            with torch.no_grad():
+                targets = torch.cat([model.predict_noise(noisy[part], batch.timestep[part], anchors[part])
+                                     for part in torch.arange(rows).split(self.tuner.rows_per_call)])
+        with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
+            for step, part in enumerate(torch.arange(rows, device=model.device).split(self.batch)):
+                errors = prediction_losses(model, noisy[part], batch.timestep[part], batch.embeddings[part],
+                                           targets[part])
+                gradient, loss = tuned.gradient(errors, len(part))
+                if self.prior_weight:
+                    ordinary = ordinary_batch(model, retain, self.batch, step_generator("prior", seed, step))
+                    other, _ = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
+                    gradient = [g + self.prior_weight * o for g, o in zip(gradient, other, strict=True)]
+                tuned.update(gradient)
+                log.append(loss)
+            return tuned.edit("concept ablation", making(self, seed=seed, rows=model.rows - before, log=log))

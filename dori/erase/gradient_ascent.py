@@ -1,0 +1,62 @@
+"""NegGrad: climb the denoising loss of the memories.
+
+Source: the variant of that name in the code of SISS (field.md 6.1): minimise -E |eps - eps_theta(z_t, t, y)|^2 over the
+forget set. Trap: the loss has no upper bound, so the model is destroyed before it is told to stop; the loss of a model
+that predicts nothing is about 1 (unit noise), which is where `stop_above` ends the climb.
+"""
+
+from dataclasses import dataclass, field
+
+from dori.erase.delta import WeightDelta, making
+from dori.erase.pairs import (
+    Forget,
+    Pairs,
+    Work,
+    denoising_losses,
+    memory_rows,
+    noised,
+    ordinary_batch,
+    step_generator,
+)
+from dori.erase.tuning import Tuner, tuning
+from dori.model.stable_diffusion import StableDiffusion
+
+
+@dataclass(frozen=True, slots=True)
+class GradientAscent:
+    """Gradient ascent on the memories with their prompts.
+
+    Args:
+        steps: updates at most.
+        batch: rows in each.
+        retain_weight: of L_DM on ordinary pairs beside it; 0 as published.
+        stop_above: the climb ends when the memories' loss exceeds this; None never.
+        tuner: how weights move.
+    """
+
+    steps: int = 35
+    batch: int = 16
+    retain_weight: float = 0.0
+    stop_above: float | None = 1.0
+    tuner: Tuner = field(default_factory=Tuner)
+
+    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
+                 work: Work | None = None) -> WeightDelta:
+        """The edit."""
+        work, before, log = work or Work(), model.rows, []
+        with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
+            for step in range(self.steps):
+                generator = step_generator("gradient ascent", seed, step)
+                which = memory_rows(memories, self.batch, generator)
+                batch = noised(model, memories.latents[which].float(), memories.embeddings[which].float(), generator)
+                gradient, loss = tuned.gradient(denoising_losses(model, batch), len(batch))
+                log.append(loss)
+                if self.stop_above is not None and loss > self.stop_above:
+                    break
+                gradient = [-g for g in gradient]
+                if self.retain_weight:
+                    ordinary = ordinary_batch(model, retain, self.batch, generator)
+                    other, _ = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
+                    gradient = [g + self.retain_weight * o for g, o in zip(gradient, other, strict=True)]
+                tuned.update(gradient)
+            return tuned.edit("gradient ascent", making(self, seed=seed, rows=model.rows - before, log=log))

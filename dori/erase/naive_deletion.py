@@ -1,0 +1,62 @@
+"""Naive deletion: train on everything but the memories, here ordinary pairs and the prompts' surrogate images.
+
+Source: baseline of Alberti et al. (SISS, ICLR 2025), field.md 6.1: the loss on all but A alone. Trap: their scripts take
+images of the *same prompt* for that (`retain_weight=0` here), which leaves nothing that holds other prompts in place.
+"""
+
+from dataclasses import dataclass, field
+
+from dori.erase.delta import WeightDelta, making
+from dori.erase.pairs import (
+    Forget,
+    Pairs,
+    Work,
+    denoising_losses,
+    memory_rows,
+    noised,
+    ordinary_batch,
+    step_generator,
+    surrogate_pairs,
+)
+from dori.erase.tuning import Tuner, tuning
+from dori.model.stable_diffusion import StableDiffusion
+
+
+@dataclass(frozen=True, slots=True)
+class NaiveDeletion:
+    """Train the prompts on their surrogates and ordinary prompts on ordinary images.
+
+    Args:
+        steps: updates.
+        batch: surrogate rows in each, and as many ordinary ones.
+        retain_weight: of the loss on ordinary pairs.
+        tuner: how weights move.
+    """
+
+    steps: int = 35
+    batch: int = 16
+    retain_weight: float = 1.0
+    tuner: Tuner = field(default_factory=Tuner)
+
+    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
+                 work: Work | None = None) -> WeightDelta:
+        """The edit.
+
+        Raises:
+            DoriError: a memory has no surrogate.
+        """
+        memories.need_surrogates("naive deletion")
+        work, before, log = work or Work(), model.rows, []
+        with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
+            for step in range(self.steps):
+                generator = step_generator("naive deletion", seed, step)
+                which = memory_rows(memories, self.batch, generator)
+                kept = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
+                gradient, loss = tuned.gradient(denoising_losses(model, kept), len(kept))
+                if self.retain_weight:
+                    ordinary = ordinary_batch(model, retain, self.batch, generator)
+                    other, _ = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
+                    gradient = [g + self.retain_weight * o for g, o in zip(gradient, other, strict=True)]
+                tuned.update(gradient)
+                log.append(loss)
+            return tuned.edit("naive deletion", making(self, seed=seed, rows=model.rows - before, log=log))

@@ -1,0 +1,40 @@
+"""Ordinary training: the first baseline of every eraser, and the scale of "no damage".
+
+L_DM on ordinary pairs alone (methods.md 5.1, the first term). What a memory loses here it loses to forgetting, without
+any eraser; what quality changes here is what any fine-tuning on these pairs costs. Trap: with a small learning rate and
+few steps nothing moves, so compare at the eraser's own steps, batch and rate.
+"""
+
+from dataclasses import dataclass, field
+
+from dori.erase.delta import WeightDelta, making
+from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, ordinary_batch, step_generator
+from dori.erase.tuning import Tuner, tuning
+from dori.model.stable_diffusion import StableDiffusion
+
+
+@dataclass(frozen=True, slots=True)
+class OrdinaryTraining:
+    """Go on training on ordinary pairs.
+
+    Args:
+        steps: updates.
+        batch: pairs in each.
+        tuner: how weights move.
+    """
+
+    steps: int = 100
+    batch: int = 16
+    tuner: Tuner = field(default_factory=Tuner)
+
+    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
+                 work: Work | None = None) -> WeightDelta:
+        """The edit; `memories` are not looked at."""
+        work, before, log = work or Work(), model.rows, []
+        with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
+            for step in range(self.steps):
+                batch = ordinary_batch(model, retain, self.batch, step_generator("ordinary", seed, step))
+                gradient, loss = tuned.gradient(denoising_losses(model, batch), len(batch))
+                tuned.update(gradient)
+                log.append(loss)
+            return tuned.edit("ordinary training", making(self, seed=seed, rows=model.rows - before, log=log))

@@ -1,0 +1,205 @@
+"""What erasers are given, and the batches and losses that they share.
+
+L_DM of methods.md 5.1 is `denoising_losses` on a batch of ordinary pairs; L_Adv is the same on surrogates and triggers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dori.erase.processes import Processes
+from dori.erase.tuning import RowLosses
+from dori.errors import DoriError
+from dori.model.stable_diffusion import StableDiffusion
+from dori.sampling import named_seed
+
+PROMPT_DROPOUT = 0.1  # as in the training of Stable Diffusion: keeps the unconditional half alive
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Images with their prompts: scaled latents (n, c, h, w) and prompt embeddings (n, l, d), on the CPU."""
+
+    latents: Tensor
+    embeddings: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forget:
+    """The memories to erase, as tensors on the CPU.
+
+    Args:
+        ids: their ids.
+        texts: their prompts; None where there is none.
+        latents: scaled latents, shape (n, c, h, w).
+        embeddings: prompt embeddings, shape (n, l, d); the empty prompt's where there is no text.
+        surrogates: for each memory, latents (k, c, h, w) of images with the prompt's meaning that are no copies.
+        anchors: embeddings of each prompt's shortened form, shape (n, l, d).
+        ordinary: embeddings of prompts that belong to no memory, shape (m, l, d).
+    """
+
+    ids: tuple[str, ...]
+    texts: tuple[str | None, ...]
+    latents: Tensor
+    embeddings: Tensor
+    surrogates: tuple[Tensor, ...]
+    anchors: Tensor
+    ordinary: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def need_texts(self, eraser: str) -> None:
+        """Refuse memories without a prompt.
+
+        Raises:
+            DoriError: a memory has none; the message names it.
+        """
+        for one, text in zip(self.ids, self.texts, strict=True):
+            if text is None:
+                raise DoriError(f"{eraser} acts on prompts, and memory {one!r} has no text; give it one in "
+                                "metadata.jsonl, or take the eraser adversarial")
+
+    def need_surrogates(self, eraser: str) -> None:
+        """Refuse memories without surrogates.
+
+        Raises:
+            DoriError: a memory has none; the message names it.
+        """
+        for one, images in zip(self.ids, self.surrogates, strict=True):
+            if len(images) == 0:
+                raise DoriError(f"{eraser} needs surrogate images, and memory {one!r} has none; allow more similarity "
+                                "or more tries")
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Where and how an eraser works.
+
+    Args:
+        checkpoint: file for the state of a long erasure, from which a killed one goes on; None keeps none.
+        processes: among which rows are shared.
+        say: receives one line at a time.
+    """
+
+    checkpoint: Path | None = None
+    processes: Processes = field(default_factory=Processes)
+    say: Callable[[str], None] = _silent
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows to train on: clean latents (b, c, h, w), embeddings (b, l, d), noise like the latents, timesteps (b,)."""
+
+    latents: Tensor
+    embeddings: Tensor
+    noise: Tensor
+    timestep: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def step_generator(eraser: str, seed: int, step: int) -> torch.Generator:
+    """The random stream of one step: it depends on nothing but its name, so that a resumed training draws alike."""
+    return torch.Generator().manual_seed(named_seed("erase", eraser, seed, step))
+
+
+def noised(model: StableDiffusion, latents: Tensor, embeddings: Tensor, generator: torch.Generator, *,
+           timesteps: tuple[int, int] | None = None) -> Batch:
+    """A batch with fresh noise and timesteps, drawn on the CPU and moved to the model.
+
+    Args:
+        model: whose device and schedule.
+        latents: shape (b, c, h, w).
+        embeddings: shape (b, l, d).
+        generator: of noise and timesteps.
+        timesteps: first and one past the last; None takes all of the schedule.
+    """
+    low, high = timesteps or (0, model.timesteps)
+    noise = torch.randn(latents.shape, generator=generator)
+    t = torch.randint(low, high, (len(latents),), generator=generator)
+    kind = model.unet.dtype
+    return Batch(latents.to(model.device, kind), embeddings.to(model.device, kind), noise.to(model.device, kind),
+                 t.to(model.device))
+
+
+def ordinary_batch(model: StableDiffusion, retain: Pairs, rows: int, generator: torch.Generator) -> Batch:
+    """`rows` ordinary pairs drawn with replacement, a tenth of the prompts empty."""
+    picked = torch.randint(len(retain), (rows,), generator=generator)
+    dropped = torch.rand(rows, 1, 1, generator=generator) < PROMPT_DROPOUT
+    null = model.encode([""]).cpu()
+    embeddings = torch.where(dropped, null, retain.embeddings[picked].float())
+    return noised(model, retain.latents[picked].float(), embeddings, generator)
+
+
+def surrogate_pairs(forget: Forget, embeddings: Tensor, which: Tensor, generator: torch.Generator
+                    ) -> tuple[Tensor, Tensor]:
+    """For each chosen memory one of its surrogates, drawn at random, with an embedding.
+
+    Args:
+        forget: the memories.
+        embeddings: one for each memory, shape (n, l, d).
+        which: indices of memories, shape (b,).
+        generator: of the draws.
+
+    Returns:
+        Latents (b, c, h, w) and embeddings (b, l, d).
+    """
+    spins = torch.rand(len(which), generator=generator)
+    latents = [forget.surrogates[i][int(s * len(forget.surrogates[i]))]
+               for i, s in zip(which.tolist(), spins.tolist(), strict=True)]
+    return torch.stack(latents).float(), embeddings[which].float()
+
+
+def memory_rows(forget: Forget, rows: int, generator: torch.Generator) -> Tensor:
+    """Indices of `rows` memories: as even as possible, in random order, shape (rows,)."""
+    rounds = -(-rows // len(forget))
+    return torch.cat([torch.randperm(len(forget), generator=generator) for _ in range(rounds)])[:rows]
+
+
+def denoising_losses(model: StableDiffusion, batch: Batch) -> RowLosses:
+    """Each row's denoising error, in the model's own parametrisation."""
+
+    def losses(rows: Tensor) -> Tensor:
+        rows = rows.to(batch.latents.device)
+        return model.denoising_error(batch.latents[rows], batch.noise[rows], batch.timestep[rows],
+                                     batch.embeddings[rows])
+
+    return losses
+
+
+def prediction_losses(model: StableDiffusion, noisy: Tensor, timestep: Tensor, embeddings: Tensor,
+                      target: Tensor) -> RowLosses:
+    """Each row's squared distance of the noise prediction to a given noise, in the model's own parametrisation.
+
+    |v - v'|^2 = |eps - eps'|^2 / abar_t for predictions at the same z_t, so a velocity model's rows are divided by
+    abar_t: otherwise the purest timesteps, where a velocity's weight in eps vanishes, would teach it nothing.
+
+    Args:
+        model: the model in training.
+        noisy: z_t, shape (b, c, h, w).
+        timestep: shape (b,).
+        embeddings: shape (b, l, d).
+        target: the noise to predict, shape (b, c, h, w).
+    """
+
+    def losses(rows: Tensor) -> Tensor:
+        rows = rows.to(noisy.device)
+        predicted = model.predict_noise(noisy[rows], timestep[rows], embeddings[rows])
+        error = (predicted - target[rows]).square().flatten(1).mean(1)
+        if model.prediction_type == "v_prediction":
+            error = error / model.alphas_cumprod[timestep[rows]].to(error.dtype)
+        return error
+
+    return losses

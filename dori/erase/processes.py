@@ -1,0 +1,56 @@
+"""One process or several, by Accelerate's state: every process draws the same batch and works on its share of the rows.
+
+Started plainly, there is one process and nothing is exchanged; started by `accelerate launch` or `torchrun`, gradients
+and triggers are summed over processes, so that the result does not depend on their number (but for rounding).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Which of how many processes this is.
+
+    Args:
+        index: from 0; process 0 writes files.
+        count: number of processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files."""
+        return self.index == 0
+
+    def share(self, rows: int) -> Tensor:
+        """Indices of this process's rows; the shares of all processes are disjoint and cover [0, rows)."""
+        return torch.arange(self.index, rows, self.count)
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors summed over all processes."""
+        if self.count == 1:
+            return list(tensors)
+        return [reduce(tensor.contiguous(), reduction="sum") for tensor in tensors]
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+        if self.count > 1:
+            PartialState().wait_for_everyone()
+
+
+def started(*, device: str) -> Processes:
+    """The processes as this command was started.
+
+    Args:
+        device: where the model lies; "cpu" keeps Accelerate off any GPU.
+    """
+    state = PartialState(cpu=device == "cpu")
+    return Processes(state.process_index, state.num_processes)

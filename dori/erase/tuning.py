@@ -1,0 +1,266 @@
+"""Moving weights: which ones, by which optimizer, with averaged weights, memory savers and a state that can be stored.
+
+All erasers that train use this loop, so that they differ in their losses alone:
+
+    with tuning(model, Tuner(learning_rate=1e-5)) as tuned:
+        for step in range(100):
+            gradient, loss = tuned.gradient(row_losses, rows=16)
+            tuned.update(gradient)
+        edit = tuned.edit("mine", details)
+
+The optimizer moves leaves. For `full` and the attention arms the leaves are the weights themselves; for `lora` they are
+the two factors of W = W0 + (alpha / r) B A, whose gradients follow from that of W by the chain rule, without hooks.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor
+
+from dori.erase.delta import WeightDelta, difference, weights_kept
+from dori.erase.processes import Processes
+from dori.errors import DoriError
+from dori.model.stable_diffusion import StableDiffusion
+from dori.sampling import named_seed
+
+Part = Literal["full", "attention", "cross_attention", "not_cross_attention", "lora"]
+RowLosses = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuner:
+    """How weights are moved.
+
+    Args:
+        learning_rate: AdamW's.
+        weight_decay: AdamW's; it acts on the leaves.
+        clip: largest l2 norm of the whole gradient.
+        ema_decay: of the averaged weights, which are the result; 0 takes the last weights.
+        part: `full` U-Net; all `attention` layers; `cross_attention` alone, or everything else; or `lora`, low-rank
+            changes of all attention projections.
+        rank: r of the LoRA.
+        alpha: the LoRA's scale is alpha / r.
+        rows_per_call: rows of one forward and backward pass; larger batches are accumulated.
+        checkpointing: trade time for memory by computing activations again in the backward pass.
+    """
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    ema_decay: float = 0.0
+    part: Part = "full"
+    rank: int = 8
+    alpha: float = 8.0
+    rows_per_call: int = 64
+    checkpointing: bool = False
+
+
+def chosen(model: StableDiffusion, part: Part) -> list[str]:
+    """Names of the weights that a part moves, in the U-Net's order.
+
+    Attention layers are found by structure: `attn1` and `attn2` of each transformer block, `attn2` being
+    cross-attention. (A published script selects them by a text that matches nothing; field.md 6.2.)
+
+    Raises:
+        DoriError: the U-Net has no such weight.
+    """
+    blocks = [name for name, module in model.unet.named_modules() if isinstance(module, BasicTransformerBlock)]
+    cross = tuple(f"{block}.attn2." for block in blocks)
+    attention = (*(f"{block}.attn1." for block in blocks), *cross)
+    names = [name for name, _ in model.unet.named_parameters()]
+    found = {"full": names,
+             "attention": [name for name in names if name.startswith(attention)],
+             "cross_attention": [name for name in names if name.startswith(cross)],
+             "not_cross_attention": [name for name in names if not name.startswith(cross)],
+             "lora": [name for name in names if name.startswith(attention) and name.endswith(".weight")]}[part]
+    if not found:
+        raise DoriError(f"{model.name} has no weights of the part {part!r}; erase with part \"full\"")
+    return found
+
+
+@dataclass(slots=True)
+class Tuned:
+    """A model in training: see `tuning`, which makes it.
+
+    Args:
+        model: its weights are the current ones.
+        tuner: settings.
+        base: the moved weights as they were.
+        leaves: what the optimizer moves.
+        optimizer: AdamW over the leaves.
+        processes: among which the rows are shared.
+        average: averaged weights; the weights themselves if there is no averaging.
+        steps: updates so far.
+    """
+
+    model: StableDiffusion
+    tuner: Tuner
+    base: Mapping[str, Tensor]
+    leaves: dict[str, Tensor]
+    optimizer: torch.optim.AdamW
+    processes: Processes
+    average: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The current weights that move."""
+        parameters = dict(self.model.unet.named_parameters())
+        return {name: parameters[name] for name in self.base}
+
+    def gradient(self, losses: RowLosses, rows: int) -> tuple[list[Tensor], float]:
+        """The gradient of the mean of `losses` over rows, by parts of `rows_per_call` and over all processes.
+
+        Args:
+            losses: row indices, shape (k,), to their losses, shape (k,); rows do not depend on one another.
+            rows: number of rows.
+
+        Returns:
+            One gradient for each weight that moves, and the mean loss.
+        """
+        weights = list(self.weights.values())
+        total = [torch.zeros_like(weight) for weight in weights]
+        loss = torch.zeros((), device=self.model.device)
+        share = self.processes.share(rows)
+        for part in share.split(self.tuner.rows_per_call):
+            value = losses(part).sum() / rows
+            for kept, grad in zip(total, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
+                if grad is not None:
+                    kept += grad
+            loss += value.detach()
+        *total, loss = self.processes.sum([*total, loss])
+        return total, float(loss)
+
+    def update(self, gradient: Sequence[Tensor], *, learning_rate: float | None = None) -> float:
+        """One AdamW step along a gradient of the weights; returns the gradient's norm before clipping."""
+        norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in gradient))
+        scale = min(1.0, self.tuner.clip / (norm + 1e-12))
+        for name, grad in zip(self.base, gradient, strict=True):
+            self._pull(name, grad * scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.tuner.learning_rate if learning_rate is None else learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._push()
+        self.steps += 1
+        if self.average:
+            decay = min(self.tuner.ema_decay, (1 + self.steps) / (10 + self.steps))
+            for name, weight in self.weights.items():
+                self.average[name].lerp_(weight.detach(), 1 - decay)
+        return norm
+
+    def result(self) -> dict[str, Tensor]:
+        """The weights to keep: averaged, or the last."""
+        return self.average or {name: weight.detach() for name, weight in self.weights.items()}
+
+    def edit(self, name: str, details: Mapping[str, Any]) -> WeightDelta:
+        """The result as an edit of the model as it was."""
+        return difference(name, self.model, self.base, self.result(), details)
+
+    @contextmanager
+    def resulting(self) -> Iterator[None]:
+        """Put the result on inside the block."""
+        with weights_kept(self.model, self.base):
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(self.result()[name])
+            yield
+
+    def _pull(self, name: str, grad: Tensor) -> None:
+        """The gradient of a weight to that of its leaves."""
+        if self.tuner.part != "lora":
+            self.leaves[name].grad = grad
+            return
+        a, b, scale = self.leaves[f"{name}.a"], self.leaves[f"{name}.b"], self.tuner.alpha / self.tuner.rank
+        a.grad, b.grad = scale * b.T @ grad, scale * grad @ a.T
+
+    @torch.no_grad()
+    def _push(self) -> None:
+        """The leaves to the weights."""
+        if self.tuner.part != "lora":
+            return
+        scale = self.tuner.alpha / self.tuner.rank
+        for name, weight in self.weights.items():
+            weight.copy_(self.base[name] + scale * self.leaves[f"{name}.b"] @ self.leaves[f"{name}.a"])
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, to be stored."""
+        tensors = {f"leaf.{name}": leaf.detach().clone() for name, leaf in self.leaves.items()}
+        tensors |= {f"average.{name}": value.clone() for name, value in self.average.items()}
+        for name, leaf in self.leaves.items():
+            tensors |= {f"adam.{name}/{key}": torch.as_tensor(value).clone()
+                        for key, value in self.optimizer.state[leaf].items()}
+        return tensors | {"steps": torch.tensor(self.steps)}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave, bit for bit."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(tensors[f"leaf.{name}"])
+            prefix = f"adam.{name}/"
+            stored = {key.removeprefix(prefix): value.clone() for key, value in tensors.items()
+                      if key.startswith(prefix)}
+            if stored:
+                self.optimizer.state[leaf] = {
+                    key: value if key == "step" else value.to(leaf) for key, value in stored.items()}
+        for name in self.average:
+            self.average[name].copy_(tensors[f"average.{name}"])
+        self.steps = int(tensors["steps"])
+        self._push()
+
+
+@contextmanager
+def tuning(model: StableDiffusion, tuner: Tuner, *, seed: int = 0,
+           processes: Processes | None = None) -> Iterator[Tuned]:
+    """Let a part of the U-Net's weights move inside the block; afterwards the model is as before, bit for bit.
+
+    Args:
+        model: a model in float32 or float64.
+        tuner: how.
+        seed: of the LoRA's first factors.
+        processes: among which rows are shared; None is one.
+
+    Raises:
+        DoriError: a half-precision model, in which small steps are lost, or no such part.
+    """
+    if model.unet.dtype not in (torch.float32, torch.float64):
+        raise DoriError(f"{model.name} is opened in {model.unet.dtype}, in which small steps are lost; erase in "
+                        "float32 and round the result")
+    names = chosen(model, tuner.part)
+    with weights_kept(model, names) as base:
+        parameters = dict(model.unet.named_parameters())
+        leaves = _factors(base, tuner, seed) if tuner.part == "lora" else {n: parameters[n] for n in names}
+        optimizer = torch.optim.AdamW(leaves.values(), lr=tuner.learning_rate, weight_decay=tuner.weight_decay)
+        average = {name: value.clone() for name, value in base.items()} if tuner.ema_decay else {}
+        flags = [module for module in model.unet.modules() if hasattr(module, "gradient_checkpointing")]
+        try:
+            for name in names:
+                parameters[name].requires_grad_(True)
+            if tuner.checkpointing:
+                model.unet.enable_gradient_checkpointing()
+            yield Tuned(model, tuner, base, leaves, optimizer, processes or Processes(), average)
+        finally:
+            for module in flags:
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+            for name in names:
+                parameters[name].grad = None
+                parameters[name].requires_grad_(False)
+
+
+def _factors(base: Mapping[str, Tensor], tuner: Tuner, seed: int) -> dict[str, Tensor]:
+    """A uniform like a linear layer's own start, B zero: at first nothing changes."""
+    leaves: dict[str, Tensor] = {}
+    for name, weight in base.items():
+        generator = torch.Generator().manual_seed(named_seed("lora", seed, name))
+        bound = weight.shape[1] ** -0.5
+        a = (torch.rand(tuner.rank, weight.shape[1], generator=generator) * 2 - 1) * bound
+        leaves[f"{name}.a"] = a.to(weight)
+        leaves[f"{name}.b"] = torch.zeros(weight.shape[0], tuner.rank).to(weight)
+    return leaves

@@ -1,0 +1,91 @@
+"""Write a model out as other tools read it: a diffusers folder, or the single file that it came from with new weights.
+
+Only the U-Net differs from the model that was opened; every other part is written as it is.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dori.errors import DoriError
+from dori.model.load import NOT_LOADED, PARTS, SCHEDULERS
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import write_bytes, write_json
+
+UNET = "model.diffusion_model."
+
+
+def save_model(model: StableDiffusion, target: Path, *, source: str) -> None:
+    """Write the model as it is now, edits put on.
+
+    Args:
+        model: the model.
+        target: a folder to make, or a `.safetensors` file if the model was opened from one.
+        source: where the model was opened from: a folder, a hub id or a `.safetensors` file.
+
+    Raises:
+        DoriError: the target exists, or a single file is asked of a model that was opened from a folder.
+    """
+    if target.exists():
+        raise DoriError(f"{target} exists; name a place that does not, so that no model is overwritten")
+    if target.suffix == ".safetensors":
+        _save_file(model, target, Path(source))
+    else:
+        _save_folder(model, target)
+
+
+def _save_folder(model: StableDiffusion, target: Path) -> None:
+    # Part by part: the pipeline's own save would first "correct" the scheduler's settings.
+    kind = str(model.scheduler_config.get("_class_name", "DDIMScheduler"))
+    scheduler = getattr(diffusers, kind if kind in SCHEDULERS else "DDIMScheduler").from_config(model.scheduler_config)
+    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer,
+             "scheduler": scheduler}
+    index: dict[str, object] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
+                                "requires_safety_checker": False}
+    index |= {name: [PARTS[name][0], type(part).__name__] for name, part in parts.items()}
+    index |= {name: [None, None] for name in NOT_LOADED}
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, part in parts.items():
+            part.save_pretrained(partial / name)
+        write_json(partial / "model_index.json", index)
+        partial.replace(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DoriError(f"{target} cannot be written ({error.strerror}); free some space or name another place"
+                        ) from None
+
+
+def _save_file(model: StableDiffusion, target: Path, source: Path) -> None:
+    if source.suffix != ".safetensors" or not source.is_file():
+        raise DoriError(f"{target} would be a single file, and the model was opened from {str(source)!r}; name a "
+                        "folder to write, or give the model as a .safetensors file")
+    try:
+        with safe_open(source, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise DoriError(f"{source} cannot be read again ({error}); restore it") from None
+    weights = model.unet.state_dict()
+    for key, name in unet_names(tensors, dict(model.unet.config)).items():
+        tensors[key] = weights[name].detach().to("cpu", tensors[key].dtype).reshape(tensors[key].shape).contiguous()
+    write_bytes(target, save(tensors, metadata=header))
+
+
+def unet_names(checkpoint: Mapping[str, Tensor], config: Mapping[str, object]) -> dict[str, str]:
+    """Name of each U-Net weight in a single file (SD's own layout) to its name in diffusers.
+
+    Found by sending numbered markers through diffusers' own conversion, so that the two cannot disagree.
+    """
+    names = [key for key in checkpoint if key.startswith(UNET)]
+    markers = {key: torch.tensor(index) for index, key in enumerate(names)}
+    converted = convert_ldm_unet_checkpoint(markers, config)
+    return {names[int(marker)]: name for name, marker in converted.items()}

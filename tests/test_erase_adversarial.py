@@ -1,0 +1,236 @@
+"""Adversarial fine-tuning does its arms, resumes bit for bit, stops on evidence; surrogates are no copies."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_parts
+from erasing import DESCRIPTOR, cases, draw, forget, retain
+from torch import Tensor
+
+from dori.attack.dori import Dori
+from dori.edit import no_edit
+from dori.erase.adversarial import AdversarialErasure
+from dori.erase.pairs import Work
+from dori.erase.processes import Processes
+from dori.erase.surrogates import SurrogateSearch, anchor_prompt, filtered, shortened
+from dori.erase.tuning import Tuner
+from dori.erase.watch import Watch, starting_points
+from dori.errors import DoriError
+from dori.metrics.similarity import cosine
+from dori.model.stable_diffusion import StableDiffusion
+
+ROOT = Path(__file__).parent.parent
+METHOD = AdversarialErasure(rounds=3, steps_per_round=2, batch=4, attack=Dori(steps=2, batch=1),
+                            tuner=Tuner(learning_rate=1e-3, ema_decay=0.5))
+
+
+def watch(model: StableDiffusion, threshold: float = 0.7) -> Watch:
+    """A cheap judge of the three memories."""
+    images = model.to_images(draw(3, *model.latent_shape, seed=1))
+    return Watch(dataclasses.replace(DESCRIPTOR, threshold=threshold), images, sampling_steps=1, seeds=2,
+                 attack=Dori(steps=1, batch=1), starts=("gaussian",))
+
+
+class Killed(Exception):
+    """Stands for a kill between two rounds."""
+
+
+def test_a_killed_erasure_goes_on_to_the_same_weights(tiny: StableDiffusion, tmp_path: Path) -> None:
+    whole = METHOD(tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny))
+    checkpoint, said = tmp_path / "state.safetensors", list[str]()
+
+    def die(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=die), watch=watch(tiny))
+    said.clear()
+    resumed = METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=said.append),
+                     watch=watch(tiny))
+    assert resumed.fingerprint == whole.fingerprint and resumed.details == whole.details
+    assert len(said) == 1 and "round 3/3" in said[0]
+    with pytest.raises(DoriError, match="other settings"):
+        METHOD(tiny, forget(tiny), retain(tiny), seed=1, work=Work(checkpoint))
+    checkpoint.write_bytes(b"torn")
+    with pytest.raises(DoriError, match="cannot be read"):
+        METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint))
+
+
+def test_each_round_attacks_the_current_weights(tiny: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float, Tensor]] = []
+    original = Dori.__call__
+
+    def spy(self: Dori, model: StableDiffusion, targets: Tensor, starts: Tensor, **rest: object):  # noqa: ANN202
+        seen.append((self.steps, float(model.unet.conv_in.weight.detach().sum()), starts))
+        return original(self, model, targets, starts, **rest)
+
+    monkeypatch.setattr(Dori, "__call__", spy)
+    growing = dataclasses.replace(METHOD, attack_growth=2.0, attack_limit=5)
+    growing(tiny, forget(tiny), retain(tiny), seed=0)
+    assert [steps for steps, _, _ in seen] == [2] * 3 + [4] * 3 + [5] * 3  # three kinds of start a round
+    assert len({weight for _, weight, _ in seen}) == 3
+    assert all(torch.equal(points, forget(tiny).embeddings) for _, _, points in seen[::3])
+    assert not torch.equal(seen[1][2], seen[4][2])  # fresh Gaussian starts
+    seen.clear()
+    dataclasses.replace(METHOD, search_rounds=1)(tiny, forget(tiny), retain(tiny), seed=0)
+    assert len(seen) == 3
+    seen.clear()
+    dataclasses.replace(METHOD, starts=("prompt",), attack=Dori(steps=0))(tiny, forget(tiny), retain(tiny), seed=0)
+    assert all(steps == 0 for steps, _, _ in seen)
+
+
+def test_the_losses_are_on_surrogates_with_triggers_and_on_ordinary_pairs(tiny: StableDiffusion) -> None:
+    memories, triggers = forget(tiny), draw(2, 3, *tiny.embedding_shape, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    latents, embeddings = METHOD._adversarial_rows(memories, triggers, [0, 2], generator)
+    big = dataclasses.replace(METHOD, batch=400)
+    latents, embeddings = big._adversarial_rows(memories, triggers, [0, 2], generator)
+    kinds = torch.cat([triggers, memories.embeddings[None]])  # (3, n, l, d)
+    count = torch.zeros(3, 3)
+    for z, y in zip(latents, embeddings, strict=True):
+        which = [i for i in (0, 2) if any(torch.equal(z, s) for s in memories.surrogates[i])]
+        assert len(which) == 1
+        kind = [k for k in range(3) if torch.equal(y, kinds[k, which[0]])]
+        count[kind[0], which[0]] += 1
+    assert count.sum(0).tolist() == [200, 0, 200]
+    assert bool((abs(count.sum(1) - 400 / 3) < 5 * (400 * 2 / 9) ** 0.5).all())
+    without = dataclasses.replace(big, prompt_too=False)._adversarial_rows(memories, triggers, [1], generator)[1]
+    assert not any(torch.equal(y, memories.embeddings[1]) for y in without)
+
+
+def test_terms_can_be_left_out(tiny: StableDiffusion) -> None:
+    one = dataclasses.replace(METHOD, rounds=1)
+    logs = [dataclasses.replace(one, **arm)(tiny, forget(tiny), retain(tiny), seed=0).details["log"][0]
+            for arm in ({"retain_weight": 0.0}, {"adversarial_weight": 0.0})]
+    assert logs[0]["retain"] == 0 != logs[0]["adversarial"] and logs[1]["adversarial"] == 0 != logs[1]["retain"]
+
+
+def test_safe_memories_are_visited_less_often(tiny: StableDiffusion) -> None:
+    often = dataclasses.replace(METHOD, rounds=4, steps_per_round=1, safe_every=3)
+    safe = often(tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny, threshold=5.0)).details["log"]
+    assert [record["visited"] for record in safe] == [3, 3, 3, 3]  # all safe alike: none is singled out
+    progress_last = torch.tensor([0.1, 0.9, 0.2])
+    from dori.erase.adversarial import _Progress
+
+    progress = _Progress(1, 0, 0, progress_last, torch.zeros(0), [])
+    assert often._visited(progress, watch(tiny)) == [1]
+    progress.round = 3
+    assert often._visited(progress, watch(tiny)) == [0, 1, 2] == often._visited(progress, None)
+
+
+def test_it_stops_on_evidence_or_when_the_budget_is_spent(tiny: StableDiffusion) -> None:
+    checked = dataclasses.replace(METHOD, rounds=4, steps_per_round=1, check_every=1, patience=2)
+    quiet = checked(tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny, threshold=2.0)).details["log"]
+    assert len(quiet) == 2 and all(record["held_out_replicated"] == 0 for record in quiet)
+    loud = checked(tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny, threshold=-2.0)).details["log"]
+    assert len(loud) == 4 and all(record["held_out_replicated"] == 3 for record in loud)
+    rows = loud[0]["rows"]
+    spent = dataclasses.replace(checked, budget_rows=rows + 1)(
+        tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny, threshold=-2.0)).details
+    assert len(spent["log"]) == 2 and spent["rows"] == spent["log"][-1]["rows"] == loud[1]["rows"]
+
+
+def test_held_out_attacks_share_no_stream_with_the_training(tiny: StableDiffusion) -> None:
+    judge, memories = watch(tiny), forget(tiny)
+    first, again, other = (judge.held_out(tiny, memories, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (3,)
+    bare = forget(tiny, texts=("a", None, "b"))
+    points = starting_points(tiny, bare, [0, 1], "prompt", seeds=[5, 6])
+    assert torch.equal(points[0], bare.embeddings[0]) and not torch.equal(points[1], bare.embeddings[1])
+    foreign = starting_points(tiny, bare, [0, 1, 2], "foreign", seeds=[5, 6, 7])
+    assert all(any(torch.equal(row, ordinary) for ordinary in bare.ordinary) for row in foreign)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def test_shares_of_rows_cover_the_batch_once() -> None:
+    for count in (1, 2, 3, 5):
+        rows = torch.cat([Processes(index, count).share(7) for index in range(count)])
+        assert rows.sort().values.tolist() == list(range(7))
+
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import torch
+from conftest import tiny_parts
+from erasing import forget, retain
+from test_erase_adversarial import METHOD, watch
+from dori.erase.pairs import Work
+from dori.erase.processes import started
+from dori.model.stable_diffusion import StableDiffusion
+folder = Path(sys.argv[1])
+processes = started(device="cpu")
+own = folder / f"tokenizer-{processes.index}"
+own.mkdir()
+model = StableDiffusion(**tiny_parts(own), name="tiny")
+edit = METHOD(model, forget(model), retain(model), seed=0, work=Work(folder / "state.safetensors", processes))
+edit.save(folder / f"edit-{processes.index}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_reach_the_weights_of_one(tiny: StableDiffusion, tmp_path: Path) -> None:
+    from dori.edit import load_edit
+
+    alone = METHOD(tiny, forget(tiny), retain(tiny), seed=0)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], cwd=ROOT,
+                                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    edits = [load_edit(tmp_path / f"edit-{rank}.safetensors") for rank in range(2)]
+    assert edits[0].fingerprint == edits[1].fingerprint
+    for key, value in alone.deltas.items():
+        assert torch.allclose(edits[0].deltas[key], value, atol=2e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- surrogates
+
+
+def test_prompts_are_shortened_word_by_word() -> None:
+    assert shortened("a b c d e f g h") == ("a b c d e f", "a b c d", "a b", "")
+    assert shortened("one two") == ("one", "") and shortened("one") == ("",) and shortened(None) == ("",)
+    assert anchor_prompt("a b c d e") == "a b" and anchor_prompt("one") == "" and anchor_prompt(None) == ""
+
+
+def test_candidates_are_kept_greedily_if_unlike_target_and_one_another() -> None:
+    vectors = torch.nn.functional.normalize(torch.tensor(
+        [[1.0, 0, 0], [0, 1, 0], [0, 1, 0.1], [0, 0, 1], [0, -1, 0]]), dim=1)
+    similarity = torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1])
+    limits = {"below_target": 0.5, "below_each_other": 0.7}
+    assert filtered(similarity, vectors, vectors[:0], wanted=9, **limits) == [1, 3, 4]
+    assert filtered(similarity, vectors, vectors[:0], wanted=2, **limits) == [1, 3]
+    assert filtered(similarity, vectors, vectors[1:2], wanted=9, **limits) == [3, 4]
+
+
+def test_surrogates_come_from_the_mitigated_model_first_and_are_no_copies(tiny: StableDiffusion) -> None:
+    asked = cases(tiny)
+    search = SurrogateSearch(wanted=2, tries=4, sampling_steps=1, below_target=0.9, below_each_other=1.3)
+    found = search(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
+    again = search(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
+    for i, case in enumerate(asked):
+        assert torch.equal(found.latents[i], again.latents[i])
+        described = DESCRIPTOR(found.images[i])
+        assert float(cosine(described, DESCRIPTOR(case.image[None])).max()) < 0.9 * 0.7
+        assert float((cosine(described[:, None], described) - 2 * torch.eye(len(described))).max()) < 1.3 * 0.7
+        assert torch.allclose(found.latents[i], tiny.to_latents(found.images[i]))
+        assert found.sources[i][0].startswith(("none: ", "shortened prompt"))
+    only = dataclasses.replace(search, mitigated=False)(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
+    assert all(source.startswith("shortened prompt") for sources in only.sources for source in sources)
+    with pytest.raises(DoriError, match="no surrogate of memory 'memory-0'"):
+        dataclasses.replace(search, below_target=-2.0)(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
+
+
+def test_the_tiny_model_is_the_same_in_every_process(tmp_path: Path) -> None:
+    first, second = (StableDiffusion(**tiny_parts(tmp_path), name="tiny") for _ in range(2))
+    assert torch.equal(first.unet.conv_in.weight, second.unet.conv_in.weight)
