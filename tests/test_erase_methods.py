@@ -110,7 +110,8 @@ def test_siss_weights_are_the_density_ratios() -> None:
     noisy = abar.sqrt()[:, None, None, None] * keep + 0.7 * draw(6, 1, 1, 2, seed=2).double()
     w_x, w_a = importance_weights(noisy, keep, memory, abar, mixing=0.3)
     for i in range(6):
-        q = [torch.distributions.MultivariateNormal(abar[i].sqrt() * z[i].flatten(), (1 - abar[i]) * torch.eye(2).double())
+        spread = (1 - abar[i]) * torch.eye(2).double()
+        q = [torch.distributions.MultivariateNormal(abar[i].sqrt() * z[i].flatten(), spread)
              .log_prob(noisy[i].flatten()).exp() for z in (keep, memory)]
         mixture = 0.7 * q[0] + 0.3 * q[1]
         assert w_x[i] == pytest.approx(float(q[0] / mixture), rel=1e-9)

@@ -4,8 +4,8 @@ Source: Gandikota et al., "Erasing Concepts from Diffusion Models" (ICCV 2023), 
 
     L = |eps_theta'(x_t, c) - [eps(x_t, c) - eta (eps(x_t, c) - eps(x_t, null))]|^2,
 
-x_t partial samples, eps the frozen model. Now eta 2 (paper 1), rate 5e-5 (old 1e-5), 200 iterations (old 1000), guidance
-3 of the samples; esd-x moves cross-attention, esd-u the rest. For one image, c is its prompt.
+x_t partial samples, eps the frozen model. Now eta 2 (paper 1), rate 5e-5 (old 1e-5), 200 iterations (old 1000), samples
+of guidance 3; esd-x moves cross-attention, esd-u the rest. For one image, c is its prompt.
 
 Traps: the README's name for the cross-attention variant selects no parameter at all (here a part that matches nothing
 is refused); the partial samples here come from the frozen model, all drawn beforehand, so that no second model is kept.

@@ -1,0 +1,91 @@
+"""Equivalence: is the difference between two groups smaller than a margin, in both directions?
+
+A removal is not shown by a test that finds no difference, which small samples always grant, but by one that rejects
+"the difference is at least the margin": two one-sided tests (Schuirmann 1987), here with Welch's t, since the groups
+differ in spread. Two-sided, because a memory that is *harder* to reach than an unseen image betrays that it was there.
+The margin is fixed before anything is measured.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from dori.errors import DoriError
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """The outcome of two one-sided tests.
+
+    Args:
+        quantity: what was compared, in words.
+        difference: mean of the first group less mean of the second.
+        low, high: its 1 - 2 level confidence interval; equivalence is shown if it lies within the margin.
+        margin: fixed beforehand, in the quantity's unit.
+        p: the larger of the two one-sided p-values.
+        level: of each one-sided test.
+        counts: images in each group.
+        spread: false if no image differed from another of its group, so that the interval has no width.
+    """
+
+    quantity: str
+    difference: float
+    low: float
+    high: float
+    margin: float
+    p: float
+    level: float
+    counts: tuple[int, int]
+    spread: bool
+
+    @property
+    def shown(self) -> bool:
+        """Whether the difference is shown to be smaller than the margin."""
+        return self.p < self.level
+
+    @property
+    def excluded(self) -> bool:
+        """Whether the difference is shown to be larger than the margin."""
+        return self.low > self.margin or self.high < -self.margin
+
+
+def equivalence(quantity: str, first: ArrayLike, second: ArrayLike, *, margin: float,
+                level: float = 0.05) -> Equivalence:
+    """Test whether the means of two independent groups differ by less than the margin.
+
+    Args:
+        quantity: what is compared, in words.
+        first: one value an image, shape (n,), n >= 2: memories.
+        second: shape (m,), m >= 2: controls.
+        margin: > 0.
+        level: of each one-sided test, in (0, 0.5).
+
+    Raises:
+        DoriError: a group has fewer than two values, a value is not finite, or the margin is not positive.
+    """
+    a, b = (np.asarray(values, np.float64) for values in (first, second))
+    if min(a.size, b.size) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()) or not margin > 0:
+        raise DoriError(f"{quantity}: equivalence needs at least two memories and two controls with finite values and "
+                        "a positive margin; give more images")
+    difference = float(a.mean() - b.mean())
+    error, freedom = _welch(a, b)
+    if error == 0:
+        within = abs(difference) < margin
+        return Equivalence(quantity, difference, difference, difference, margin, 0.0 if within else 1.0, level,
+                           (a.size, b.size), spread=False)
+    half = float(stats.t.ppf(1 - level, freedom)) * error
+    above = float(stats.t.sf((difference + margin) / error, freedom))
+    below = float(stats.t.cdf((difference - margin) / error, freedom))
+    return Equivalence(quantity, difference, difference - half, difference + half, margin, max(above, below), level,
+                       (a.size, b.size), spread=True)
+
+
+def _welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
+    """Standard error of the difference of means, and its degrees of freedom."""
+    u, v = a.var(ddof=1) / a.size, b.var(ddof=1) / b.size
+    if u + v == 0:
+        return 0.0, math.inf
+    return math.sqrt(u + v), float((u + v) ** 2 / (u**2 / (a.size - 1) + v**2 / (b.size - 1)))

@@ -1,0 +1,103 @@
+"""The parts of the proof: an equivalence test of the stated size, relearning, and latents with their likelihood."""
+
+import numpy as np
+import pytest
+import torch
+from erasing import draw, weights
+from scipy import stats
+
+from dori.erase.equivalence import equivalence
+from dori.erase.latent_attack import LatentAttack, norm_positions
+from dori.erase.relearn import Relearning
+from dori.erase.tuning import Tuner
+from dori.errors import DoriError
+from dori.model.load import model_fingerprint
+from dori.model.stable_diffusion import StableDiffusion
+from dori.sampling import initial_noise, sample
+
+
+def test_the_test_agrees_with_two_welch_tests() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.02, 0.1, 30), rng.normal(0.0, 0.2, 20)
+    found = equivalence("x", a, b, margin=0.15)
+    above = stats.ttest_ind(a + 0.15, b, equal_var=False, alternative="greater").pvalue
+    below = stats.ttest_ind(a - 0.15, b, equal_var=False, alternative="less").pvalue
+    assert found.p == pytest.approx(max(above, below), rel=1e-9)
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.90)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert found.shown == (-0.15 < found.low and found.high < 0.15)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("shape", ["normal", "skewed", "censored"])
+def test_its_size_at_the_margin_is_the_level(side: int, shape: str) -> None:
+    """Simulated at the border of equivalence, where a claim is wrong: it is made in at most 5 % of samples."""
+    rng, runs, margin = np.random.default_rng(1), 3000, 0.5
+
+    def drawn(n: int, mean: float) -> np.ndarray:
+        if shape == "normal":
+            return rng.normal(mean, 1.0, n)
+        if shape == "skewed":
+            return mean + rng.exponential(1.0, n) - 1.0
+        # Steps to relearn, capped, in units that put the mean of the capped steps at `mean`.
+        capped = np.minimum(np.round(rng.exponential(3.0, n)), 8.0)
+        return mean + capped
+    claims = sum(equivalence("x", drawn(32, side * margin), drawn(32, 0.0), margin=margin).shown for _ in range(runs))
+    rate = claims / runs
+    assert rate < 0.05 + 4 * (0.05 * 0.95 / runs) ** 0.5
+    if shape == "normal":  # and not far below: it is a test of that size, not one that never claims
+        power = sum(equivalence("x", rng.normal(0, 0.2, 32), rng.normal(0, 0.2, 32), margin=margin).shown
+                    for _ in range(100)) / 100
+        assert power > 0.95 and rate > 0.02
+
+
+def test_both_directions_count_and_no_spread_is_said() -> None:
+    rng = np.random.default_rng(2)
+    group = rng.normal(0, 0.01, 20)
+    for shift in (-0.3, 0.3):
+        found = equivalence("x", group + shift, group, margin=0.1)
+        assert not found.shown and found.excluded
+    same = equivalence("x", [3.0, 3.0], [3.0, 3.0], margin=0.1)
+    assert same.shown and not same.spread
+    apart = equivalence("x", [3.0, 3.0], [2.0, 2.0], margin=0.1)
+    assert not apart.shown and apart.excluded
+    for bad in (([1.0], [1.0, 2.0], 0.1), ([1.0, np.nan], [1.0, 2.0], 0.1), ([1.0, 1.0], [1.0, 2.0], 0.0)):
+        with pytest.raises(DoriError, match="at least two"):
+            equivalence("x", bad[0], bad[1], margin=bad[2])
+
+
+def test_relearning_lowers_the_loss_looks_when_told_and_restores(tiny: StableDiffusion) -> None:
+    latent, embedding, before = draw(*tiny.latent_shape, seed=0), tiny.encode(["a"])[0], model_fingerprint(tiny)
+    seen: list[torch.Tensor] = []
+
+    def look() -> tuple[float, ...]:
+        seen.append(weights(tiny)["conv_in.weight"])
+        return (0.1 * len(seen),)
+
+    method = Relearning(steps=7, batch=2, check_every=3, tuner=Tuner(learning_rate=1e-3))
+    curve = method(tiny, latent, embedding, seed=0, look=look, enough=lambda values: False)
+    assert list(curve) == [0, 3, 6, 7] and model_fingerprint(tiny) == before
+    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    curve = method(tiny, latent, embedding, seed=0, look=lambda: (0.9,), enough=lambda values: values[0] > 0.5)
+    assert list(curve) == [0]
+
+
+def test_a_latents_position_is_that_of_its_squared_norm() -> None:
+    typical = draw(400, 3, 8, 8, seed=0)
+    positions = norm_positions(typical)
+    assert stats.kstest(positions.numpy(), "uniform").pvalue > 1e-3
+    assert float(norm_positions(1.5 * typical).min()) > 0.999 and float(norm_positions(0.5 * typical).max()) < 0.001
+
+
+def test_the_latent_attack_lowers_its_loss_and_keeps_to_the_sphere(tiny: StableDiffusion) -> None:
+    targets, y = 0.5 * draw(3, *tiny.latent_shape, seed=1), tiny.encode(["a", "b", "c"])
+    attack = LatentAttack(steps=12, sampling_steps=2, learning_rate=0.1, rows_per_call=2)
+    found = attack(tiny, targets, y, seeds=[1, 2, 3])
+    assert bool((found.losses[:, -1] < found.losses[:, 0]).all())
+    alone = attack(tiny, targets[1:2], y[1:2], seeds=[2])
+    assert torch.allclose(alone.latents[0], found.latents[1], atol=1e-3)
+    first = sample(tiny, y, initial_noise(tiny, [1, 2, 3]), steps=2, guidance_scale=1.0)
+    assert torch.allclose(found.losses[:, 0], (first - targets).square().flatten(1).mean(1), rtol=1e-3)
+    sphere = LatentAttack(steps=3, sampling_steps=2, on_sphere=True)(tiny, targets, y, seeds=[1, 2, 3])
+    d = targets[0].numel()
+    assert torch.allclose(sphere.latents.flatten(1).norm(dim=1), torch.full((3,), d**0.5), rtol=1e-4)
