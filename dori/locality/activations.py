@@ -1,0 +1,87 @@
+"""Locality in activations: D_l(Y), how differently one layer answers to the embeddings of a set.
+
+Source: methods.md 4.2. With the initial noise fixed and f_l(y) the flattened output (tokens x channels) of layer l,
+
+    D_l(Y) = 2 / (n (n - 1)) * sum over i < j of || f_l(y_i) - f_l(y_j) ||_2.
+
+The paper names neither timestep nor guidance. Here the noise follows the guided DDIM trajectory of its own embedding,
+as in generation, and the conditional rows are read at the chosen steps; step 0 is the fixed noise itself, where only
+the embedding differs. Value projections see the embedding alone and give the same at every step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dori.model.stable_diffusion import StableDiffusion
+
+
+def discrepancy(activations: Tensor) -> float:
+    """D_l(Y) of activations (n, ...): mean l2 distance of all pairs, in float64; NaN for fewer than two."""
+    return float(torch.pdist(activations.detach().double().flatten(1)).mean())
+
+
+@contextmanager
+def outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Inside the block, each forward pass leaves the output of every layer in the table."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name, layer in layers.items():
+
+            def see(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
+                seen[name] = output.detach()
+
+            handles.append(layer.register_forward_hook(see))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def activations(model: StableDiffusion, layers: Mapping[str, nn.Module], embeddings: Tensor, noise: Tensor, *,
+                steps: Sequence[int] = (0,), ddim_steps: int = 50, guidance_scale: float = 7.0,
+                rows_per_call: int = 64) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Outputs of layers for each embedding, at chosen steps of the trajectory that begins with given noise.
+
+    One step's outputs are held at a time: n times all entries of all layers, float32 on the CPU.
+
+    Args:
+        model: the model, edits put on.
+        layers: by name, as `StableDiffusion.layers` gives them.
+        embeddings: shape (n, l, d).
+        noise: initial noise, (1, c, h, w) shared by all embeddings or (n, c, h, w), one for each.
+        steps: positions on the DDIM grid, ascending from 0 or more.
+        ddim_steps: steps of the grid.
+        guidance_scale: of the trajectory between the chosen steps.
+        rows_per_call: upper bound on the rows of one U-Net call.
+
+    Yields:
+        Step and, by layer, outputs of shape (n, tokens, channels).
+    """
+    scheduler = model.ddim(ddim_steps)
+    y, null = embeddings.to(model.device), model.encode([""])
+    x = noise.expand(len(y), -1, -1, -1).to(model.device) * scheduler.init_noise_sigma
+    for step, t in enumerate(scheduler.timesteps[: steps[-1] + 1]):
+        found: dict[str, list[Tensor]] = {name: [] for name in layers}
+        latents: list[Tensor] = []
+        for part, context in zip(x.split(rows_per_call // 2), y.split(rows_per_call // 2), strict=True):
+            times = t.to(x.device).expand(len(part))
+            with outputs(layers) as seen:
+                eps = model.predict_noise(part, times, context)
+                for name in layers:
+                    found[name].append(seen[name].float().cpu())
+            if step < steps[-1]:
+                away = model.predict_noise(part, times, null.expand_as(context))
+                latents.append(scheduler.step(away + guidance_scale * (eps - away), t, part).prev_sample)
+        if step in steps:
+            yield step, {name: torch.cat(parts) for name, parts in found.items()}
+        x = torch.cat(latents) if latents else x
+
+
+def activation_rows(count: int, steps: Sequence[int]) -> int:
+    """U-Net rows that `activations` costs for so many embeddings."""
+    return count * (2 * steps[-1] + 1)

@@ -1,0 +1,107 @@
+"""What every stage of a locality run needs: the model, who judges, the plan, the cells, and the judging itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dori.audit.judge import Case, Judge, draw, finite_images, pixels_sha256
+from dori.locality.costs import Rows
+from dori.locality.plan import Plan
+from dori.metrics.similarity import cosine
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run, canonical_sha256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Embeddings with what they were made from.
+
+    Cells depend on the origin, never on rounded numbers, so that another number of threads gives the same cells.
+
+    Args:
+        y: shape (n, l, d).
+        origin: texts, seeds, settings, or the hash of another origin: JSON-able.
+    """
+
+    y: Tensor
+    origin: Mapping[str, object]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the origin."""
+        return canonical_sha256(self.origin)
+
+    def take(self, rows: Sequence[int]) -> "Source":
+        """Some of the embeddings."""
+        return Source(self.y[list(rows)], {"of": self.sha256, "rows": list(rows)})
+
+
+def encoded(model: StableDiffusion, texts: Sequence[str]) -> Source:
+    """Prompt embeddings."""
+    return Source(model.encode(texts).cpu(), {"texts": list(texts)})
+
+
+@dataclass(slots=True, eq=False)
+class Bench:
+    """The fixed parts of one run, and what its cells cost, whenever they were computed.
+
+    Args:
+        model: the analysed model.
+        judge: whose descriptor decides about replication.
+        plan: the settings.
+        run: the folder that remembers.
+        fingerprint: of the model, an input of every cell.
+    """
+
+    model: StableDiffusion
+    judge: Judge
+    plan: Plan
+    run: Run
+    fingerprint: str
+    cost: dict[str, int] = field(default_factory=dict)
+
+    def tensors(self, key: str, inputs: Mapping[str, object], rows: Rows,
+                compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As `Run.once_tensors`, with the model among the inputs; counted by planned rows, for NeMo an upper bound."""
+        found = self.run.once_tensors(key, {"model": self.fingerprint} | dict(inputs), compute)
+        self.count(key.split(".")[0], rows)
+        return found
+
+    def count(self, stage: str, rows: Rows) -> None:
+        """Add to the cost of a stage."""
+        for kind, count in (("forward and backward", rows.attacked), ("forward", rows.forward)):
+            if count:
+                self.cost[f"{stage}, {kind}"] = self.cost.get(f"{stage}, {kind}", 0) + count
+
+    def skip(self, key: str) -> None:
+        """A planned cell that turned out to be empty."""
+        if self.run.progress is not None:
+            self.run.progress.done(key, stored=True)
+
+    def judged_inputs(self, case: Case, source: Source, seeds: Sequence[int]) -> dict[str, object]:
+        """All that `similarities` depends on beside the model."""
+        return {"source": source.sha256, "seeds": list(seeds), "image": pixels_sha256(case.image),
+                "steps": self.plan.sampling_steps, "guidance_scale": self.plan.guidance_scale,
+                "judge": self.judge.record()}
+
+    def similarities(self, case: Case, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Similarity to the memory of a generation of every embedding (n, l, d) under every seed, shape (n, s)."""
+        parts = [self.similar(case, draw(self.model, self.plan.judging(), part, seeds))
+                 for part in embeddings.split(64)]
+        return torch.cat(parts) if parts else torch.zeros(0, len(seeds))
+
+    def similar(self, case: Case, images: Tensor) -> Tensor:
+        """Similarity to the memory of images (n, s, 3, H, W), shape (n, s); one that diverged is like nothing."""
+        flat, finite = finite_images(images.flatten(0, 1))
+        descriptors = self.judge.descriptor(flat).cpu() * finite[:, None]
+        reference = self.judge.descriptor(case.image[None]).cpu()
+        return cosine(descriptors, reference).unflatten(0, images.shape[:2])
+
+    def replicates(self, similarities: Tensor) -> Tensor:
+        """Which embeddings replicate, booleans (n,): the median over the seeds exceeds the threshold, as in MR."""
+        return similarities.double().quantile(0.5, dim=1) > self.judge.descriptor.threshold

@@ -1,0 +1,129 @@
+"""Locality in embedding space: how triggers of one image lie to each other, to their starts and to ordinary prompts.
+
+Source: methods.md 4.1 (DoRI paper: mean pairwise l2 distance, t-SNE of 100 starts and their triggers). Gaussian starts
+are sqrt(2 l d) apart by construction, so a distance between triggers alone says nothing; the functions below therefore
+also look at the moves y - y0 that the attack made, in which the starts are taken out, and at straight lines and balls.
+Embeddings are plain tensors of shape (n, l, d); distances are l2 over all l d entries, in float64.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+
+def _flat(embeddings: Tensor) -> Tensor:
+    return embeddings.detach().cpu().double().flatten(1)
+
+
+def pair_distances(embeddings: Tensor) -> Tensor:
+    """l2 distances of all n (n - 1) / 2 pairs of embeddings (n, l, d), float64."""
+    return torch.pdist(_flat(embeddings))
+
+
+def moved(starts: Tensor, ends: Tensor) -> Tensor:
+    """|y - y0|, how far each embedding moved, shape (n,), float64."""
+    return (_flat(ends) - _flat(starts)).norm(dim=1)
+
+
+def gaussian_distance(entries: int) -> float:
+    """Expected distance of two independent N(0, I) vectors with that many entries: 2 G((k + 1)/2) / G(k/2)."""
+    return 2 * math.exp(math.lgamma((entries + 1) / 2) - math.lgamma(entries / 2))
+
+
+def common_share(moves: Tensor) -> float:
+    """Which share of the moves' mean square is a move common to all.
+
+    Mean inner product of two different moves over their mean square norm. Moves of independent directions give 0 (in
+    expectation, so that small negative values occur), equal moves 1. Unlike a distance between the ends it does not
+    contain the starts.
+
+    Args:
+        moves: shape (n, l, d) or (n, k), n >= 2.
+
+    Returns:
+        The share, at most 1; NaN if nothing moved or n < 2.
+    """
+    x, n = _flat(moves), len(moves)
+    square = float(x.square().sum())
+    if n < 2 or square == 0:
+        return math.nan
+    between = float(x.sum(0).square().sum()) - square  # sum over ordered pairs of different moves
+    return between / (n - 1) / square
+
+
+def shared_share(first: Tensor, second: Tensor) -> float:
+    """`common_share` between two lists of moves that began at the same starts, start by start.
+
+    Mean inner product <a_i, b_i> over the root of the product of both mean squares: what two different images have in
+    common because they began at the same place.
+
+    Args:
+        first: moves towards one image, shape (n, l, d).
+        second: moves towards another image from the same starts, likewise.
+    """
+    a, b = _flat(first), _flat(second)
+    size = math.sqrt(float(a.square().sum()) * float(b.square().sum()))
+    return float((a * b).sum()) / size if size else math.nan
+
+
+def own_start_share(starts: Tensor, ends: Tensor) -> float:
+    """Share of the ends whose nearest start is their own; both (n, l, d). By chance 1/n."""
+    if not len(starts):
+        return math.nan
+    nearest = torch.cdist(_flat(ends), _flat(starts)).argmin(1)
+    return float((nearest == torch.arange(len(starts))).double().mean())
+
+
+def line(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:
+    """Points (1 - s) a + s b on the straight line between two embeddings (l, d), shape (len(shares), l, d)."""
+    return torch.stack([first + share * (second - first) for share in shares])
+
+
+def sphere(centre: Tensor, radius: float, *, seed: int, count: int) -> Tensor:
+    """Points at one distance from an embedding (l, d), in uniformly random directions, shape (count, l, d)."""
+    noise = torch.randn(count, *centre.shape, generator=torch.Generator().manual_seed(seed))
+    unit = noise / noise.flatten(1).norm(dim=1)[:, None, None]
+    return centre.cpu() + radius * unit
+
+
+def principal_map(embeddings: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """The first two principal components.
+
+    Args:
+        embeddings: shape (n, l, d), n >= 3.
+
+    Returns:
+        Coordinates (n, 2), float64, the largest of each component positive so that the map has one orientation; and
+        which share of the variance each explains.
+    """
+    x = _flat(embeddings)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    coordinates = u[:, :2] * s[:2]
+    coordinates = coordinates * coordinates.gather(0, coordinates.abs().argmax(0, keepdim=True)).sign()
+    energy = s.square() / s.square().sum().clamp_min(1e-300)
+    return coordinates, (float(energy[0]), float(energy[1]))
+
+
+def neighbour_map(embeddings: Tensor, *, perplexity: float, seed: int) -> Tensor:
+    """t-SNE in two dimensions, begun from the principal components, shape (n, 2), float64.
+
+    It keeps neighbourhoods and invents distances: gaps and sizes of its clusters mean nothing, hence `principal_map`
+    beside it.
+
+    Args:
+        embeddings: shape (n, l, d), n >= 3.
+        perplexity: effective number of neighbours, cut to (n - 1) / 3 where there are too few points.
+        seed: of the optimisation.
+    """
+    x = _flat(embeddings).numpy()
+    tsne = TSNE(n_components=2, perplexity=capped_perplexity(perplexity, len(x)), init="pca", random_state=seed,
+                learning_rate="auto")
+    return torch.from_numpy(tsne.fit_transform(x)).double()
+
+
+def capped_perplexity(perplexity: float, points: int) -> float:
+    """The perplexity that t-SNE can have with so many points."""
+    return min(perplexity, (points - 1) / 3)

@@ -1,0 +1,162 @@
+"""From tensors to records: what each analysis says of one memory or one reference set. No model is needed here."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dori.locality import embeddings as space
+from dori.locality import truth
+from dori.locality.masks import FACTS, Masks
+from dori.locality.records import (
+    MEMORIZED,
+    ORDINARY,
+    OTHER_NOISES,
+    RANDOM,
+    SIMULATED,
+    WHOLE,
+    Cover,
+    Measure,
+    Overlap,
+    Place,
+    Search,
+    known,
+)
+from dori.locality.triggers import ORDER, Found
+from dori.locality.weights import Agreement, agreement, agreement_between, random_level, random_like
+
+MAPPED_PROMPTS = 40
+
+
+def _mean(memory: str, name: str, values: Tensor) -> Measure:
+    return Measure(memory, name, known(float(values.mean())) if len(values) else None, len(values))
+
+
+def prompt_distances(memorized: Tensor, ordinary: Tensor) -> list[Measure]:
+    """Mean distances between different prompts; the measures of no single memory."""
+    return [_mean("", f"between {name}", space.pair_distances(y))
+            for name, y in ((MEMORIZED, memorized), (ORDINARY, ordinary))]
+
+
+def embedding_measures(memory: str, found: Found, others: Mapping[str, Found]) -> list[Measure]:
+    """Distances of one memory's triggers, of their starts and of their moves; `others` are memories analysed before."""
+    measures = []
+    for start in (None, *ORDER[1:]):
+        rows, end = found.rows(start), f", {start}" if start else ""
+        starts, ends = found.starts[rows], found.ends[rows]
+        moves = ends - starts
+        measures += [
+            _mean(memory, f"between triggers{end}", space.pair_distances(ends)),
+            _mean(memory, f"between their starts{end}", space.pair_distances(starts)),
+            _mean(memory, f"between their moves{end}", space.pair_distances(moves)),
+            _mean(memory, f"moved{end}", space.moved(starts, ends)),
+            Measure(memory, f"common share of the moves{end}", known(space.common_share(moves)), len(rows)),
+            Measure(memory, f"nearest start is the own{end}", known(space.own_start_share(starts, ends)), len(rows))]
+        measures.append(_shared(memory, found, others, start))
+    prompt = found.rows("prompt")
+    measures.append(_mean(memory, "moved, prompt", space.moved(found.starts[prompt], found.ends[prompt])))
+    return measures
+
+
+def _shared(memory: str, found: Found, others: Mapping[str, Found], start: str | None) -> Measure:
+    """What moves towards other images have in common with these, from the same starts."""
+    shares, count = [], 0
+    for other in others.values():
+        mine = {(found.names[row], found.index[row]): row for row in found.rows(start) if found.names[row] != "prompt"}
+        both = [(mine[key], row) for row in other.rows(start) if (key := (other.names[row], other.index[row])) in mine]
+        if both:
+            here, there = map(list, zip(*both, strict=True))
+            shares.append(space.shared_share(found.ends[here] - found.starts[here],
+                                             other.ends[there] - other.starts[there]))
+            count += len(both)
+    value = sum(shares) / len(shares) if shares else math.nan
+    return Measure(memory, f"shared with moves to other images{f', {start}' if start else ''}", known(value), count)
+
+
+def maps(memory: str, found: Found, memorized: Tensor, ordinary: Tensor, *, perplexity: float,
+         seed: int) -> tuple[list[Place], tuple[float, float]]:
+    """Places of starts, attacked embeddings and prompts on both maps, and the variance that the components explain."""
+    shown = [(MEMORIZED, memorized[:MAPPED_PROMPTS].cpu()), (ORDINARY, ordinary[:MAPPED_PROMPTS].cpu())]
+    points = torch.cat([found.starts, found.ends, *(y for _, y in shown)])
+    pca, explained = space.principal_map(points)
+    tsne = space.neighbour_map(points, perplexity=perplexity, seed=seed)
+    roles = [("start", name, index) for name, index in zip(found.names, found.index, strict=True)]
+    roles += [("trigger" if kept else "attacked", name, index)
+              for name, index, kept in zip(found.names, found.index, found.replicates.tolist(), strict=True)]
+    roles += [(name, "", index) for name, y in shown for index in range(len(y))]
+    return [Place(memory, *role, _pair(a), _pair(b)) for role, a, b in zip(roles, pca, tsne, strict=True)], explained
+
+
+def _pair(point: Tensor) -> tuple[float, float]:
+    return round(float(point[0]), 4), round(float(point[1]), 4)
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def overlaps(memory: str, group: str, masks: Masks) -> list[Overlap]:
+    """A_l of one group, layer by layer and for the whole mask."""
+    return [_overlap(memory, masks.method, layer, group, agreement(mask)) for layer, mask in _layers(masks)]
+
+
+def _layers(masks: Masks) -> list[tuple[str, Tensor]]:
+    return [*masks.by_layer.items(), (WHOLE, masks.whole())]
+
+
+def _overlap(memory: str, method: str, layer: str, group: str, found: Agreement) -> Overlap:
+    return Overlap(memory, method, layer, group, known(found.published), known(found.without_empty),
+                   known(found.empty_share), known(found.size), found.pairs)
+
+
+def ceiling_overlaps(memory: str, again: Sequence[Masks]) -> list[Overlap]:
+    """A_l between the masks of one trigger under different noise seeds; `again` holds all triggers, seed by seed."""
+    found = []
+    for layer, _ in _layers(again[0]):
+        by_seed = [dict(_layers(masks))[layer] for masks in again]
+        groups = [torch.stack([masks[row] for masks in by_seed]) for row in range(len(again[0]))]
+        found.append(_overlap(memory, again[0].method, layer, OTHER_NOISES, agreement_between(groups)))
+    return found
+
+
+def random_overlaps(memory: str, masks: Masks, *, seed: int) -> list[Overlap]:
+    """A_l of random masks of the same sizes, layer by layer: closed form, and once simulated."""
+    found, simulated = [], {}
+    for layer, mask in masks.by_layer.items():
+        simulated[layer] = random_like(mask, seed=seed)
+        pairs, size = agreement(mask).pairs, float(mask.flatten(1).sum(1).double().mean())
+        level = known(random_level(mask))
+        found.append(Overlap(memory, masks.method, layer, RANDOM, level, None, None, known(size), pairs))
+    return found + overlaps(memory, SIMULATED, Masks(masks.method, simulated, masks.facts))
+
+
+def search(memory: str, group: str, masks: Masks) -> Search:
+    """How NeMo's searches of one group went."""
+    size = masks.facts[:, 0]
+    shares = dict(zip(FACTS[1:], masks.facts[:, 1:].double().mean(0).tolist(), strict=True))
+    return Search(memory, group, len(masks), float(size.double().quantile(0.5)), int(size.max()),
+                  **{name: round(share, 6) for name, share in shares.items()})
+
+
+def covers(memory: str, masks: Masks, planted: truth.Energies, twins: truth.Energies | None) -> list[Cover]:
+    """How much of the change of each layer, and of all, the masks of single triggers and their union hold."""
+    found = []
+    full = {name: _weights(mask, planted[name]) for name, mask in masks.by_layer.items()}
+    kinds = {"one": [{name: mask[row] for name, mask in full.items()} for row in range(len(masks))],
+             "union": [{name: mask.any(0) for name, mask in full.items()}]}
+    for kind, edits in kinds.items():
+        for layer, names in [*((name, (name,)) for name in full), (WHOLE, tuple(full))]:
+            parts = [{name: edit[name] for name in names} for edit in edits]
+            found.append(Cover(memory, masks.method, layer, kind, round(_over(parts, truth.density), 6),
+                               known(_over(parts, lambda part: truth.coverage(planted, part))),
+                               known(_over(parts, lambda part: truth.coverage(twins, part))) if twins else None))
+    return found
+
+
+def _over(parts: Sequence[Mapping[str, Tensor]], measure: Callable[[Mapping[str, Tensor]], float]) -> float:
+    return sum(measure(part) for part in parts) / len(parts)
+
+
+def _weights(mask: Tensor, like: Tensor) -> Tensor:
+    """Masks (n, rows) or (n, d, w) as masks of whole weights (n, d, w)."""
+    return mask if mask.ndim == 3 else mask[:, :, None].expand(-1, -1, like.shape[1])

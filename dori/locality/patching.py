@@ -1,0 +1,105 @@
+"""Activation patching: which layers' activations carry a memory from one model's run into another's.
+
+Two models of one shape draw from the same embedding and the same noise, step by step beside each other. In the patched
+run the outputs of some layers are replaced, at every step and in both halves of the guidance, by those of the other
+model's own run. Planted into twin asks for sufficiency (does the memory appear?), twin into planted for necessity (does
+it vanish?). The method is causal mediation by interchange, as used for language models; no paper does it for
+memorized images (methods.md 4 has nothing of the kind).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from dori.locality.activations import outputs
+from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
+
+PatchSets = dict[str, tuple[str, ...]]
+NONE, SOURCE = "none", "source"
+
+
+def patch_layers(model: StableDiffusion) -> dict[str, nn.Linear]:
+    """Every layer that can be patched: value projections and feed-forward second linears of all blocks."""
+    return model.layers("attention_value", EVERYWHERE) | model.layers("feed_forward", EVERYWHERE)
+
+
+def patch_sets(model: StableDiffusion) -> PatchSets:
+    """What is patched together: each layer alone, each kind of layer, and all of them, by name."""
+    kinds = {"all values": tuple(model.layers("attention_value", EVERYWHERE)),
+             "all feed-forwards": tuple(model.layers("feed_forward", EVERYWHERE))}
+    kinds["all of both"] = kinds["all values"] + kinds["all feed-forwards"]
+    return {name: (name,) for name in patch_layers(model)} | kinds
+
+
+@contextmanager
+def replaced(layers: Mapping[str, nn.Module], given: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block the layers put out the given tensors instead of their own."""
+    handles = []
+    try:
+        for name, layer in layers.items():
+
+            def give(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> Tensor:
+                return given[name].to(output)
+
+            handles.append(layer.register_forward_hook(give))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def patched_samples(source: StableDiffusion, target: StableDiffusion, embedding: Tensor, noise: Tensor,
+                    sets: Mapping[str, Sequence[str]], *, steps: int, guidance_scale: float) -> dict[str, Tensor]:
+    """Latents that the target draws when sets of its layers put out what the source's own run puts out.
+
+    Args:
+        source: whose activations are taken.
+        target: whose run they are put into; of the same shape.
+        embedding: prompt embedding, shape (1, l, d).
+        noise: initial noise, shape (s, c, h, w).
+        sets: name to the names of the layers that are patched together.
+        steps: of the DDIM sampling.
+        guidance_scale: likewise.
+
+    Returns:
+        Set name to latents (s, c, h, w); "none" is the target's run without a patch, "source" the source's.
+    """
+    layers, own = patch_layers(source), patch_layers(target)
+    names: dict[str, Sequence[str]] = {NONE: ()} | dict(sets)
+    halves = (source.encode([""]), embedding.to(source.device))
+    y = torch.cat([half.expand(len(noise), -1, -1) for half in halves])
+    scheduler = source.ddim(steps)
+    x_source = noise.to(source.device) * scheduler.init_noise_sigma
+    latents = dict.fromkeys(names, x_source)
+    for t in scheduler.timesteps:
+        with outputs(layers) as seen:
+            x_source = _step(source, x_source, t, y, guidance_scale, scheduler)
+        given = dict(seen)
+        for name, members in names.items():
+            with replaced({member: own[member] for member in members}, given):
+                latents[name] = _step(target, latents[name], t, y, guidance_scale, scheduler)
+    return latents | {SOURCE: x_source}
+
+
+def _step(model: StableDiffusion, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float,
+          scheduler: DDIMScheduler) -> Tensor:
+    """One guided DDIM step."""
+    doubled = torch.cat([x, x])
+    away, eps = model.predict_noise(doubled, t.to(x.device).expand(len(doubled)), y).chunk(2)
+    return scheduler.step(away + guidance_scale * (eps - away), t, x).prev_sample
+
+
+def share_of_gap(patched: float, target: float, source: float) -> float | None:
+    """How much of the way from the unpatched target to the source a patch goes: 0 nothing, 1 all of it.
+
+    None where the two models hardly differ (less than `LEAST_GAP`), so that nothing can be said.
+    """
+    gap = source - target
+    return (patched - target) / gap if abs(gap) >= LEAST_GAP else None
+
+
+LEAST_GAP = 0.05

@@ -1,0 +1,270 @@
+"""The records of a locality run, and their JSON: `locality.json`, schema 1, described in docs/locality.md.
+
+Every measured figure is one record of a flat list, named by memory, layer and group, so that a notebook can load a list
+as a table (`pandas.DataFrame(data["overlaps"])`). A memory of "" means that the figure belongs to no single memory (the
+reference sets of prompts). Numbers that could not be measured are null. Groups of embeddings:
+
+    triggers; triggers, gaussian; triggers, foreign     of one memory, from the named starts; only what replicates
+    gaussian starts                                     the starts themselves, before any attack
+    other noises                                        one trigger under different noises (floor of D, ceiling of A)
+    memorized prompts; ordinary prompts                 as many different prompts, of planted images or of no memory
+    random; random, simulated                           random masks of the triggers' mask sizes
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dori.errors import DoriError
+
+SCHEMA = 1
+TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memorized prompts", "ordinary prompts"
+STARTS, RANDOM, SIMULATED = "gaussian starts", "random", "random, simulated"
+WHOLE = "all"  # the layer of a whole mask
+
+
+@dataclass(frozen=True, slots=True)
+class Analysed:
+    """One analysed memory: kind, duplication count and prompt where known, training image, attacks and successes."""
+
+    id: str
+    kind: str
+    dose: float | None
+    text: str | None
+    picture: str
+    attacks: int
+    triggers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """One attack: its start, the median similarity over fresh seeds, whether that replicates, and how far it moved."""
+
+    memory: str
+    start: str
+    index: int
+    similarity: float
+    replicates: bool
+    moved: float
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One embedding on a memory's two maps; `role` is start, trigger, attacked (no replication) or a prompt group."""
+
+    memory: str
+    role: str
+    start: str
+    index: int
+    pca: tuple[float, float]
+    tsne: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One figure of the embedding space, such as "between triggers, gaussian"; `n` is what it was averaged over."""
+
+    memory: str
+    name: str
+    value: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How many of n probed embeddings replicate; `at` is the share of a line or the radius of a ball (see `kind`)."""
+
+    memory: str
+    kind: str
+    at: float
+    successes: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """D_l of one group of embeddings at one step of the trajectory."""
+
+    memory: str
+    site: str
+    layer: str
+    step: int
+    group: str
+    value: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """A_l of one group of masks: with the published rule for empty masks, without such pairs, and their share."""
+
+    memory: str
+    method: str
+    layer: str
+    group: str
+    published: float | None
+    without_empty: float | None
+    empty_share: float | None
+    size: float | None
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How NeMo's searches of one group went: set sizes (neurons) and the shares flagged, localized, converged."""
+
+    memory: str
+    group: str
+    searches: int
+    median_size: float
+    largest_size: int
+    flagged: float
+    localized: float
+    suppressed: float
+    converged: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cover:
+    """How much of a layer's change masks hold: their density, and their share of planted - twin and of twin - twin."""
+
+    memory: str
+    method: str
+    layer: str
+    masks: str
+    density: float
+    planted: float | None
+    twins: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How much planting changed one kind of part; `floor` is twin against twin, null with a single twin."""
+
+    group: str
+    change: float
+    floor: float | None
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Similarity to the memory when `layers` put out the other model's activations; `share` of the models' gap."""
+
+    memory: str
+    direction: str
+    layers: str
+    similarity: float
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cross:
+    """Similarities under mask i (rows): `replay` of trigger j, `again` attacked from j, `fresh` from new starts."""
+
+    memory: str
+    method: str
+    starts: tuple[str, ...]
+    sizes: tuple[int, ...]
+    replay: tuple[tuple[float, ...], ...]
+    again: tuple[tuple[float, ...], ...]
+    fresh: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """So many triggers' masks joined: fresh attacks that succeed, and what the edit costs on ordinary prompts."""
+
+    memory: str
+    method: str
+    masks: int
+    density: float
+    successes: int
+    n: int
+    frechet: float | None
+    alignment: float | None
+
+
+LISTS: Mapping[str, type] = {
+    "subjects": Analysed, "triggers": Trigger, "places": Place, "measures": Measure, "probes": Probe,
+    "activities": Activity, "overlaps": Overlap, "searches": Search, "covers": Cover, "changes": Change,
+    "patches": Patch, "crosses": Cross, "joined": Joined}
+
+
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """A locality run.
+
+    Args:
+        model: name of the analysed model.
+        twins: names of the models that never saw the memories; they judge.
+        descriptor: name, preprocessing, threshold and calibration of the similarity.
+        settings: the plan, layers by site, perplexity, explained variance of the maps.
+        provenance: versions, machine, times.
+        cost: stage to U-Net rows.
+        planned: memories that the plan wants; `subjects` holds those that are done.
+    """
+
+    model: str
+    twins: tuple[str, ...]
+    descriptor: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    cost: Mapping[str, int]
+    planned: int
+    subjects: tuple[Analysed, ...] = ()
+    triggers: tuple[Trigger, ...] = ()
+    places: tuple[Place, ...] = ()
+    measures: tuple[Measure, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    activities: tuple[Activity, ...] = ()
+    overlaps: tuple[Overlap, ...] = ()
+    searches: tuple[Search, ...] = ()
+    covers: tuple[Cover, ...] = ()
+    changes: tuple[Change, ...] = ()
+    patches: tuple[Patch, ...] = ()
+    crosses: tuple[Cross, ...] = ()
+    joined: tuple[Joined, ...] = ()
+    schema: int = field(default=SCHEMA)
+
+    @property
+    def threshold(self) -> float:
+        """Similarity above which an image counts as a copy."""
+        return float(self.descriptor["threshold"])
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no NaN."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def known(value: float) -> float | None:
+    """A number as records hold it: six decimals, None where it could not be measured."""
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+
+
+def read_locality(path: Path) -> Locality:
+    """Read `locality.json`.
+
+    Raises:
+        DoriError: no such file, no locality run, or another schema version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DoriError(f"{path} cannot be read as a locality run ({error}); give the file of a finished run") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise DoriError(f"{path} has another schema than {SCHEMA}; run the analysis again with this version of Dori")
+    try:
+        for name, record in LISTS.items():
+            data[name] = tuple(record(**{key: _tuples(value) for key, value in entry.items()}) for entry in data[name])
+        return Locality(**(data | {"twins": tuple(data["twins"])}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DoriError(f"{path} lacks a field of the schema ({error}); run the analysis again") from None

@@ -1,0 +1,74 @@
+"""Who is analysed: some memories of an audit's subjects, beside all of their prompts and the ordinary ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from dori.audit.judge import Case
+from dori.audit.loop import Subjects, choose
+from dori.errors import DoriError
+from dori.locality.bench import Source, encoded
+from dori.locality.costs import Sizes
+from dori.locality.patching import patch_layers
+from dori.locality.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sets:
+    """The analysed memories and the sets of embeddings that every memory is compared with.
+
+    Args:
+        cases: the analysed memories, spread over the order of the folder (on the testbed: over the doses).
+        memorized: different memories' prompts, the reference of the paper.
+        ordinary: prompts that belong to no memory.
+        foreign: further ones, where attacks begin.
+        calibration: further ones, for NeMo's statistics.
+        quality: further ones, for what joined masks cost.
+    """
+
+    cases: tuple[Case, ...]
+    memorized: Source
+    ordinary: Source
+    foreign: Source
+    calibration: Source
+    quality: tuple[str, ...]
+
+
+def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
+    """Choose from an audit's subjects; verbatim memories where there are any, since MR does not judge templates.
+
+    Raises:
+        DoriError: no memory, fewer than two memorized prompts, or too few ordinary prompts.
+    """
+    verbatim = [case for case in subjects.memories if case.memory.kind == "verbatim"] or list(subjects.memories)
+    texts = [case.memory.text for case in verbatim if case.memory.text is not None]
+    if len(texts) < 2:
+        raise DoriError(f"locality compares triggers of one memory with the prompts of others, and {len(texts)} of the "
+                        "memories have a text; give a folder with at least two texts in metadata.jsonl")
+    parts = _parts(subjects.ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
+    reference, foreign, calibration = (encoded(subjects.model, part) for part in parts[:3])
+    return Sets(tuple(verbatim[index] for index in choose(len(verbatim), plan.memories)),
+                encoded(subjects.model, [texts[index] for index in choose(len(texts), plan.set_size)]),
+                reference, foreign, calibration, tuple(parts[3]))
+
+
+def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:
+    """Consecutive shares of the prompts, so that no prompt serves two uses; all smaller where there are too few.
+
+    Raises:
+        DoriError: there are not even two for each use.
+    """
+    share = min(1.0, len(prompts) / sum(wanted))
+    counts = [min(count, max(2, int(share * count))) for count in wanted]
+    if sum(counts) > len(prompts):
+        raise DoriError(f"locality needs ordinary prompts for its reference set, foreign starts and NeMo's statistics, "
+                        f"and {len(prompts)} are too few; give more texts with --ordinary")
+    ends = list(accumulate(counts))
+    return [list(prompts[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+
+
+def sizes(subjects: Subjects, sets: Sets) -> Sizes:
+    """What decides about the cost."""
+    return Sizes(tuple((case.memory.id, case.memory.text is not None) for case in sets.cases), len(sets.memorized),
+                 len(sets.ordinary), len(sets.foreign), len(sets.calibration), len(patch_layers(subjects.model)),
+                 len(subjects.twins))

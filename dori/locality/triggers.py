@@ -1,0 +1,118 @@
+"""The triggers of one memory: attacks from many starts, and which of them replicate with fresh seeds.
+
+Starts are the memory's own prompt, N(0, I), and other prompts' embeddings (methods.md 1.1). Gaussian start k and
+foreign start k are the same for every memory, so that moves towards different memories from one start compare.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dori.attack.starts import gaussian
+from dori.audit.judge import Case, pixels_sha256
+from dori.locality.bench import Bench, Source, encoded
+from dori.locality.costs import attacking, chunks, drawing
+from dori.locality.embeddings import moved
+from dori.locality.records import Trigger
+from dori.run import cell_key
+from dori.sampling import named_seed
+
+ORDER = ("prompt", "gaussian", "foreign")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """All attacks on one memory.
+
+    Args:
+        starts: initial embeddings, shape (n, l, d).
+        ends: attacked embeddings, likewise.
+        names: start of each.
+        index: number of each within its start.
+        similarity: similarity under every fresh seed, shape (n, s).
+        replicates: which are triggers, booleans (n,).
+        origin: what the ends were made from.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+    similarity: Tensor
+    replicates: Tensor
+    origin: dict[str, object]
+
+    def take(self, rows: Sequence[int]) -> Source:
+        """Some of the ends."""
+        return Source(self.ends, self.origin).take(rows)
+
+    def rows(self, start: str | None = None) -> list[int]:
+        """Positions of the triggers, of one start or of all; the prompt-started one first."""
+        return [row for row, name in enumerate(self.names)
+                if bool(self.replicates[row]) and (start is None or name == start)]
+
+    def spread(self, limit: int) -> list[int]:
+        """At most so many triggers: the prompt-started one, then the other starts by turns, each evenly spread."""
+        kept = self.rows("prompt")[:limit]
+        pools = [self.rows(start) for start in ORDER[1:]]
+        turns = [row for pair in zip(*(pool + [-1] * (max(map(len, pools)) - len(pool)) for pool in pools), strict=True)
+                 for row in pair if row >= 0]
+        return kept + turns[: limit - len(kept)]
+
+
+def gaussian_source(bench: Bench, seeds: Sequence[int]) -> Source:
+    """Gaussian starts of given seeds."""
+    y = gaussian(bench.model, seeds) if seeds else torch.zeros(0, *bench.model.embedding_shape)
+    return Source(y, {"gaussian": list(seeds)})
+
+
+def starts_of(bench: Bench, case: Case, foreign: Source) -> dict[str, Source]:
+    """Initial embeddings by start; a memory without a text has no prompt start."""
+    seeds = [named_seed("locality gaussian", bench.plan.seed, k) for k in range(bench.plan.gaussian)]
+    prompt = {} if case.memory.text is None else {"prompt": encoded(bench.model, [case.memory.text])}
+    return prompt | {"gaussian": gaussian_source(bench, seeds), "foreign": foreign}
+
+
+def attacked(bench: Bench, key: str, case: Case, starts: Source, seeds: list[int]) -> Source:
+    """The embeddings after DoRI from the given starts at one memory, as a cell."""
+    attack, targets = bench.plan.attack, case.latent[None].expand(len(starts), -1, -1, -1)
+    origin: dict[str, object] = {"attack": attack, "seeds": seeds, "image": pixels_sha256(case.image),
+                                 "starts": starts.sha256}
+    found = bench.tensors(key, origin, attacking(bench.plan, len(starts)), lambda: {
+        "end": attack(bench.model, targets, starts.y, seeds=seeds).at(attack.steps)})
+    return Source(found["end"], origin)
+
+
+def find_triggers(bench: Bench, case: Case, foreign: Source) -> Found:
+    """Attack one memory from every start, chunk by chunk, and judge with fresh seeds."""
+    plan, memory = bench.plan, case.memory.id
+    names, index, starts, ends, similarity = list[str](), list[int](), [], [], []
+    for start, initial in starts_of(bench, case, foreign).items():
+        for chunk in chunks(len(initial), plan.chunk):
+            place = (memory, start, str(chunk.start))
+            seeds = [named_seed("locality attack", plan.seed, memory, start, k) for k in chunk]
+            starts.append(initial.take(chunk))
+            ends.append(attacked(bench, cell_key("triggers", *place), case, starts[-1], seeds))
+            similarity.append(similarities(bench, cell_key("judged", *place), case, ends[-1], plan.fresh_seeds()))
+            names += [start] * len(chunk)
+            index += list(chunk)
+    similar = torch.cat(similarity)
+    return Found(torch.cat([part.y for part in starts]), torch.cat([part.y for part in ends]), tuple(names),
+                 tuple(index), similar, bench.replicates(similar), {"parts": [part.sha256 for part in ends]})
+
+
+def similarities(bench: Bench, key: str, case: Case, source: Source, seeds: list[int]) -> Tensor:
+    """`Bench.similarities` as a cell, shape (n, s)."""
+    return bench.tensors(key, bench.judged_inputs(case, source, seeds),
+                         drawing(bench.plan, len(source) * len(seeds)),
+                         lambda: {"similarity": bench.similarities(case, source.y, seeds)})["similarity"]
+
+
+def trigger_records(memory: str, found: Found) -> list[Trigger]:
+    """One record an attack."""
+    far, middle = moved(found.starts, found.ends), found.similarity.double().quantile(0.5, dim=1)
+    return [Trigger(memory, name, index, round(float(similar), 6), bool(kept), round(float(distance), 6))
+            for name, index, similar, kept, distance in zip(found.names, found.index, middle, found.replicates, far,
+                                                            strict=True)]

@@ -1,0 +1,119 @@
+"""Locality in weights: A_l(Y), how much the masks that a method gives for the embeddings of a set agree.
+
+Source: methods.md 4.3. With M_l(y) the weights of layer l that the method would prune for y,
+
+    A_l(Y) = mean over pairs i < j of |M_l(y_i) n M_l(y_j)| / |M_l(y_i) u M_l(y_j)|,    IoU := 1 if both are empty.
+
+The rule for empty sets is the paper's. Since a method that selects nothing then agrees perfectly, the mean without such
+pairs stands beside it, with their share. What masks of equal size share by chance is known in closed form.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+COLUMNS = 1 << 20
+PAIRS = 300  # of which the closed form is taken: their sizes differ little
+SPAN = 12.0  # standard deviations of the hypergeometric distribution that are summed
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Agreement of the masks of one layer.
+
+    Args:
+        published: mean IoU over all pairs, two empty masks counting 1; NaN without pairs.
+        without_empty: mean IoU over the pairs in which at least one mask is not empty; NaN if there is none.
+        empty_share: share of the pairs in which both are empty.
+        size: mean number of pruned weights.
+        pairs: number of pairs.
+    """
+
+    published: float
+    without_empty: float
+    empty_share: float
+    size: float
+    pairs: int
+
+
+def overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """|M_i n M_j| and |M_i u M_j| of all pairs of boolean masks (n, w), each (n, n), float64, exact."""
+    both = torch.zeros(len(masks), len(masks), dtype=torch.float64)
+    for part in masks.split(COLUMNS, dim=1):  # float32 counts exactly up to 2^24
+        x = part.float()
+        both += (x @ x.T).double()
+    sizes = both.diagonal()
+    return both, sizes[:, None] + sizes[None] - both
+
+
+def agreement(masks: Tensor) -> Agreement:
+    """A_l(Y) of the boolean masks of one layer, shape (n, ...)."""
+    flat = masks.flatten(1)
+    both, either = overlaps(flat)
+    first, second = torch.triu_indices(len(flat), len(flat), 1)
+    return _mean(both[first, second], either[first, second], float(flat.sum(1).double().mean()))
+
+
+def agreement_between(groups: list[Tensor]) -> Agreement:
+    """As `agreement`, over the pairs within each group of masks (the same embedding under several seeds)."""
+    pieces = [(*overlaps(group.flatten(1)), len(group)) for group in groups]
+    picked = [(both[tuple(torch.triu_indices(n, n, 1))], either[tuple(torch.triu_indices(n, n, 1))])
+              for both, either, n in pieces]
+    sizes = torch.cat([both.diagonal() for both, _, _ in pieces])
+    return _mean(torch.cat([both for both, _ in picked]), torch.cat([either for _, either in picked]),
+                 float(sizes.mean()))
+
+
+def _mean(both: Tensor, either: Tensor, size: float) -> Agreement:
+    pairs, full = len(both), either > 0
+    if pairs == 0:
+        return Agreement(math.nan, math.nan, math.nan, size, 0)
+    iou = torch.where(full, both / either.clamp_min(1), 1.0)
+    without = float(iou[full].mean()) if full.any() else math.nan
+    return Agreement(float(iou.mean()), without, float((~full).double().mean()), size, pairs)
+
+
+def random_agreement(first: int, second: int, weights: int) -> float:
+    """Expected IoU of two independent, uniformly random masks of given sizes among so many weights.
+
+    E[k / (a + b - k)] with k hypergeometric; for one density q it is close to q / (2 - q). Two empty masks have 1.
+
+    Args:
+        first: number a of pruned weights, 0 to `weights`.
+        second: number b, likewise.
+        weights: all weights of the layer.
+    """
+    if first + second == 0:
+        return 1.0
+    middle = first * second / weights
+    variance = middle * (weights - first) * (weights - second) / weights / max(1, weights - 1)
+    width = SPAN * math.sqrt(variance) + 1
+    k = np.arange(max(0, first + second - weights, math.floor(middle - width)),
+                  min(first, second, math.ceil(middle + width)) + 1)
+    return float((stats.hypergeom(weights, first, second).pmf(k) * k / (first + second - k)).sum())
+
+
+def random_level(masks: Tensor) -> float:
+    """Closed form of A_l for random masks of the same sizes as these (n, ...); NaN without pairs.
+
+    Over all pairs, or `PAIRS` of them, evenly spread, where there are more.
+    """
+    sizes = masks.flatten(1).sum(1)
+    first, second = torch.triu_indices(len(sizes), len(sizes), 1)
+    chosen = torch.linspace(0, len(first) - 1, min(PAIRS, len(first))).round().long()
+    pairs = zip(sizes[first[chosen]].tolist(), sizes[second[chosen]].tolist(), strict=True)
+    levels = [random_agreement(a, b, masks[0].numel()) for a, b in pairs]
+    return sum(levels) / len(levels) if levels else math.nan
+
+
+def random_like(masks: Tensor, *, seed: int) -> Tensor:
+    """Random masks of the same sizes as these (n, ...), drawn independently: the closed form, simulated."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.zeros_like(masks.flatten(1))
+    for row, size in zip(flat, masks.flatten(1).sum(1).tolist(), strict=True):
+        row[torch.randperm(len(row), generator=generator)[:size]] = True
+    return flat.view(masks.shape)
