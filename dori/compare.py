@@ -10,12 +10,11 @@ from typing import Any
 
 from dori.errors import DoriError
 from dori.findings import Audit
+from dori.judgement import rule_of
 from dori.report.tables import (
     CONTROLS,
     Row,
     Way,
-    came_back,
-    median_similarity,
     number,
     population_of,
     rate,
@@ -75,6 +74,8 @@ class Comparison:
     Args:
         models: names of the audited models.
         incomparable: why similarities and MR may not be compared, one sentence; "" where they may.
+        shared: number of images that both audits judged; the rates and flips are of these alone.
+        altered: ids under which the audits judged different pixels.
         settings: changed settings, fingerprints and edits, by dotted name.
         missing: ids of images that only one audit judged.
         rates: every way of asking of both, at the attack's last step that both took.
@@ -83,6 +84,8 @@ class Comparison:
 
     models: tuple[str, str]
     incomparable: str
+    shared: int
+    altered: tuple[str, ...]
     settings: tuple[Change, ...]
     missing: tuple[str, ...]
     rates: tuple[RateChange, ...]
@@ -108,19 +111,25 @@ def worst_mr(audit: Audit) -> float:
 
 
 def compare(a: Audit, b: Audit) -> Comparison:
-    """What changed from audit a to audit b.
+    """What changed from audit a to audit b, over the images that both judged.
 
     Raises:
-        DoriError: an audit without a threshold, or with findings that contradict one another.
+        DoriError: no image in common, an audit without a threshold, or findings that contradict one another.
     """
-    rows_a, rows_b = _by_role(a), _by_role(b)
-    rates = tuple(_rates(rows_a, rows_b))
-    incomparable = _incomparable(a, b)
     ids = [{finding.id for finding in audit.findings} for audit in (a, b)]
+    pixels = [{subject.id: subject.sha256 for subject in audit.subjects} for audit in (a, b)]
+    altered = {one for one in ids[0] & ids[1]
+               if (old := pixels[0].get(one)) and (new := pixels[1].get(one)) and old != new}
+    shared = (ids[0] & ids[1]) - altered
+    if not shared:
+        raise DoriError(f"the audits of {a.model} and {b.model} have no image in common, so nothing can be compared; "
+                        "audit both with the same memories")
+    before, after = (replace(audit, findings=tuple(f for f in audit.findings if f.id in shared)) for audit in (a, b))
+    rates, incomparable = tuple(_rates(_by_role(before), _by_role(after))), _incomparable(a, b)
     return Comparison(
-        models=(a.model, b.model), incomparable=incomparable, missing=tuple(sorted(ids[0] ^ ids[1])),
-        settings=tuple(_changes(_described(a), _described(b))), rates=rates,
-        flips=() if incomparable else tuple(_flips(a, b, rates)))
+        models=(a.model, b.model), incomparable=incomparable, shared=len(shared), altered=tuple(sorted(altered)),
+        missing=tuple(sorted(ids[0] ^ ids[1])), settings=tuple(_changes(_described(a), _described(b))), rates=rates,
+        flips=() if incomparable else tuple(_flips(before, after, rates)))
 
 
 def _incomparable(a: Audit, b: Audit) -> str:
@@ -128,7 +137,8 @@ def _incomparable(a: Audit, b: Audit) -> str:
         "descriptor": [audit.descriptor.get("name") for audit in (a, b)],
         "preprocessing": [audit.descriptor.get("preprocessing") for audit in (a, b)],
         "descriptor's weights": [audit.descriptor.get("fingerprint") for audit in (a, b)],
-        "threshold": [threshold_of(a), threshold_of(b)]}
+        "threshold": [threshold_of(a), threshold_of(b)],
+        "masked threshold": [rule_of(a).masked, rule_of(b).masked]}
     differing = [name for name, (before, after) in parts.items() if before != after]
     if not differing:
         return ""
@@ -182,7 +192,7 @@ def _rates(a: Mapping[_Role, Mapping[int, Row]], b: Mapping[_Role, Mapping[int, 
 
 
 def _flips(a: Audit, b: Audit, rates: Iterable[RateChange]) -> Iterable[Flip]:
-    threshold = threshold_of(a)  # equal to b's, or nothing is compared
+    rule = rule_of(a)  # equal to b's, or nothing is compared
     before, after = ({(_way(audit, way_of(f)), population_of(f), f.id): f for f in audit.findings} for audit in (a, b))
     for change in rates:
         if change.before is None or change.after is None:
@@ -191,10 +201,9 @@ def _flips(a: Audit, b: Audit, rates: Iterable[RateChange]) -> Iterable[Flip]:
             key = (change.way, change.population, image)
             if (way, population) != key[:2] or key not in after:
                 continue
-            now = came_back(after[key], threshold)
-            if came_back(before[key], threshold) != now:
-                yield Flip(image, population, change.way, now, median_similarity(before[key]),
-                           median_similarity(after[key]))
+            now = rule.came_back(after[key])
+            if rule.came_back(before[key]) != now:
+                yield Flip(image, population, change.way, now, rule.median(before[key]), rule.median(after[key]))
 
 
 def _way(audit: Audit, way: Way) -> Way:
@@ -207,6 +216,10 @@ def to_text(comparison: Comparison) -> str:
     lines += [comparison.incomparable] if comparison.incomparable else []
     if comparison.missing:
         lines.append(f"Only one of the audits judged {_some(comparison.missing)}.")
+    if comparison.altered:
+        lines.append(f"The audits judged different pixels under the name {_some(comparison.altered)}.")
+    if comparison.missing or comparison.altered:
+        lines.append(f"Compared are the {comparison.shared} images that both judged.")
     lines += ["", "Changed settings" if comparison.settings else "No setting changed."]
     lines += [f"  {change.name}: {_short(change.before)} -> {_short(change.after)}"
               for change in comparison.settings[:SHOWN]]

@@ -32,7 +32,7 @@ class Finding:
         start: where the attack began: prompt, gaussian, foreign; "" when the prompt itself was used.
         steps: attack steps behind the embedding; 0 for the prompt itself or an unattacked start.
         similarities: cosine to the training image, one per fresh seed, in [-1, 1].
-        masked: for templates, the same blind to the part that varies; else empty.
+        masked: the same blind to the part that varies, of templates and of controls that carry a box; else empty.
         to_unedited: cosine to the unedited model's image of the same seed and embedding source; empty if none.
         diversity: median pairwise cosine among this finding's images (D_SSCD); None with one seed.
         alignment: cosine of image and prompt, one per seed; empty without a text or an alignment model.
@@ -58,7 +58,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One audited image as the report shows it: `picture` is the training image, relative to the run's folder."""
+    """One audited image as the report shows it: `picture` is the training image, relative to the run's folder.
+
+    `sha256` is over its pixels as the model sees them, "" where it is not known.
+    """
 
     id: str
     group: Group
@@ -67,6 +70,7 @@ class Subject:
     text: str | None
     picture: str
     first_gradient: float | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +87,9 @@ class EditInfo:
 class Quality:
     """What an edit does to ordinary prompts: distances to held-out ordinary images, alignment, and drift.
 
-    `frechet` and `kernel` are between features of generated and of held-out images; `to_unedited` is the median
-    cosine between images of the edited and the unedited model with the same seeds.
+    `frechet` and `kernel` are between `features` (which network, which preprocessing) of generated images and of
+    `references` images that `reference` names; `to_unedited` is the median cosine between images of the edited and
+    the unedited model with the same seeds. Empty and 0 where an audit does not say.
     """
 
     model: str
@@ -95,6 +100,9 @@ class Quality:
     kernel_std: float
     alignment: float | None
     to_unedited: float | None
+    features: str = ""
+    reference: str = ""
+    references: int = 0
 
 
 @dataclass(frozen=True, slots=True)

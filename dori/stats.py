@@ -1,7 +1,8 @@
 """Statistics of small samples: intervals for rates and medians, AUROC and TPR at a fixed FPR.
 
 Published tables print a median with its median absolute deviation (methods.md 6.2). About 100 memories are few, so
-every rate of a report also carries an interval: Wilson for a share, bootstrap over memories for anything else.
+every rate of a report also carries an interval: Wilson for a share, Newcombe's likewise for an AUROC, bootstrap over
+memories for anything else.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from dori.errors import DoriError
 
@@ -42,18 +43,22 @@ def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:
     return array
 
 
-def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
+def wilson(successes: float, n: int, *, confidence: float = 0.95) -> Estimate:
     """A share with its Wilson score interval.
 
     Args:
-        successes: 0 to n.
+        successes: 0 to n; a fraction where trials that hang together were counted as one.
         n: number of trials; 0 gives the share NaN and the interval [0, 1].
         confidence: in (0, 1).
     """
     if n == 0:
         return Estimate(math.nan, 0.0, 1.0, 0)
-    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+    z, share = float(stats.norm.ppf((1 + confidence) / 2)), successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # Exactly 0 and 1 where the formula says so but rounding does not.
+    return Estimate(share, max(0.0, centre - half) if successes else 0.0,
+                    min(1.0, centre + half) if successes < n else 1.0, n)
 
 
 def bootstrap(values: ArrayLike, statistic: Statistic = np.median, *, seed: int, resamples: int = 2000,
@@ -119,32 +124,39 @@ def _groups(positives: ArrayLike, negatives: ArrayLike) -> tuple[NDArray[np.floa
     return groups
 
 
-def auroc(positives: ArrayLike, negatives: ArrayLike, *, seed: int, resamples: int = 2000,
-          confidence: float = 0.95) -> Estimate:
-    """AUROC with a percentile interval, both groups resampled; n counts both groups.
+def auroc(positives: ArrayLike, negatives: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """AUROC with a Wilson-type interval after Newcombe; n counts both groups.
 
-    Meant for groups of hundreds (cost: `resamples` sorts). A perfect separation has the interval [1, 1]: the
-    bootstrap cannot see what a larger sample would bring. A group of one gives no interval (NaN).
+    Newcombe, Statistics in Medicine 25 (2006) 559, method 5: the theta with |A - theta| <= z sqrt(V(theta)), V being
+    Hanley and McNeil's variance, taken at theta and not at the estimate: a perfect separation of few images has a
+    wide interval, where the bootstrap's and DeLong's is the point 1.
+
+    V = theta (1 - theta) [1 + (p - 1) a + (m - 1) b] / (p m),  a = (1 - theta) / (2 - theta),  b = theta / (1 + theta)
+
+    or with p and m exchanged, whichever is larger. (Newcombe puts (p + m) / 2 for both, the same for equal groups; of
+    12 and 60 skewed scores that interval covered the truth in 90 % of cases only, this one in 95 %.)
 
     Args:
         positives: scores, shape (p,), higher = more positive.
         negatives: scores, shape (m,).
-        seed: of the resampling.
-        resamples: number of resamples.
         confidence: in (0, 1).
 
     Raises:
         DoriError: as `area_under_roc`.
     """
     positives, negatives = _groups(positives, negatives)
-    value, n = area_under_roc(positives, negatives), len(positives) + len(negatives)
-    if min(len(positives), len(negatives)) < 2:
-        return Estimate(value, math.nan, math.nan, n)
-    rng = np.random.default_rng(seed)
-    draws = [area_under_roc(rng.choice(positives, len(positives)), rng.choice(negatives, len(negatives)))
-             for _ in range(resamples)]
-    tail = (1 - confidence) / 2
-    return Estimate(value, float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail)), n)
+    value, (p, m) = area_under_roc(positives, negatives), (len(positives), len(negatives))
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+
+    def excess(theta: float) -> float:
+        a, b = (1 - theta) / (2 - theta), theta / (1 + theta)
+        spread = max((p - 1) * a + (m - 1) * b, (m - 1) * a + (p - 1) * b)
+        return (value - theta) ** 2 - z**2 * theta * (1 - theta) * (1 + spread) / (p * m)
+
+    # A hair off the estimate, since at 0 and at 1 it is itself a root, and not the one that bounds the interval.
+    low = optimize.brentq(excess, 0.0, value - 1e-9) if value > 0 else 0.0
+    high = optimize.brentq(excess, value + 1e-9, 1.0) if value < 1 else 1.0
+    return Estimate(value, float(low), float(high), p + m)
 
 
 def threshold_at_fpr(negatives: ArrayLike, fpr: float) -> float:

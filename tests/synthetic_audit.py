@@ -12,7 +12,7 @@ SCRIPT = "<script>alert(1)</script>"
 BREAKOUT = '"><img src=x onerror=alert(2)>'
 BRACES = "{{ 7 * 7 }}{% raw %}"
 STEPS = (0, 1, 10, 25, 50)
-THRESHOLD = 0.6
+THRESHOLD, MASKED_THRESHOLD = 0.6, 0.72
 # Median similarity of the eight verbatim memories, by edit, from the prompt and at each of STEPS under the attack.
 # Unedited 7 of 8 come back; NeMo hides the 7 and DoRI brings 6 of them back at 50 steps; Wanda: 2.
 PROMPT = {"none": (0.95, 0.93, 0.91, 0.9, 0.88, 0.8, 0.72, 0.3), "NeMo": (0.4, 0.3, 0.35, 0.2, 0.3, 0.25, 0.3, 0.2),
@@ -60,7 +60,7 @@ def _findings(folder: Path, subject: Subject, way: tuple[str, str, str], first: 
         return Finding(
             id=subject.id, group=subject.group, kind=subject.kind, dose=subject.dose, model=model, edit=edit,
             edit_scope=scope, start=start, steps=steps, similarities=values,
-            masked=around(min(1, median + 0.2)) if subject.kind == "template" else (),
+            masked=around(min(1, median + 0.2)) if subject.kind in ("template", "control") else (),
             to_unedited=() if edit == "none" else around(0.5 + median / 3), diversity=round(0.3 + median / 2, 4),
             alignment=around(0.28), picture=picture(
                 folder, f"images/{seed}-{likeness}.png", seed, noise=1 - float(likeness)))
@@ -79,7 +79,10 @@ ALL = (("none", ""), ("NeMo", "joint"), ("Wanda", "joint"), ("random neurons", "
 def synthetic_audit(folder: Path, *, edits: Sequence[tuple[str, str]] = ALL, controls: int = 8, twin: bool = True,
                     control_final: float = CONTROL_FINAL,
                     texts: Sequence[str] = (SCRIPT, BREAKOUT, BRACES), distrust: Sequence[str] = ()) -> Audit:
-    """Eight verbatim memories of three doses, a template, one image shown once, controls and a twin."""
+    """Eight verbatim memories of three doses, a template, one image shown once, controls and a twin.
+
+    The twin judges the verbatim memories alone. Controls carry boxes, so they can judge the template.
+    """
     def subject(name: str, group: str, kind: str, dose: float | None, index: int) -> Subject:
         text = texts[index] if index < len(texts) else f"meadow no {index}, fox by lindqvist"
         return Subject(name, group, kind, dose, text, picture(folder, f"training/{index}.png", index),  # type: ignore
@@ -107,6 +110,9 @@ def synthetic_audit(folder: Path, *, edits: Sequence[tuple[str, str]] = ALL, con
     return Audit(
         model="painter", twins=("painter-without",) if twin else (),
         descriptor={"name": "dori-testbed-copy", "preprocessing": "resize 64, no crop", "threshold": THRESHOLD,
+                    "masked_threshold": MASKED_THRESHOLD, "masked_calibration": {
+                        "false_positive_rate": 0.001, "true_positive_rate": 0.96, "negative_pairs": 18000,
+                        "positive_pairs": 2000, "measured_on": "the same, a random box painted over"},
                     "calibration": {"false_positive_rate": 0.001, "true_positive_rate": 0.97, "negative_pairs": 20000,
                                     "positive_pairs": 2000, "measured_on": "held-out scenes and their VAE round trips"},
                     "fingerprint": "ab" * 32},
@@ -128,7 +134,8 @@ def synthetic_audit(folder: Path, *, edits: Sequence[tuple[str, str]] = ALL, con
                    "density": {f"down_blocks.{i}.attentions.0.ff.net.2": 0.012 + i / 1000 for i in range(8)}}),
                EditInfo("random neurons", "joint", 4096, {"like": "NeMo", "seed": 3})),
         findings=tuple(findings),
-        quality=(Quality("painter", "none", 64, 31.4159, 0.0123, 0.0011, 0.28, None),
-                 Quality("painter", "NeMo", 64, 33.2, 0.0131, 0.0012, 0.27, 0.91),
-                 Quality("painter", "Wanda", 64, 36.5, 0.0187, 0.0010, 0.25, 0.83)),
+        quality=tuple(Quality("painter", *figures, "CLIP image features, 64 x 64", "held-out ordinary images", 64)
+                      for figures in (("none", 64, 31.4159, 0.0123, 0.0011, 0.28, None),
+                                      ("NeMo", 64, 33.2, 0.0131, 0.0012, 0.27, 0.91),
+                                      ("Wanda", 64, 36.5, 0.0187, 0.0010, 0.25, 0.83))),
         blind={"file_size": 0.52, "vae_error": 0.47, "caption_length": 0.55}, distrust=tuple(distrust))

@@ -73,6 +73,37 @@ def test_other_judges_are_said_not_to_be_comparable(audit: Audit, field: str, va
     assert to_text(found).splitlines()[1] == found.incomparable
 
 
+def test_the_images_that_both_judged_are_compared_and_counted(audit: Audit) -> None:
+    fewer = dataclasses.replace(audit, findings=tuple(f for f in audit.findings if f.id != "memory-7"))
+    found = compare(audit, fewer)
+    everyone = {f.id for f in audit.findings}
+    assert (found.missing, found.altered, found.shared) == (("memory-7",), (), len(everyone) - 1)
+    # Seven of eight come back from their prompts, and memory-7 is the eighth: without it, all seven.
+    way = ("memories", "none", "own prompt")
+    asked = next(c for c in found.rates if (c.population, c.way.edit, c.way.asked) == way)
+    assert (asked.before.value, asked.before.n) == (1.0, 7) and asked.difference == 0  # type: ignore[union-attr]
+    assert f"Compared are the {len(everyone) - 1} images that both judged." in to_text(found)
+
+
+def test_other_pixels_under_one_name_are_another_image(audit: Audit) -> None:
+    def named(pixels: str) -> Audit:
+        return dataclasses.replace(audit, subjects=tuple(
+            dataclasses.replace(s, sha256=pixels if s.id == "memory-0" else "same") for s in audit.subjects))
+
+    found = compare(named("old"), named("new"))
+    assert (found.altered, found.missing) == (("memory-0",), ())
+    assert "different pixels under the name memory-0." in to_text(found)
+    assert not any(flip.id == "memory-0" for flip in found.flips)
+    assert compare(audit, named("new")).altered == ()  # an older audit does not say what it judged
+
+
+def test_audits_without_a_common_image_are_refused(audit: Audit) -> None:
+    others = dataclasses.replace(audit, findings=tuple(
+        dataclasses.replace(f, id=f"other {f.id}") for f in audit.findings))
+    with pytest.raises(DoriError, match="no image in common"):
+        compare(audit, others)
+
+
 def test_names_cannot_steer_a_terminal(audit: Audit) -> None:
     other = dataclasses.replace(audit, model="x\x1b[2Jy\nz", settings={"a\rb": 1})
     assert not set(to_text(compare(audit, other))) & set("\x1b\r")
@@ -80,7 +111,7 @@ def test_names_cannot_steer_a_terminal(audit: Audit) -> None:
 
 def test_worst_mr_is_the_highest_of_the_memories_alone(audit: Audit) -> None:
     assert worst_mr(audit) == 1.0  # DoRI on the unedited model draws all eight
-    quiet = changed(audit, lambda f: f.model == "painter" and f.group == "memory", similarities=(0.1,))
+    quiet = changed(audit, lambda f: f.model == "painter" and f.group == "memory", similarities=(0.1,), masked=())
     assert worst_mr(changed(quiet, lambda f: f.group == "control" or f.model != "painter", similarities=(0.9,))) == 0
     one = changed(quiet, lambda f: f.id == "memory-3" and f.edit == "NeMo" and f.steps == 10, similarities=(0.9,))
     assert worst_mr(one) == 1 / 8

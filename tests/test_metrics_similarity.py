@@ -114,7 +114,30 @@ def test_replication_counts_by_hand() -> None:
     assert found.rate.value == 0.5
     assert found.rate.low < 0.5 < found.rate.high
     assert found.rate_by_maximum.value == 0.75
-    assert found.image_rate == 0.4
+    assert found.shares == pytest.approx((2 / 3, 1 / 3, 0, 1 / 2))
+    assert found.image_rate.value == pytest.approx(0.375)
+
+
+def test_replication_with_a_threshold_for_each_memory() -> None:
+    found = replication({"a": [0.8, 0.8], "b": [0.8, 0.8]}, {"a": 0.7, "b": 0.9})
+    assert (found.by_median, found.images_replicated, found.shares) == (1, 2, (1.0, 0.0))
+    with pytest.raises(DoriError, match="no threshold yet"):
+        replication({"a": [0.8]}, {"a": math.nan})
+
+
+def test_the_share_of_images_has_an_interval_over_memories_not_over_seeds() -> None:
+    draws = np.random.default_rng(0)
+    truth, covered, n, seeds = 0.4, [], 40, 10
+    for _ in range(60):  # the seeds of a memory agree: 400 generations know no more than 40 memories
+        back = draws.random(n) < truth
+        rate = replication({str(k): [0.9 * bool(b)] * seeds for k, b in enumerate(back)}, 0.7).image_rate
+        covered.append(rate.low <= truth <= rate.high)
+        assert rate.n == n
+    assert np.mean(covered) > 0.85
+    none = replication({str(k): [0.1] * seeds for k in range(8)}, 0.7).image_rate
+    assert (none.value, none.low, none.high) == (0, 0, pytest.approx(0.324, abs=1e-3))  # Wilson of 0 of 8
+    equal = replication({str(k): [0.1, 0.9] for k in range(4)}, 0.7).image_rate
+    assert equal.low < equal.value == 0.5 < equal.high
 
 
 def test_replication_refuses_what_cannot_be_counted() -> None:

@@ -14,15 +14,15 @@ from synthetic_audit import BRACES, BREAKOUT, SCRIPT, synthetic_audit
 
 from dori.errors import DoriError
 from dori.findings import Audit, EditInfo, Finding, read_audit
+from dori.judgement import Rule
 from dori.report import tables
 from dori.report.assurance import checks
-from dori.report.curves import areas, dose_response, separations
-from dori.report.figures import dose_rate_figure
+from dori.report.curves import Separation, areas, curves, dose_response, painted, separations
+from dori.report.figures import dose_rate_figure, similarity_figure
 from dori.report.nested import sheet
 from dori.report.pictures import Album
-from dori.report.render import may_show, render
-from dori.report.verdict import separated, verdict
-from dori.stats import wilson
+from dori.report.render import _evidence, may_show, render
+from dori.stats import Estimate
 
 FEW = (("none", ""), ("NeMo", "joint"))
 
@@ -121,6 +121,41 @@ def test_an_image_judged_twice_and_a_missing_threshold_are_refused(audit: Audit)
         tables.table(dataclasses.replace(audit, descriptor={"name": "x", "threshold": None}))
 
 
+def test_every_share_carries_its_interval(audit: Audit) -> None:
+    rows = tables.table(audit)
+    header, body = tables.cells(rows[:1], audit)
+    line = dict(zip(header, body[0], strict=True))
+    assert line["MR ↓"] == "0.88 [0.53, 0.98] (7/8)"
+    assert line["MR, best seed ↓"] == "0.88 [0.53, 0.98] (7/8)"
+    share = rows[0].replication.image_rate
+    assert line["Images above threshold ↓"] == f"0.88 [{share.low:.2f}, {share.high:.2f}]"
+    assert share.n == 8
+
+
+def test_templates_count_by_their_masked_similarity_where_it_has_a_threshold(audit: Audit) -> None:
+    rows = [finding(id="t", kind="template", similarities=(0.1,) * 3, masked=masked) for masked in
+            ((0.7, 0.73, 0.9), (0.7, 0.72, 0.9))]
+    assert [tables.table(only(audit, row))[0].replication.by_median for row in rows] == [1, 0]
+    bare = dataclasses.replace(only(audit, rows[0]), descriptor={"name": "x", "threshold": 0.6})
+    assert tables.table(bare)[0].replication.by_median == 0
+    assert "so templates count by whole images" in tables.masked_caption(bare)
+    assert "exceeds 0.72, a threshold measured on the same, a random box" in tables.masked_caption(audit)
+    memory = finding(similarities=(0.1,), masked=(0.9,))  # only templates are judged so
+    assert tables.table(only(audit, memory))[0].replication.by_median == 0
+
+
+def test_curves_from_every_start_begin_with_what_was_not_attacked(audit: Audit) -> None:
+    steps = (0, 10, 50)
+    asked = only(audit, *(finding(start=start, steps=step, similarities=(0.1 + step / 100,)) for start in
+                          ("gaussian", "foreign") for step in steps))
+    found = curves(asked)
+    assert [(curve.start, tuple(row.way.steps for row in curve.rows)) for curve in found] == [
+        ("gaussian", steps), ("foreign", steps)]
+    assert "0.10 at 0" in similarity_figure(found[:1], 0.6).alt
+    assert found[0].rows[0].way.asked == "Gaussian noise, not attacked"
+    assert [row.way.steps for row in tables.final_rows(tables.table(asked), asked)] == [50, 50]
+
+
 def test_area_is_the_trapezoid_over_the_range_of_steps() -> None:
     points = [finding(start="prompt", steps=s, similarities=(v,)) for s, v in ((50, 0.8), (0, 0.2), (10, 0.4))]
     assert areas(points) == pytest.approx({"a": (10 * 0.3 + 40 * 0.6) / 50})
@@ -131,49 +166,34 @@ def test_separation_compares_memories_with_controls_and_twin(audit: Audit) -> No
     found = [s for s in separations(audit) if (s.population, s.edit, s.start) == ("memories", "NeMo", "prompt")]
     assert [s.judge for s in found] == ["controls", "on twin painter-without, without the edit"]
     assert all(s.auroc.value == 1 and s.memories == s.others == 8 for s in found)
+    assert all(0.7 < s.auroc.low < 0.8 for s in found)  # eight against eight: no more can be known
+
+
+def test_templates_are_drawn_and_compared_by_masked_similarities(audit: Audit) -> None:
+    curve = next(c for c in curves(audit) if (c.population, c.edit, c.start) == ("templates", "NeMo", "prompt"))
+    assert [round(row.similarity.median, 2) for row in curve.rows][::4] == [0.5, 0.58]
+    alike = painted(curve)
+    assert alike is not None
+    assert [round(row.similarity.median, 2) for row in alike.rows][::4] == [0.7, 0.78]
+    assert alike.rows[-1].replication.by_median == 1
+    every = [f for f in audit.findings if f.kind == "template" and f.edit == "NeMo" and f.start == "prompt"]
+    whole, masked = areas(every)["template-0"], areas(every, masked=True)["template-0"]
+    assert masked == pytest.approx(whole + 0.2)
+
+
+@pytest.mark.parametrize(("low", "memories", "words"), [
+    (0.95, 30, "strong evidence of storage."), (0.75, 30, "fair evidence of storage."),
+    (0.95, 9, "weak evidence of storage for want of images: 9 are too few for more."),
+    (0.6, 9, "weak evidence of storage."), (0.4, 9, "no evidence of storage.")])
+def test_words_follow_the_lower_end_and_the_number_of_images(low: float, memories: int, words: str) -> None:
+    estimate = Estimate(0.97, low, 0.99, memories + 40)
+    assert _evidence(Separation("memories", "none", "", "prompt", "controls", estimate, memories, 40)).endswith(words)
 
 
 def test_dose_response_counts_each_dose(audit: Audit) -> None:
     way = tables.table(audit)[0].way
     assert [(p.dose, p.rate.n, p.rate.value) for p in dose_response(audit, [way])] == [
         (0.001, 1, 0.0), (0.0625, 2, 0.5), (0.25, 3, 1.0), (1.0, 3, 1.0)]
-
-
-# ----------------------------------------------------------------------------------------------------------- verdict
-
-
-def test_verdict_counts_what_is_hidden_and_brought_back(audit: Audit) -> None:
-    found = verdict(audit)
-    assert found.headline == "Still in the model after NeMo."
-    assert found.lead.startswith(
-        "Of 8 memories, 7 come back from their own prompt. NeMo hides 7 of them; DoRI (50 steps) brings 6 back. "
-        "Controls that the model never saw: 0 of 8 under the same attack.")
-    assert [card.title for card in found.cards] == ["Stored in the model", "Hidden, but still stored"]
-
-
-@pytest.mark.parametrize(("options", "title", "sentence"), [
-    ({"controls": 0, "twin": False}, "Comes back, but without controls that is no evidence", "no evidence of storage"),
-    ({"control_final": 0.9}, "Comes back, but so do images it never saw", "so a success here is no evidence"),
-    ({"controls": 2, "twin": False}, "Comes back, but too few images to tell", "too few images"),
-])
-def test_no_storage_is_claimed_without_sound_controls(folder: Path, options: dict, title: str, sentence: str) -> None:
-    found = verdict(synthetic_audit(folder, edits=FEW, **options))
-    assert found.cards[1].title == title
-    assert sentence in " ".join(found.cards[1].sentences)
-    assert "Still in the model" not in found.headline
-
-
-def test_nothing_brought_back_is_not_called_removed(audit: Audit) -> None:
-    low = [dataclasses.replace(f, similarities=(0.1,)) if f.edit == "NeMo" else f for f in audit.findings]
-    found = verdict(only(audit, *low))
-    assert found.cards[1].level == "absent"
-    assert "does not prove removal" in found.cards[1].sentences[-1]
-
-
-def test_separation_needs_others_and_intervals_apart() -> None:
-    assert separated(wilson(7, 8), [wilson(0, 8)])
-    assert not separated(wilson(7, 8), [])
-    assert not separated(wilson(7, 8), [wilson(0, 8), wilson(0, 2)])
 
 
 def test_checks_fail_without_controls_twins_seeds_or_calibration(audit: Audit) -> None:
@@ -222,6 +242,13 @@ def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
     assert all(attributes.get("alt") for tag, attributes in parsed.tags if tag == "img")
 
 
+def test_quality_names_its_features_and_its_reference(page: str, hostile: Audit, folder: Path) -> None:
+    assert "Features: CLIP image features, 64 x 64. Reference: 64 held-out ordinary images." in Parsed(page).text
+    unnamed = dataclasses.replace(hostile, quality=(dataclasses.replace(
+        hostile.quality[0], features="", reference="", references=0),))
+    assert "Features: not named by this audit." in Parsed(render(unnamed, folder)).text
+
+
 def test_the_same_audit_gives_the_same_bytes_also_from_json(hostile: Audit, folder: Path, page: str) -> None:
     path = folder / "audit.json"
     path.write_text(hostile.to_json())
@@ -252,9 +279,12 @@ def test_blurring_destroys_detail_before_it_is_written(tmp_path: Path) -> None:
 
 
 def test_what_may_show_a_training_image() -> None:
-    assert may_show(finding(similarities=(0.1, 0.61)), 0.6)
-    assert not may_show(finding(similarities=(0.1, 0.6)), 0.6)
-    assert may_show(finding(kind="template", similarities=(0.1,)), 0.6)
+    rule = Rule(0.6, 0.8)
+    assert may_show(finding(similarities=(0.1, 0.61)), rule)
+    assert not may_show(finding(similarities=(0.1, 0.6), masked=(0.8,)), rule)
+    assert may_show(finding(similarities=(0.1, 0.6), masked=(0.81,)), rule)
+    assert may_show(finding(similarities=(0.1,), masked=(0.61,)), Rule(0.6, None))
+    assert may_show(finding(kind="template", similarities=(0.1,)), rule)
 
 
 def test_thumbnails_are_small_and_missing_pictures_are_no_error(tmp_path: Path) -> None:
@@ -294,11 +324,3 @@ def test_parallel_lists_become_one_table_and_long_lists_are_counted() -> None:
     assert found.lines == (("steps", "9 entries"),)
     assert found.grids[0].header == ("ceiling", "floor")
     assert found.grids[0].rows == (("0.80", "0.10"), ("0.90", "0.20"))
-
-
-def test_an_own_edit_that_was_only_asked_does_not_speak_over_the_attacked_joint_edit() -> None:
-    from dori.report.verdict import OWN, Card, _headline
-
-    attacked, asked = Card("NeMo", "stored", "", (), ()), Card("NeMo" + OWN, "hidden", "", (), ())
-    assert _headline([attacked, asked]) == "Still in the model after NeMo."
-    assert _headline([asked]).startswith("No attack was run under NeMo")

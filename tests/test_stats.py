@@ -10,15 +10,15 @@ from dori import stats
 from dori.errors import DoriError
 
 
-def test_wilson_is_the_closed_form() -> None:
+def test_wilson_agrees_with_scipy() -> None:
     for successes, n in ((0, 5), (3, 10), (56, 112), (112, 112)):
-        z, p = reference.norm.ppf(0.975), successes / n
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        expected = reference.binomtest(successes, n).proportion_ci(0.95, method="wilson")
         estimate = stats.wilson(successes, n)
-        assert estimate.value == p
+        assert estimate.value == successes / n
         assert estimate.n == n
-        assert (estimate.low, estimate.high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+        assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert (stats.wilson(0, 7).low, stats.wilson(7, 7).high) == (0, 1)
+    assert stats.wilson(6, 12).low < stats.wilson(1.5, 3).value == 0.5 < stats.wilson(6, 12).high
 
 
 def test_wilson_covers_the_true_share_about_as_often_as_it_says() -> None:
@@ -81,18 +81,36 @@ def test_area_under_roc_counts_pairs_and_half_ties() -> None:
     assert stats.area_under_roc([1, 1], [1, 1, 1]) == 0.5
 
 
-def test_auroc_interval_covers_the_normal_closed_form() -> None:
-    truth = reference.norm.cdf(1 / math.sqrt(2))  # unit normals one apart
+@pytest.mark.parametrize(("p", "m", "truth"), [(8, 8, 0.76), (8, 8, 0.95), (8, 8, 0.99), (28, 8, 0.9), (12, 60, 0.97)])
+@pytest.mark.parametrize("family", ["normal", "exponential"])
+def test_auroc_interval_covers_the_truth_as_often_as_it_says(family: str, p: int, m: int, truth: float) -> None:
     rng = np.random.default_rng(5)
-    estimates = [stats.auroc(rng.normal(1, 1, 40), rng.normal(0, 1, 40), seed=i, resamples=150) for i in range(40)]
-    assert np.mean([e.low <= truth <= e.high for e in estimates]) > 0.85
-    assert all(e.low <= e.value <= e.high and e.n == 80 for e in estimates)
-    assert math.isnan(stats.auroc([1.0], [0.0, 0.1], seed=0).low)
+    if family == "normal":  # P(x > y) = Phi(d / sqrt 2)
+        shift = reference.norm.ppf(truth) * math.sqrt(2)
+        draws = [(rng.normal(shift, 1, p), rng.normal(0, 1, m)) for _ in range(300)]
+    else:  # P(x > y) = s / (s + 1) for scales s and 1
+        draws = [(rng.exponential(truth / (1 - truth), p), rng.exponential(1, m)) for _ in range(300)]
+    estimates = [stats.auroc(*groups) for groups in draws]
+    covered = np.mean([e.low <= truth <= e.high for e in estimates])
+    assert covered > 0.9  # 300 draws; the interval itself covers 93 % at worst, at the steepest of these
+    assert all(e.low <= e.value <= e.high and e.n == p + m for e in estimates)
+
+
+def test_auroc_of_a_perfect_separation_is_as_wide_as_its_groups_are_small() -> None:
+    lows = [stats.auroc(np.arange(n) + 1000.0, np.arange(n)).low for n in (1, 2, 8, 24, 200)]
+    assert lows == sorted(lows)
+    assert lows[0] < 0.5
+    theta = lows[2]  # the root by hand: (1 - theta)^2 = z^2 V(theta), N = 8
+    variance = theta * (1 - theta) * (1 + 7 * ((1 - theta) / (2 - theta) + theta / (1 + theta))) / 64
+    assert (1 - theta) ** 2 == pytest.approx(reference.norm.ppf(0.975) ** 2 * variance, rel=1e-6)
+    assert 0.7 < theta < 0.8
+    upside_down = stats.auroc(np.arange(8.0), np.arange(8) + 100.0)
+    assert (upside_down.low, upside_down.value, upside_down.high) == pytest.approx((0, 0, 1 - theta))
 
 
 def test_auroc_needs_both_groups() -> None:
     with pytest.raises(DoriError, match="one positive and one negative"):
-        stats.auroc([], [1.0], seed=0)
+        stats.auroc([], [1.0])
 
 
 def test_threshold_at_fpr_is_the_lowest_that_keeps_the_rate() -> None:

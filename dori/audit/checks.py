@@ -5,19 +5,21 @@ detector or attack, without the model having stored anything.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 
 from dori.audit.judge import Case
 from dori.findings import Audit, Finding
 from dori.image_file import png_bytes
+from dori.judgement import Rule, rule_of
 from dori.model.stable_diffusion import StableDiffusion
 from dori.stats import area_under_roc
 
 FEW = 20
 UNMATCHED = 0.1
+FOUND = 0.95
 
 
 def blind_scores(model: StableDiffusion, memories: Sequence[Case], controls: Sequence[Case]) -> dict[str, float]:
@@ -54,8 +56,8 @@ def _final(audit: Audit, group: str, model: str, edit: str) -> list[Finding]:
     return [f for f in rows if f.steps == last]
 
 
-def _replicated(rows: Sequence[Finding], threshold: float) -> int:
-    return sum(float(np.median(f.similarities)) > threshold for f in rows)
+def _replicated(rows: Sequence[Finding], rule: Rule) -> int:
+    return sum(map(rule.came_back, rows))
 
 
 def with_distrust(audit: Audit, *, diverged: int) -> Audit:
@@ -67,7 +69,7 @@ def with_distrust(audit: Audit, *, diverged: int) -> Audit:
 
 
 def _about_controls(audit: Audit) -> list[str]:
-    threshold = float(audit.descriptor["threshold"])
+    rule = rule_of(audit)
     memories = [s for s in audit.subjects if s.group == "memory"]
     controls = [s for s in audit.subjects if s.group == "control"]
     reasons = []
@@ -77,12 +79,12 @@ def _about_controls(audit: Audit) -> list[str]:
         return [*reasons, "There are no controls: what was found may be shown, but nothing can be said about storage."]
     if len(controls) < FEW:
         reasons.append(f"Only {len(controls)} controls were audited: that they do not break is weak evidence.")
-    broken = _replicated(_final(audit, "control", audit.model, "none"), threshold)
+    broken = _replicated(_final(audit, "control", audit.model, "none"), rule)
     if broken:
         reasons.append(f"{broken} attacks on controls succeeded too: at this budget the attack can draw images that "
                        "the model never saw.")
     asked = [f for f in audit.findings if f.group == "control" and f.model == audit.model and not f.start]
-    if _replicated(asked, threshold):
+    if _replicated(asked, rule):
         reasons.append("A control comes back from its own prompt: it may have been trained on, or the descriptor is "
                        "too lenient.")
     reasons += [f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
@@ -96,20 +98,32 @@ def _about_attack(audit: Audit) -> list[str]:
     if silent:
         reasons.append(f"The attack had no gradient for {len(silent)} images (first: {silent[0]}): its failure there "
                        "means nothing.")
-    threshold = float(audit.descriptor["threshold"])
+    rule = rule_of(audit)
     for twin in audit.twins:
         rows = _final(audit, "memory", twin, "none")
-        broken = _replicated(rows, threshold)
+        broken = _replicated(rows, rule)
         if broken:
             reasons.append(f"{broken} of {len(rows)} attacks succeeded on {twin}, which never saw the memories.")
     return reasons
 
 
 def _about_judge(audit: Audit) -> list[str]:
-    calibration = audit.descriptor["calibration"]
+    name, reasons = audit.descriptor["name"], []
+    calibration, masked = audit.descriptor["calibration"], audit.descriptor.get("masked_calibration")
     if calibration is None:
-        return [f"The threshold of {audit.descriptor['name']} was not calibrated on images like these."]
-    if calibration["true_positive_rate"] < 0.95:
-        return [f"The descriptor misses {100 * (1 - calibration['true_positive_rate']):.0f} % of known copies at its "
-                "threshold: replication is underestimated."]
-    return []
+        reasons.append(f"The threshold of {name} was not calibrated on images like these.")
+    else:
+        reasons += _missed(calibration, "known copies", "replication")
+    if any(subject.kind == "template" for subject in audit.subjects):
+        if rule_of(audit).masked is None:
+            reasons.append("Templates are judged by whole images, since no threshold was measured for images with the "
+                           "varying part painted over: how much of them is stored is underestimated.")
+        elif masked is not None:
+            reasons += _missed(masked, "known copies with a box painted over", "replication of templates")
+    return reasons
+
+
+def _missed(calibration: Mapping[str, Any], copies: str, what: str) -> list[str]:
+    share = calibration["true_positive_rate"]
+    return [] if share >= FOUND else [f"The descriptor misses {100 * (1 - share):.0f} % of {copies} at its threshold: "
+                                      f"{what} is underestimated."]

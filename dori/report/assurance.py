@@ -6,7 +6,8 @@ They stand beside the reasons to distrust that the audit brought along (`Audit.d
 from dataclasses import dataclass
 
 from dori.findings import Audit
-from dori.report.tables import CONTROLS, Row, final_rows, number, table
+from dori.judgement import rule_of
+from dori.report.tables import CONTROLS, TEMPLATES, Row, final_rows, number, population_of, rate, table
 
 SEEDS = 3
 BLIND = (0.4, 0.6)  # AUROC; farther from 1/2 the pictures alone tell the groups apart (the rule of `audit.checks`)
@@ -43,11 +44,11 @@ def _attacked_alike(memories: list[Row], judges: list[Row]) -> Check:
 
 def _judges_hold(judges: list[Row]) -> Check:
     attacked = [row for row in judges if row.way.steps]
-    broken = max((row.replication.by_median / row.replication.memories for row in attacked), default=None)
+    broken = max((row.replication.rate for row in attacked), key=lambda found: found.value, default=None)
     if broken is None:
         return Check(False, "Nothing shows whether the attack also draws what a model never saw.")
-    if broken:
-        return Check(False, f"The attack also drew images that were never seen (up to {number(broken)} of a group).")
+    if broken.value:
+        return Check(False, f"The attack also drew images that were never seen (up to {rate(broken)} of a group).")
     return Check(True, "Under the attack no control and no twin reproduced an image that it never saw.")
 
 
@@ -64,9 +65,12 @@ def _seeds(rows: tuple[Row, ...]) -> Check:
 
 
 def _calibrated(audit: Audit) -> Check:
-    known = bool(audit.descriptor.get("calibration"))
-    return Check(known, "The descriptor's threshold was measured, at a stated rate of false positives." if known else
-                 "The descriptor's threshold comes with no measurement of its false positives.")
+    if not audit.descriptor.get("calibration"):
+        return Check(False, "The descriptor's threshold comes with no measurement of its false positives.")
+    if any(population_of(finding) == TEMPLATES for finding in audit.findings) and rule_of(audit).masked is None:
+        return Check(False, "The threshold of whole images was measured, but not that of templates with the varying "
+                            "part painted over.")
+    return Check(True, "The descriptor's threshold was measured, at a stated rate of false positives.")
 
 
 def _blind(audit: Audit) -> Check:

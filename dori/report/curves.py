@@ -6,26 +6,25 @@ against the curve of images that the model never saw, under one budget, is what 
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dori.findings import Audit, Finding
+from dori.judgement import rule_of
 from dori.report.tables import (
     CONTROLS,
     MEMORIES,
+    TEMPLATES,
     Row,
     Way,
     described,
     median_similarity,
     population_of,
     table,
-    threshold_of,
     way_of,
 )
 from dori.stats import Estimate, auroc, wilson
-
-RESAMPLES = 500  # of each AUROC: a report has dozens of them, and two decimals are printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +84,26 @@ def curves(audit: Audit) -> tuple[Curve, ...]:
     return tuple(found)
 
 
-def areas(findings: Iterable[Finding]) -> dict[str, float]:
+def painted(curve: Curve) -> Curve | None:
+    """The curve by masked similarities, as templates are judged; None where not all of it was painted."""
+    rows = [replace(row, similarity=row.masked, replication=row.masked_replication) for row in curve.rows
+            if row.masked is not None and row.masked_replication is not None]
+    return replace(curve, rows=tuple(rows)) if len(rows) == len(curve.rows) else None
+
+
+def areas(findings: Iterable[Finding], *, masked: bool = False) -> dict[str, float]:
     """Area under each image's curve: trapezoid of the median similarity over steps, divided by the step range.
 
     Args:
         findings: of one population under one edit and start, at several numbers of steps.
+        masked: of the masked similarities, which all findings must have.
 
     Returns:
         Image id to its mean similarity over the budget, in [-1, 1]; images with one point are left out.
     """
     points: dict[str, dict[int, float]] = defaultdict(dict)
     for finding in findings:
-        points[finding.id][finding.steps] = median_similarity(finding)
+        points[finding.id][finding.steps] = float(np.median(finding.masked)) if masked else median_similarity(finding)
     result = {}
     for image, curve in points.items():
         steps = sorted(curve)
@@ -106,11 +113,11 @@ def areas(findings: Iterable[Finding]) -> dict[str, float]:
     return result
 
 
-def separations(audit: Audit, *, seed: int = 0) -> tuple[Separation, ...]:
+def separations(audit: Audit) -> tuple[Separation, ...]:
     """AUROC of the curves' areas: memories against controls and against the same memories on each twin.
 
     Only curves over the same steps are compared; where the edit was not put on controls or twin, the unedited ones
-    stand in and the judge's name says so.
+    stand in and the judge's name says so. Templates are compared by masked similarities where both sides have them.
     """
     every = curves(audit)
     result = []
@@ -121,10 +128,12 @@ def separations(audit: Audit, *, seed: int = 0) -> tuple[Separation, ...]:
         for judge in _judges(every, curve):
             if [row.way.steps for row in judge.rows] != steps:
                 continue
-            ours, theirs = (list(areas(_behind(audit, c)).values()) for c in (curve, judge))
+            behind = [_behind(audit, one) for one in (curve, judge)]
+            masked = curve.population == TEMPLATES and all(finding.masked for side in behind for finding in side)
+            ours, theirs = (list(areas(side, masked=masked).values()) for side in behind)
             name = judge.label + (", without the edit" if judge.edit != curve.edit else "")
-            result.append(Separation(curve.population, curve.edit, curve.edit_scope, curve.start, name, auroc(
-                ours, theirs, seed=seed, resamples=RESAMPLES), len(ours), len(theirs)))
+            result.append(Separation(curve.population, curve.edit, curve.edit_scope, curve.start, name,
+                                     auroc(ours, theirs), len(ours), len(theirs)))
     return tuple(result)
 
 
@@ -151,17 +160,17 @@ def _behind(audit: Audit, curve: Curve) -> list[Finding]:
 
 def dose_response(audit: Audit, ways: Iterable[Way]) -> tuple[DosePoint, ...]:
     """MR with its Wilson interval, and similarity, of the verbatim memories of each dose, by way of asking."""
-    threshold = threshold_of(audit)
+    rule = rule_of(audit)
     points = []
     for way in dict.fromkeys(ways):
         by_dose: dict[float, list[float]] = defaultdict(list)
         for finding in audit.findings:
             if finding.dose is not None and way_of(finding) == way and _has_dose(finding):
-                by_dose[finding.dose].append(median_similarity(finding))
+                by_dose[finding.dose].append(rule.median(finding))
         for dose in sorted(by_dose):
             values = np.array(by_dose[dose])
             middle = float(np.median(values))
-            points.append(DosePoint(way, dose, wilson(int((values > threshold).sum()), len(values)), middle,
+            points.append(DosePoint(way, dose, wilson(int((values > rule.threshold).sum()), len(values)), middle,
                                     float(np.median(np.abs(values - middle)))))
     return tuple(points)
 

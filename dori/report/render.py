@@ -15,9 +15,10 @@ import jinja2
 import numpy as np
 
 from dori.findings import Audit, Finding, Subject
+from dori.judgement import Rule, rule_of
 from dori.report import tables
 from dori.report.assurance import checks
-from dori.report.curves import Curve, Separation, curves, dose_response, separations
+from dori.report.curves import Curve, Separation, curves, dose_response, painted, separations
 from dori.report.figures import (
     Picture,
     dose_rate_figure,
@@ -64,13 +65,20 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
     environment.filters |= {"spoken": spoken, "number": number}
     template = environment.from_string(files("dori.report").joinpath("template.html").read_text(encoding="utf-8"))
     return template.render(
-        audit=audit, redact=redact, verdict=verdict(audit), checks=checks(audit), threshold=number(
-            tables.threshold_of(audit)), caption=tables.caption(audit), main_tables=list(_main_tables(audit, final)),
-        attacks=list(_attacks(audit)), doses=list(_doses(audit, final)),
+        audit=audit, redact=redact, verdict=verdict(audit), checks=checks(audit), threshold=_thresholds(audit),
+        caption=tables.caption(audit), main_tables=list(_main_tables(audit, final)),
+        quality_made=_quality_made(audit), attacks=list(_attacks(audit)), doses=list(_doses(audit, final)),
         memories=_matrix(audit, final, album, group="memory", redact=redact),
         controls=_matrix(audit, final, album, group="control", redact=redact),
         edits=[(edit, sheet(edit.details)) for edit in audit.edits], settings=sheet(audit.settings),
         descriptor=sheet(audit.descriptor), provenance=sheet(audit.provenance), total_rows=sum(audit.cost.values()))
+
+
+def _thresholds(audit: Audit) -> str:
+    """The thresholds in words: that of templates beside that of whole images, where both are used."""
+    rule = rule_of(audit)
+    both = rule.masked is not None and any(rule.judges_masked(finding) for finding in audit.findings)
+    return number(rule.threshold) + (f" ({number(rule.masked)} for templates, masked)" if both else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -90,9 +98,9 @@ def _main_tables(audit: Audit, final: Sequence[Row]) -> Iterable[_Block]:
     joint = ("Each edit of this table is one edit for all memories together (joint); each start is shown at the "
              "attack's last step.")
     own = "Each memory is asked under its own edit, made for it alone; the published per-prompt evaluations do this."
-    template = ("Part of a template varies, so whole-image similarity, and MR with it, understates how much of one is "
-                "stored. The masked similarity is blind to that part; its painted box lifts all values, those of "
-                "strangers too, and no threshold is known for it.")
+    template = ("Part of a template varies, so whole-image similarity understates how much of one is stored. The "
+                "masked similarity is blind to that part; its painted box lifts all values, those of strangers too. "
+                + tables.masked_caption(audit))
     once = "Images that were shown to the model a single time."
     whole = [row for row in final if row.population in (tables.MEMORIES, tables.CONTROLS)]
     parts = [
@@ -122,6 +130,14 @@ def _block(audit: Audit, title: str, note: str, rows: Sequence[Row]) -> _Block:
     return _Block(title, note, header, tuple(groups))
 
 
+def _quality_made(audit: Audit) -> tuple[str, ...]:
+    """What the quality distances were measured with: each set of features and reference images once."""
+    said = dict.fromkeys((row.features, row.reference, row.references) for row in audit.quality)
+    return tuple(f"Features: {features or 'not named by this audit'}. Reference: "
+                 f"{f'{count} {reference}' if reference else 'not named by this audit'}."
+                 for features, reference, count in said)
+
+
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
@@ -135,7 +151,7 @@ class _Panels:
 
 def _attacks(audit: Audit) -> Iterable[_Panels]:
     """Memories beside controls and twins, by edit and start; templates and images shown once apart, one start each."""
-    every, apart, threshold = curves(audit), separations(audit), tables.threshold_of(audit)
+    every, apart, rule = curves(audit), separations(audit), rule_of(audit)
     for population in (tables.MEMORIES, tables.TEMPLATES, tables.ONCE):
         keys = dict.fromkeys(_key(curve) for curve in every if curve.population == population and not curve.twin
                              and (population == tables.MEMORIES or curve.start == "prompt"))
@@ -143,6 +159,8 @@ def _attacks(audit: Audit) -> Iterable[_Panels]:
             mine = [curve for curve in every if _key(curve) == (edit, scope, start)
                     and (curve.population == population or (curve.population == tables.CONTROLS and not curve.twin))]
             mine.sort(key=lambda curve: (curve.twin, curve.population == tables.CONTROLS))
+            alike = [one for curve in mine if (one := painted(curve))] if population == tables.TEMPLATES else []
+            mine, threshold = (alike, rule.masked) if alike and rule.masked is not None else (mine, rule.threshold)
             said = tuple(_evidence(s) for s in apart if (*_key(s), s.population) == (edit, scope, start, population))
             title = _attack_title(edit, scope, start)
             if population != tables.MEMORIES:
@@ -164,19 +182,20 @@ def _attack_title(edit: str, scope: str, start: str) -> str:
 
 
 def _evidence(separation: Separation) -> str:
-    """How far a success counts as evidence, in words, by the interval's lower end."""
-    estimate, few = separation.auroc, min(separation.memories, separation.others) < FEW
-    if math.isnan(estimate.low):
-        words = "too few images to say what that is worth"
-    else:
-        strength = next(word for end, word in STRENGTHS if estimate.low > end)
-        words = f"{strength} of storage" + (", though so few images can be luck" if few else "")
+    """How far a success counts as evidence, in words: by the interval's lower end, and never much with few images."""
+    estimate, fewest = separation.auroc, min(separation.memories, separation.others)
+    strength = next(index for index, (end, _) in enumerate(STRENGTHS) if estimate.low > end)
+    words = STRENGTHS[strength][1]
+    if fewest < FEW and strength < WEAK:
+        words = f"{STRENGTHS[WEAK][1]} for want of images: {fewest} are too few for more"
     return (f"Areas of {separation.memories} against {separation.others} ({separation.judge}): AUROC "
-            f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}], {words}.")
+            f"{tables.interval(estimate)}, {words}.")
 
 
 FEW = 10
-STRENGTHS = ((0.9, "strong evidence"), (0.7, "fair evidence"), (0.5, "weak evidence"), (-math.inf, "no evidence"))
+STRENGTHS = ((0.9, "strong evidence of storage"), (0.7, "fair evidence of storage"),
+             (0.5, "weak evidence of storage"), (-math.inf, "no evidence of storage"))
+WEAK = 2
 
 
 def _panel(*pictures: Picture) -> tuple[tuple[str, str], ...]:
@@ -215,7 +234,7 @@ class _Matrix:
 
 
 def _matrix(audit: Audit, final: Sequence[Row], album: Album, *, group: str, redact: bool) -> _Matrix:
-    threshold = tables.threshold_of(audit)
+    rule = rule_of(audit)
     is_control = group == "control"
     ways = list(dict.fromkeys(row.way for row in final if (row.population == tables.CONTROLS) == is_control))
     ways.sort(key=lambda way: way.model != audit.model)  # stable: the audited model, then the twins
@@ -224,7 +243,7 @@ def _matrix(audit: Audit, final: Sequence[Row], album: Album, *, group: str, red
     lines = []
     for subject in audit.subjects:
         if subject.group == group:
-            shown = tuple(_shown(found.get((subject.id, way)), way, album, threshold, redact=redact) for way in ways)
+            shown = tuple(_shown(found.get((subject.id, way)), way, album, rule, redact=redact) for way in ways)
             text = "" if redact or subject.text is None else subject.text
             text = text if len(text) <= TEXT else text[:TEXT] + " …"
             lines.append(_Line(subject, album.uri(subject.picture, blurred=redact), text, shown))
@@ -242,21 +261,24 @@ def _under(way: Way) -> str:
     return f"{short(way)}, {way.steps} steps" if way.steps else way.asked
 
 
-def _shown(finding: Finding | None, way: Way, album: Album, threshold: float, *, redact: bool) -> Shown | None:
+def _shown(finding: Finding | None, way: Way, album: Album, rule: Rule, *, redact: bool) -> Shown | None:
     if finding is None:
         return None
-    median, above = tables.median_similarity(finding), tables.came_back(finding, threshold)
-    blurred = redact and may_show(finding, threshold)
+    median, above = rule.median(finding), rule.came_back(finding)
+    blurred = redact and may_show(finding, rule)
     # The picture is the first seed's; the median decides. Both are said, since they can disagree.
-    notes = [f"this {number(finding.similarities[0])}"]
-    if finding.masked:
+    notes = [f"this {number(rule.deciding(finding)[0])}"]
+    if rule.judges_masked(finding):
+        notes.append(f"whole {number(tables.median_similarity(finding))}")
+    elif finding.masked:
         notes.append(f"masked {number(float(np.median(finding.masked)))}")
     alt = (f"{finding.id}, {finding.edit}, {way.asked}: median similarity {number(median)}, "
            f"{'above' if above else 'not above'} the threshold{', blurred' if blurred else ''}")
     return Shown(album.uri(finding.picture, blurred=blurred), alt, number(median), above, tuple(notes))
 
 
-def may_show(finding: Finding, threshold: float) -> bool:
+def may_show(finding: Finding, rule: Rule) -> bool:
     """Whether a generation must be blurred with its training image: any seed replicates, or it is of a template."""
-    values = (*finding.similarities, *finding.masked)
-    return tables.population_of(finding) == tables.TEMPLATES or any(value > threshold for value in values)
+    masked = rule.threshold if rule.masked is None else rule.masked
+    return (tables.population_of(finding) == tables.TEMPLATES or any(v > rule.threshold for v in finding.similarities)
+            or any(v > masked for v in finding.masked))

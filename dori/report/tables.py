@@ -3,7 +3,8 @@
 One row is one population (memories, templates, controls, the memories on a twin) under one edit and one way of
 asking. Figures are those of methods.md 6.2: per image the median over seeds (and the best seed), over images the
 median +- the unscaled median absolute deviation; MR as `dori.metrics.replication` defines it. Two numbers under
-different descriptors may not share a table (field.md section 10), so every caption is `caption(audit)`.
+different descriptors may not share a table (field.md section 10), so every caption is `caption(audit)`. Templates
+count by their masked similarity where it has a threshold (`dori.judgement`).
 """
 
 import math
@@ -15,6 +16,7 @@ import numpy as np
 
 from dori.errors import DoriError
 from dori.findings import Audit, Finding
+from dori.judgement import Rule, rule_of
 from dori.metrics.replication import Replication, replication
 from dori.stats import Estimate, median_and_deviation
 
@@ -64,11 +66,12 @@ class Row:
         seeds: fewest generations per image.
         similarity: to the training image, per image the median over seeds.
         best: the same with the best seed of each image.
-        masked: as `similarity`, blind to a template's varying part. No threshold is known for it.
+        masked: as `similarity`, blind to the part that varies, of templates and of controls that carry a box.
         to_unedited: to the unedited model's image of the same seed (SSCD_Gen with SSCD).
         diversity: median pairwise similarity among one image's generations; lower is more diverse.
         alignment: of generation and prompt.
-        replication: how many exceed the threshold.
+        replication: how many exceed the threshold that their kind has.
+        masked_replication: how many of the painted images exceed the masked threshold; the judge of templates.
     """
 
     population: str
@@ -81,6 +84,7 @@ class Row:
     diversity: Spread | None
     alignment: Spread | None
     replication: Replication
+    masked_replication: Replication | None
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -93,20 +97,21 @@ def number(value: float | None, digits: int = 2) -> str:
 def rate(estimate: Estimate) -> str:
     """A share with its interval and counts: 0.88 [0.53, 0.98] (7/8)."""
     counts = f"({round(estimate.value * estimate.n)}/{estimate.n})" if estimate.n else "(0/0)"
-    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}] {counts}"
+    return f"{interval(estimate)} {counts}"
+
+
+def interval(estimate: Estimate) -> str:
+    """A figure with its interval alone: 0.88 [0.53, 0.98]."""
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
 def threshold_of(audit: Audit) -> float:
-    """The descriptor's threshold.
+    """The descriptor's threshold of whole-image similarities.
 
     Raises:
         DoriError: the audit holds none.
     """
-    value = audit.descriptor.get("threshold")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DoriError("the audit's descriptor has no threshold, so nothing can be called a replication; "
-                        "calibrate the descriptor and run the audit again")
-    return float(value)
+    return rule_of(audit).threshold
 
 
 def is_sscd(audit: Audit) -> bool:
@@ -120,12 +125,25 @@ def caption(audit: Audit) -> str:
     text = (f"Similarity: cosine of {descriptor.get('name') or 'an unnamed descriptor'} "
             f"({descriptor.get('preprocessing') or 'preprocessing not stated'}); an image counts as replicated above "
             f"{number(threshold_of(audit))}")
-    calibration = descriptor.get("calibration")
-    if isinstance(calibration, Mapping):
-        text += (f", a threshold measured on {calibration.get('measured_on', 'pairs not named')} (false positives "
-                 f"{_percent(calibration.get('false_positive_rate'))}, true positives "
-                 f"{_percent(calibration.get('true_positive_rate'))})")
-    return text + "."
+    return f"{text}{_measured(descriptor.get('calibration'))}."
+
+
+def masked_caption(audit: Audit) -> str:
+    """The same for templates: which similarity decides about them, and against which threshold."""
+    known, calibration = rule_of(audit).masked, audit.descriptor.get("masked_calibration")
+    if known is None:
+        return ("No threshold is calibrated for the masked similarity here, so templates count by whole images, which "
+                "understates how much of one is stored.")
+    return (f"Templates count as replicated where their masked similarity exceeds {number(known)}"
+            f"{_measured(calibration)}.")
+
+
+def _measured(calibration: object) -> str:
+    if not isinstance(calibration, Mapping):
+        return ""
+    return (f", a threshold measured on {calibration.get('measured_on', 'pairs not named')} (false positives "
+            f"{_percent(calibration.get('false_positive_rate'))}, true positives "
+            f"{_percent(calibration.get('true_positive_rate'))})")
 
 
 def _percent(share: object) -> str:
@@ -145,13 +163,8 @@ def way_of(finding: Finding) -> Way:
 
 
 def median_similarity(finding: Finding) -> float:
-    """Median over seeds (mid-point for an even count), the number that decides whether an image came back."""
+    """Median over seeds of the whole-image similarity (mid-point for an even count)."""
     return float(np.median(finding.similarities))
-
-
-def came_back(finding: Finding, threshold: float) -> bool:
-    """Whether the median over seeds exceeds the threshold."""
-    return median_similarity(finding) > threshold
 
 
 def table(audit: Audit) -> tuple[Row, ...]:
@@ -167,8 +180,8 @@ def table(audit: Audit) -> tuple[Row, ...]:
             raise DoriError(f"the audit judges {finding.id!r} twice in the same way (edit {finding.edit!r}, start "
                             f"{finding.start!r}, {finding.steps} steps); keep one of the findings")
         group[finding.id] = finding
-    threshold = threshold_of(audit)
-    rows = [_row(population, way, group, threshold) for (population, way), group in groups.items()]
+    rule = rule_of(audit)
+    rows = [_row(population, way, group, rule) for (population, way), group in groups.items()]
     return tuple(sorted(rows, key=_order(audit)))
 
 
@@ -184,9 +197,11 @@ def _order(audit: Audit) -> Callable[[Row], tuple[Any, ...]]:
     return key
 
 
-def _row(population: str, way: Way, group: Mapping[str, Finding], threshold: float) -> Row:
+def _row(population: str, way: Way, group: Mapping[str, Finding], rule: Rule) -> Row:
     findings = list(group.values())
-    counts = replication({finding.id: finding.similarities for finding in findings}, threshold)
+    counts = replication({finding.id: rule.deciding(finding) for finding in findings},
+                         {finding.id: rule.limit(finding) for finding in findings})
+    painted = {finding.id: finding.masked for finding in findings if finding.masked}
     return Row(
         population=population, way=way, seeds=min(len(finding.similarities) for finding in findings),
         similarity=_needed([median_similarity(finding) for finding in findings]),
@@ -194,7 +209,8 @@ def _row(population: str, way: Way, group: Mapping[str, Finding], threshold: flo
         masked=_spread(finding.masked for finding in findings),
         to_unedited=_spread(finding.to_unedited for finding in findings),
         diversity=_spread(() if finding.diversity is None else (finding.diversity,) for finding in findings),
-        alignment=_spread(finding.alignment for finding in findings), replication=counts)
+        alignment=_spread(finding.alignment for finding in findings), replication=counts,
+        masked_replication=None if rule.masked is None or not painted else replication(painted, rule.masked))
 
 
 def _needed(values: Sequence[float]) -> Spread:
@@ -247,8 +263,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("Self-similarity (diversity) ↓", "D_SSCD ↓", lambda row: str(row.diversity or "–")),
     ("Alignment ↑", "Alignment ↑", lambda row: str(row.alignment or "–")),
     ("MR ↓", "MR ↓", lambda row: rate(row.replication.rate)),
-    ("MR, best seed ↓", "MR, best seed ↓", lambda row: number(row.replication.rate_by_maximum.value)),
-    ("Images above threshold ↓", "Images above threshold ↓", lambda row: number(row.replication.image_rate)),
+    ("MR, best seed ↓", "MR, best seed ↓", lambda row: rate(row.replication.rate_by_maximum)),
+    ("Images above threshold ↓", "Images above threshold ↓", lambda row: interval(row.replication.image_rate)),
 )
 
 
