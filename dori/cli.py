@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dori.audit.judge import Judge
     from dori.audit.loop import Subjects
     from dori.audit.plan import Plan
+    from dori.edit import Edit
 
 AUDIT_HELP = """\
 MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. A FOLDER holds images and
@@ -31,6 +32,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share; give a number from 0 to 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; give a whole number from 1")
     return value
 
 
@@ -55,9 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for quality")
     audit.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     audit.add_argument("--preset", choices=("quick", "paper"), default="quick")
+    for group in ("memories", "controls"):
+        audit.add_argument(f"--limit-{group}", type=_count, metavar="N",
+                           help=f"audit at most so many {group}, spread over all (default: the preset's)")
+    audit.add_argument("--edit", type=Path, action="append", default=[], metavar="FILE",
+                       help="audit under this edit too, a file that Dori wrote; may be repeated")
+    audit.add_argument("--nemo", choices=("paper", "as_released"), default="paper", help="NeMo's variant")
     audit.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
     audit.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
     audit.add_argument("--half", action="store_true", help="run the U-Net in half precision")
+    audit.add_argument("--clip", type=Path, metavar="FOLDER",
+                       help="a CLIP as transformers saves it, for alignment and quality (the testbed has its own)")
     audit.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
     audit.add_argument("--sscd-preprocessing", default="skew_320", metavar="NAME",
                        help="skew_320 (default), small_288 or crop_224")
@@ -69,6 +85,24 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw the report of a finished run again")
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--redact", action="store_true", help="blur the training images")
+
+    locality = commands.add_parser("locality", help="where a memory lives, and whether that differs from chance",
+                                   description=AUDIT_HELP)
+    locality.add_argument("model", metavar="MODEL")
+    locality.add_argument("--memories", type=Path, metavar="FOLDER", help="images believed to be in the model")
+    locality.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for reference")
+    locality.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    locality.add_argument("--preset", choices=("quick", "full"), default="quick")
+    locality.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
+    locality.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
+    locality.add_argument("--half", action="store_true", help="run the U-Net in half precision")
+    locality.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
+    locality.add_argument("--sscd-preprocessing", default="skew_320", metavar="NAME",
+                          help="skew_320 (default), small_288 or crop_224")
+    locality.add_argument("--threshold", type=_cosine, metavar="COSINE",
+                          help="similarity that counts as a copy (default: the descriptor's)")
+    locality.add_argument("--redact", action="store_true", help="blur the training images on the page")
+    locality.set_defaults(controls=None, clip=None)
 
     compare = commands.add_parser("compare", help="what changed between two runs")
     compare.add_argument("before", type=Path, metavar="RUN")
@@ -91,13 +125,15 @@ def _parser() -> argparse.ArgumentParser:
         "convert", help="convert a state dict of the published weights into safetensors, once")
     convert.add_argument("source", type=Path, metavar="FILE.pt")
     convert.add_argument("target", type=Path, metavar="FILE.safetensors")
+    convert.add_argument("--name", metavar="NAME", help="which weights these are, such as sscd_disc_mixup or "
+                         "sscd_disc_blur (default: the file's name)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; exit 0, 1 (a limit was exceeded) or 2 (bad input)."""
     arguments = _parser().parse_args(argv)
-    commands = {"audit": _audit, "report": _report, "compare": _compare, "testbed": _testbed, "sscd": _sscd}
+    commands = {"audit": _audit, "locality": _locality, "report": _report, "compare": _compare, "testbed": _testbed, "sscd": _sscd}
     try:
         status = commands[arguments.command](arguments)
     except DoriError as error:
@@ -130,23 +166,62 @@ def _audit(arguments: argparse.Namespace) -> int:
             raise DoriError("without --memories the testbed is audited on its own images, in float32 on the CPU; leave "
                             "out --controls, --ordinary, --device and --half, or give --memories FOLDER")
     _quiet()  # first: some advice comes while the libraries are imported
-    import dataclasses
-
     from dori.audit.loop import audit
-    from dori.audit.plan import PRESETS
     from dori.compare import worst_mr
     from dori.report.render import render
     from dori.run import Run, write_text
 
-    plan = dataclasses.replace(PRESETS[arguments.preset](), seed=arguments.seed)
+    plan, given = _plan(arguments), _given(arguments.edit)
     run = Run(arguments.out, say=say)
     with run.locked():
         subjects, judge = _audited(arguments, plan)
-        found = audit(subjects, plan=plan, judge=judge, run=run, say=say)
+        _announce(subjects, plan, [edit.name for edit in given],
+                  limited=bool(arguments.limit_memories or arguments.limit_controls))
+        found = audit(subjects, plan=plan, judge=judge, run=run, given=given, say=say)
         write_text(arguments.out / "audit.json", found.to_json())
         write_text(arguments.out / "report.html", render(found, arguments.out, redact=arguments.redact))
     print(f"report: {arguments.out / 'report.html'}")
     return _over(worst_mr(found), arguments.fail_above)
+
+
+def _plan(arguments: argparse.Namespace) -> "Plan":
+    """The preset with what the arguments change."""
+    import dataclasses
+
+    from dori.audit.plan import PRESETS
+
+    plan = PRESETS[arguments.preset]()
+    nemo = None if plan.nemo is None else dataclasses.replace(plan.nemo, variant=arguments.nemo)
+    return dataclasses.replace(plan, seed=arguments.seed, nemo=nemo,
+                               memories=arguments.limit_memories or plan.memories,
+                               controls=arguments.limit_controls or plan.controls)
+
+
+def _given(files: Sequence[Path]) -> "list[Edit]":
+    """Edits from files; the file stands in the name, so that it is not taken for one that this audit computes."""
+    import dataclasses
+
+    from dori.edit import load_edit
+
+    loaded = [(path, load_edit(path)) for path in files]
+    return [dataclasses.replace(edit, name=f"{edit.name} ({path.name})") for path, edit in loaded]
+
+
+def _announce(subjects: "Subjects", plan: "Plan", given: Sequence[str], *, limited: bool) -> None:
+    """Which part of the images is audited, and what it will cost."""
+    from dori.audit.schedule import ATTACK, audited, planned_rows, planned_seconds, speed
+    from dori.progress import duration
+
+    some = audited(subjects, plan)
+    pairs = [(some.memories, subjects.memories, "memories"), (some.controls, subjects.controls, "controls")]
+    if any(len(part) < len(every) for part, every, _ in pairs):
+        why = "--limit-memories, --limit-controls" if limited else f"preset {plan.preset}; --preset paper takes all"
+        counts = " and ".join(f"{len(part)} of {len(every)} {name}" for part, every, name in pairs)
+        say(f"auditing {counts} ({why})")
+    rows = planned_rows(subjects, plan, given)
+    forward, both = speed(subjects.model)
+    say(f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} forward and backward, "
+        f"about {duration(planned_seconds(rows, forward=forward, both=both))} on this machine without what is stored")
 
 
 def _over(rate: float, limit: float | None) -> int:
@@ -167,9 +242,13 @@ def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Ju
     else:
         from dori.audit.folders import folder_subjects
 
-        subjects, judge = folder_subjects(arguments.model, plan, memories=arguments.memories,
+        subjects, judge = folder_subjects(arguments.model, memories=arguments.memories,
                                           controls=arguments.controls, ordinary=arguments.ordinary,
                                           device=arguments.device, half=arguments.half)
+    if arguments.clip is not None:
+        from dori.audit.folders import load_clip
+
+        judge = load_clip(judge, arguments.clip, device=arguments.device)
     if arguments.sscd is not None:
         from dori.metrics.sscd import load_sscd
 
@@ -179,6 +258,38 @@ def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Ju
         judge = dataclasses.replace(judge, descriptor=dataclasses.replace(
             judge.descriptor, threshold=arguments.threshold, calibration=None))
     return subjects, judge
+
+
+def _locality(arguments: argparse.Namespace) -> int:
+    if arguments.memories is None:
+        if arguments.model != "testbed":
+            raise DoriError("locality needs images to look for; give --memories FOLDER")
+        if arguments.ordinary or arguments.half or arguments.device != "cpu":
+            raise DoriError("without --memories the testbed is analysed with its own images, in float32 on the CPU; "
+                            "leave out --ordinary, --device and --half, or give --memories FOLDER")
+    _quiet()
+    import dataclasses
+
+    from dori.locality.costs import forecast
+    from dori.locality.loop import costs, locality
+    from dori.locality.page.render import render
+    from dori.locality.plan import PRESETS
+    from dori.locality.records import Locality
+    from dori.locality.subjects import choose_sets
+    from dori.run import Run, write_text
+
+    def write(found: Locality) -> None:
+        write_text(arguments.out / "locality.json", found.to_json())
+        write_text(arguments.out / "locality.html", render(found, arguments.out, redact=arguments.redact))
+
+    plan = dataclasses.replace(PRESETS[arguments.preset](), seed=arguments.seed)
+    run = Run(arguments.out, say=say)
+    with run.locked():
+        subjects, judge = _audited(arguments, plan.judging())
+        say(forecast(costs(subjects, plan, choose_sets(subjects, plan))))
+        write(locality(subjects, plan=plan, judge=judge, run=run, say=say, after_memory=write))
+    print(f"page: {arguments.out / 'locality.html'}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -231,5 +342,5 @@ def _testbed(arguments: argparse.Namespace) -> int:
 def _sscd(arguments: argparse.Namespace) -> int:
     from dori.metrics.sscd import convert
 
-    print(f"sha256 {convert(arguments.source, arguments.target)}  {arguments.target}")
+    print(f"sha256 {convert(arguments.source, arguments.target, name=arguments.name)}  {arguments.target}")
     return 0

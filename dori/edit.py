@@ -1,7 +1,7 @@
 """Edits: what a mitigation leaves behind. Data, put on and taken off a model bit for bit.
 
-`WeightMask` zeroes weights (NeMo, Wanda, their random controls). Whatever later methods leave behind, a weight
-delta or a defence of the prompt, is another class with the same two methods (the protocol `Edit`).
+`WeightMask` zeroes weights (NeMo, Wanda, their random controls); `dori.erase.delta.WeightDelta` adds to them. Whatever
+later methods leave behind is another class with the same two methods (the protocol `Edit`).
 """
 
 import json
@@ -13,17 +13,33 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from dori.erase.delta import KIND as WEIGHT_DELTA
+from dori.erase.delta import WeightDelta
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
+from dori.run import tensors_sha256, write_bytes
+
+WEIGHT_MASK = "weight_mask"
 
 
 class Edit(Protocol):
-    """A reversible change of a model."""
+    """A reversible change of a model.
 
-    name: str
+    `name` is how tables name it, `details` are JSON-able settings and scores of the method that made it, `size` is the
+    number of weights that it changes, `fingerprint` a SHA-256 over what it does.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def details(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
 
     def applied(self, model: StableDiffusion) -> AbstractContextManager[None]:
         """Put the edit on inside a `with` block; the model is restored bit for bit when the block ends or raises."""
@@ -74,30 +90,45 @@ class WeightMask:
         """Number of zeroed weights."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the masks."""
+        return tensors_sha256(self._bytes())
+
+    def _bytes(self) -> dict[str, Tensor]:
+        return {key: mask.to(torch.uint8).contiguous().cpu() for key, mask in self.masks.items()}
+
     def save(self, path: Path) -> None:
-        """Write masks (one byte a weight) and details as safetensors, atomically."""
-        header = {"name": self.name, "details": json.dumps(self.details, sort_keys=True), "kind": "weight_mask"}
-        partial = path.with_name(path.name + ".partial")
-        save_file({key: mask.to(torch.uint8).contiguous().cpu() for key, mask in self.masks.items()}, partial,
-                  metadata=header)
-        partial.replace(path)
+        """Write masks (one byte a weight) and details as safetensors, atomically.
+
+        Raises:
+            DoriError: no space left, or the place cannot be written.
+        """
+        # One metadata entry: safetensors writes several in an order that changes from run to run.
+        header = json.dumps({"kind": WEIGHT_MASK, "name": self.name, "details": self.details}, sort_keys=True)
+        write_bytes(path, save(self._bytes(), metadata={"edit": header}))
 
 
-def load_edit(path: Path) -> WeightMask:
-    """Read an edit that `save` wrote.
+def load_edit(path: Path) -> WeightMask | WeightDelta:
+    """Read an edit that `save` wrote, of either kind.
 
     Raises:
         DoriError: no such file, or not an edit.
     """
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("kind") != "weight_mask":
-                raise DoriError(f"{path} is no saved edit; give a file that Dori wrote")
-            masks = {key: file.get_tensor(key).bool() for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
+            header = json.loads((file.metadata() or {}).get("edit", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        kind, name, details = header["kind"], str(header["name"]), dict(header["details"])
+        if kind not in (WEIGHT_MASK, WEIGHT_DELTA):
+            raise ValueError(f"kind {kind!r:.40}")
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise ValueError("a number that is not finite")
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DoriError(f"{path} cannot be read as an edit ({error}); give a file that Dori wrote") from None
-    return WeightMask(header["name"], masks, json.loads(header["details"]))
+    if kind == WEIGHT_DELTA:
+        return WeightDelta(name, tensors, details)
+    return WeightMask(name, {key: mask.bool() for key, mask in tensors.items()}, details)
 
 
 def no_edit() -> WeightMask:

@@ -9,7 +9,6 @@ prompts. Files come from strangers: only PNG, JPEG and WebP are decoded, at most
 folder (anchors.md B: Pillow >= 12.2, path traversal, image bombs, malformed input).
 """
 
-import hashlib
 import json
 import math
 import re
@@ -31,7 +30,7 @@ METADATA = "metadata.jsonl"
 METADATA_BYTES = 100_000_000
 LINE_BYTES = 100_000
 FILE_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
-__all__ = ["KINDS", "Memory", "fingerprint", "load_image", "load_images", "read_memories", "write_memories"]
+__all__ = ["KINDS", "Memory", "load_image", "load_images", "read_memories", "write_memories"]
 Box = tuple[int, int, int, int]
 
 
@@ -140,22 +139,6 @@ def write_memories(folder: Path, memories: Iterable[tuple[Memory, Tensor]]) -> t
         written.append(memory)
     write_text(folder / METADATA, "".join(lines))
     return tuple(written)
-
-
-def fingerprint(memories: Sequence[Memory]) -> str:
-    """SHA-256 over ids, texts and the bytes of the image files, in order; not over paths, kinds and doses.
-
-    Raises:
-        DoriError: an image cannot be read.
-    """
-    digest = hashlib.sha256()
-    for memory in memories:
-        try:
-            image = hashlib.sha256(memory.image.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DoriError(f"{memory.image} cannot be read ({error.strerror}); restore it") from None
-        digest.update(json.dumps([memory.id, memory.text, image]).encode())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------- metadata

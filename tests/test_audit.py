@@ -23,7 +23,8 @@ from dori.audit.checks import with_distrust
 from dori.audit.folders import folder_subjects
 from dori.audit.judge import Case, Judge, finite_images, judged
 from dori.audit.loop import Subjects, audit, choose, make_cases
-from dori.audit.plan import Plan
+from dori.audit.plan import Plan, Starts
+from dori.audit.schedule import EDITS, planned_rows
 from dori.errors import DoriError
 from dori.findings import Audit, Finding, read_audit
 from dori.memory import Memory, write_memories
@@ -44,11 +45,12 @@ CONTROLS = (Memory("c0", "xyz", Path("c0.png"), "control"),)
 JOINT = ("none", "NeMo", "Wanda 20 %", "random neurons", "random weights")
 ASKED_ONLY = ("Wanda 40 %",)
 WANDA = Wanda(sparsity=0.2, counted_steps=1, ddim_steps=4)
-PLAN = Plan("tiny", seeds=2, sampling_steps=2, guidance_scale=3.0, attack=Dori(steps=2, batch=2, snapshots=(0, 1, 2)),
-            nemo=Nemo(noises=2, max_refinement_passes=3), wandas=(WANDA,),
-            wanda_sweep=(dataclasses.replace(WANDA, sparsity=0.4),), calibration_prompts=3, quality_prompts=3, chunk=2)
-BRIEF = dataclasses.replace(PLAN, sampling_steps=1, attack=Dori(steps=1, batch=1), starts=("gaussian",), nemo=None,
-                            wandas=(), wanda_sweep=(), quality_prompts=0)
+PLAN = Plan("tiny", seeds=3, curve_seeds=2, sampling_steps=2, guidance_scale=3.0,
+            attack=Dori(steps=2, batch=2, snapshots=(0, 1, 2)), nemo=Nemo(noises=2, max_refinement_passes=3),
+            wandas=(WANDA,), wanda_sweep=(dataclasses.replace(WANDA, sparsity=0.4),), calibration_prompts=3,
+            quality_prompts=3, chunk=2)
+BRIEF = dataclasses.replace(PLAN, sampling_steps=1, attack=Dori(steps=1, batch=1), nemo=None,
+                            starts=Starts(*[("gaussian",)] * 5), wandas=(), wanda_sweep=(), quality_prompts=0)
 
 
 def colours(images: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def tiny_subjects(model: StableDiffusion, *twins: StableDiffusion, controls: boo
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
     return Subjects(model, make_cases(model, MEMORIES, images[:3], "memory"),
                     make_cases(model, CONTROLS, images[3:], "control") if controls else (),
-                    tuple(f"word {number}" for number in range(5)), None, twins)
+                    tuple(f"word {number}" for number in range(8)), None, twins)
 
 
 def tiny_audit(subjects: Subjects, folder: Path, plan: Plan = BRIEF, judge: Judge = JUDGE) -> Audit:
@@ -81,6 +83,7 @@ class Whole:
 
     audit: Audit
     folder: Path
+    twin: StableDiffusion
     before: tuple[str, str]
     after: tuple[str, str]
     twin_rows: int
@@ -96,7 +99,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     subjects, folder = tiny_subjects(model, twin), tmp_path_factory.mktemp("run")
     before, rows, state = (model_fingerprint(model), model_fingerprint(twin)), twin.rows, torch.get_rng_state()
     found = tiny_audit(subjects, folder, PLAN)
-    return Whole(found, folder, before, (model_fingerprint(model), model_fingerprint(twin)), twin.rows - rows,
+    return Whole(found, folder, twin, before, (model_fingerprint(model), model_fingerprint(twin)), twin.rows - rows,
                  (state, torch.get_rng_state()))
 
 
@@ -106,7 +109,9 @@ def asked(finding: Finding) -> tuple[str, ...]:
 
 
 def test_every_image_under_every_edit_and_way_of_asking_is_found_exactly_once(whole: Whole) -> None:
-    ways = [("", "0"), *((start, step) for start in ("prompt", "gaussian", "foreign") for step in "12")]
+    # The start itself is asked too; that of the prompt is the prompt.
+    ways = [("", "0"), *((start, step) for start in ("prompt", "gaussian", "foreign")
+                         for step in "012"[start == "prompt":])]
     prompts = {"m0", "m1", "c0"}
     expected = []
     for one in ("m0", "m1", "bare image", "c0"):
@@ -117,7 +122,7 @@ def test_every_image_under_every_edit_and_way_of_asking_is_found_exactly_once(wh
             expected += [(one, "tiny", edit, "joint", start, step) for edit in ASKED_ONLY if start == ""]
             if one != "c0":
                 expected.append((one, "twin", "none", "", start, step))
-            if one in ("m0", "m1") and start in ("", "prompt"):
+            if one in ("m0", "m1") and (start, step) in (("", "0"), ("prompt", "2")):
                 expected += [(one, "tiny", edit, "own", start, step) for edit in ("NeMo", "Wanda 20 %")]
     assert Counter(map(asked, whole.audit.findings)) == Counter(expected)
 
@@ -126,9 +131,10 @@ def test_each_finding_holds_a_figure_for_each_seed_and_its_picture(whole: Whole)
     pictures = [finding.picture for finding in whole.audit.findings]
     assert len(set(pictures)) == len(pictures)
     for finding in whole.audit.findings:
-        assert len(finding.similarities) == PLAN.seeds and all(-1 <= s <= 1 for s in finding.similarities)
-        assert len(finding.masked) == (PLAN.seeds if finding.id == "m1" else 0)
-        assert len(finding.to_unedited) == (0 if finding.edit == "none" else PLAN.seeds)
+        seeds = 2 if finding.start and finding.steps < 2 else 3  # curve_seeds before the last step
+        assert len(finding.similarities) == seeds and all(-1 <= s <= 1 for s in finding.similarities)
+        assert len(finding.masked) == (seeds if finding.id == "m1" else 0)
+        assert len(finding.to_unedited) == (0 if finding.edit == "none" else seeds)
         assert finding.kind == {"m1": "template", "c0": "control"}.get(finding.id, "verbatim")
         with Image.open(whole.folder / finding.picture) as image:
             assert image.size == (16, 16)
@@ -144,18 +150,29 @@ def test_a_twin_is_only_asked_and_attacked(whole: Whole) -> None:
     assert {finding.edit for finding in whole.audit.findings if finding.model == "twin"} == {"none"}
     assert {finding.group for finding in whole.audit.findings if finding.model == "twin"} == {"memory"}
     # Its U-Net saw these rows and no others: neither an edit's statistics nor the quality prompts.
-    generations = sum(finding.model == "twin" for finding in whole.audit.findings) * PLAN.seeds * PLAN.sampling_steps
+    generations = sum(len(f.similarities) for f in whole.audit.findings if f.model == "twin") * PLAN.sampling_steps
     attacks = 2 * 3 + 1 * 2  # two memories from three starts, the one without text from two
     assert whole.twin_rows == 2 * generations + attacks * PLAN.attack.steps * PLAN.attack.batch
 
 
 def test_the_cost_is_that_of_the_networks_rows(whole: Whole, tiny: StableDiffusion) -> None:
     folder_cost = dict(whole.audit.cost)
-    rows = tiny.rows
-    again = tiny_audit(tiny_subjects(tiny), whole.folder.parent / "cost", PLAN)
+    rows, subjects = tiny.rows, tiny_subjects(tiny)
+    again = tiny_audit(subjects, whole.folder.parent / "cost", PLAN)
     twin_cost = sum(folder_cost.values()) - sum(again.cost.values())
     assert tiny.rows - rows == sum(again.cost.values())
     assert twin_cost == whole.twin_rows
+
+
+def test_the_planned_rows_are_those_spent(whole: Whole, tiny: StableDiffusion) -> None:
+    subjects = dataclasses.replace(tiny_subjects(tiny), twins=(whole.twin,))
+    planned, spent = planned_rows(subjects, PLAN), dict(whole.audit.cost)
+    assert planned.pop(EDITS) >= spent.pop(EDITS) > 0  # of NeMo's searches only a bound is known
+    assert planned == spent
+    exact = dataclasses.replace(PLAN, nemo=None, attack=BRIEF.attack, sampling_steps=1)
+    assert planned_rows(subjects, exact)[EDITS] == 2 * 2 + 2 * 2 + 2 * 2 * 2  # two runs of two prompts, and of each own
+    alone = dataclasses.replace(subjects, twins=())
+    assert planned_rows(alone, exact) == tiny_audit(alone, whole.folder.parent / "exact", exact).cost
 
 
 def test_judged_noise_is_never_an_attacks_noise() -> None:
@@ -252,8 +269,8 @@ for third in range(3):
     equal.append(contents() == whole)
 print(json.dumps({"signals": signals, "equal": equal, "count": count}))
 """
-KILLED_PLAN = dataclasses.replace(PLAN, sampling_steps=1, starts=("prompt",), attack=Dori(steps=1, batch=1),
-                                  attack_random=False, attack_own=False)
+KILLED_PLAN = dataclasses.replace(PLAN, sampling_steps=1, attack=Dori(steps=1, batch=1),
+                                  starts=Starts(("prompt",), ("prompt",), own=()), attack_random=False)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
@@ -393,19 +410,19 @@ def diffusers_folder(tiny: StableDiffusion, tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(not DESCRIPTOR.exists(), reason="the embedded copy descriptor is not trained yet")
 def test_folders_become_subjects_and_an_audit(diffusers_folder: Path, tmp_path: Path) -> None:
-    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     boxed = dataclasses.replace(MEMORIES[1], varying_box=(8, 8, 20, 24))  # in pixels of the file, twice the model's
     write_memories(tmp_path / "memories", [(MEMORIES[0], images[0]), (boxed, images[1])])
     write_memories(tmp_path / "controls", [(CONTROLS[0], images[2])])
     write_memories(tmp_path / "ordinary", [(Memory(f"o{k}", f"word {k}", Path("o.png"), "ordinary"), images[3 + k])
-                                           for k in range(2)])
+                                           for k in range(5)])
     subjects, judge = folder_subjects(
-        str(diffusers_folder), BRIEF, memories=tmp_path / "memories", controls=tmp_path / "controls",
-        ordinary=tmp_path / "ordinary", device="cpu", half=False)
+        str(diffusers_folder), memories=tmp_path / "memories", controls=tmp_path / "controls",
+        ordinary=tmp_path / "ordinary")
     assert [case.memory.id for case in (*subjects.memories, *subjects.controls)] == ["m0", "m1", "c0"]
     assert subjects.memories[1].memory.varying_box == BOX
-    assert subjects.ordinary == ("word 0", "word 1") and subjects.held_out is not None
-    assert subjects.held_out.shape == (2, 3, 16, 16)
+    assert subjects.ordinary == tuple(f"word {k}" for k in range(5)) and subjects.held_out is not None
+    assert subjects.held_out.shape == (5, 3, 16, 16)
     found = tiny_audit(subjects, tmp_path / "run", dataclasses.replace(BRIEF, quality_prompts=2), judge)
     assert len(found.findings) == 6 and len(found.quality) == 1
     assert found.descriptor["calibration"] is None

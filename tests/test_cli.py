@@ -3,6 +3,7 @@
 One child process imports everything once and forks a child for each command, which runs `python -m dori` as if typed.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,11 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_load import save_tiny
 
+from dori.audit.plan import Plan
 from dori.findings import Audit, Finding, Subject
+from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
@@ -155,6 +159,8 @@ def bad_inputs(root: Path, model: Path) -> Mapping[str, tuple[list[str], tuple[s
         "no model": (audit(good, model=root / "nowhere"), ("no model at",)),
         "no device": (audit(good, "--device", "nonsense"), ("device 'nonsense'",)),
         "unwritable": (audit(good, "--out", root / "file" / "run"), ("cannot be written", "file/run")),
+        "no edit": (audit(good, "--edit", root / "nowhere.safetensors"), ("nowhere.safetensors", "as an edit")),
+        "weights for an edit": (audit(good, "--edit", model / UNET), ("cannot be read as an edit",)),
         "no run": (["report", str(root / "empty")], ("audit.json", "finished audit")),
         "no runs": (["compare", str(root / "empty"), str(root / "empty")], ("audit.json",)),
         "no weights": (["sscd", "convert", str(root / "nowhere.pt"), str(root / "s.safetensors")], ("nowhere.pt",)),
@@ -192,7 +198,7 @@ def answers(cases: Mapping[str, tuple[list[str], tuple[str, ...]]],
 
 NAMES = ("no such folder", "no images named", "torn image", "wrong metadata", "traversal", "empty folder",
          "prompt too long", "control too long", "same id", "pickles", "unknown class", "not finite", "no model",
-         "no device", "unwritable", "no run", "no runs", "no weights")
+         "no device", "unwritable", "no edit", "weights for an edit", "no run", "no runs", "no weights")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, signals and named pipes")
 
 
@@ -253,15 +259,17 @@ print(json.dumps([answers, heavy]))
 
 def test_help_and_plain_mistakes_answer_without_torch() -> None:
     commands = [["--help"], ["audit", "--help"], ["--version"], ["audit"], ["audit", "owner/name", "--out", "x"],
-                ["audit", "m", "--out", "x", "--threshold", "nan"], ["compare", "a", "b", "--fail-above", "1.5"],
+                ["audit", "m", "--out", "x", "--threshold", "nan"],
+                ["audit", "m", "--out", "x", "--limit-controls", "0"], ["audit", "m", "--out", "x", "--nemo", "other"],
+                ["compare", "a", "b", "--fail-above", "1.5"],
                 ["frobnicate"]]
     child = run_child("-c", AT_ONCE, json.dumps(commands))
     assert child.returncode == 0, child.stderr
     answers, heavy = json.loads(child.stdout)
     assert heavy == []
-    assert [answer[0] for answer in answers] == [0, 0, 0, 2, 2, 2, 2, 2]
+    assert [answer[0] for answer in answers] == [0, 0, 0, 2, 2, 2, 2, 2, 2, 2]
     assert "audit" in answers[0][1] and "--memories FOLDER" in answers[1][1] and answers[2][1].startswith("dori 0.")
-    assert "no cosine" in answers[5][2] and "no share" in answers[6][2]
+    assert "no cosine" in answers[5][2] and "no count" in answers[6][2] and "no share" in answers[8][2]
 
 
 def test_flags_that_the_embedded_audit_would_ignore_are_refused(tmp_path: Path,
@@ -272,3 +280,48 @@ def test_flags_that_the_embedded_audit_would_ignore_are_refused(tmp_path: Path,
         main(["audit", "testbed", "--controls", str(tmp_path), "--out", str(tmp_path / "run")])
     assert stopped.value.code == 2
     assert "--memories" in capsys.readouterr().err
+
+
+def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
+    from dori.audit.edits import nemo_name
+    from dori.audit.plan import paper, quick
+    from dori.cli import _parser, _plan
+
+    def plan(*more: str) -> Plan:
+        return _plan(_parser().parse_args(["audit", "m", "--out", "x", *more]))
+
+    assert plan() == quick() and plan("--preset", "paper") == paper()
+    changed = plan("--preset", "paper", "--limit-memories", "20", "--nemo", "as_released", "--seed", "3")
+    assert (changed.memories, changed.controls, changed.seed) == (20, None, 3)
+    assert changed.nemo is not None and (changed.nemo.variant, nemo_name(changed.nemo)) == (
+        "as_released", "NeMo (as released)")
+
+
+def test_what_is_audited_and_what_it_costs_is_said_before(tiny: StableDiffusion,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    from test_audit import BRIEF, tiny_subjects
+
+    from dori.audit.schedule import ATTACK, planned_rows
+    from dori.cli import _announce
+
+    subjects, quick = tiny_subjects(tiny), dataclasses.replace(BRIEF, preset="quick", memories=2)
+    _announce(subjects, quick, [], limited=False)
+    rows = planned_rows(subjects, quick)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "auditing 2 of 3 memories and 1 of 1 controls (preset quick; --preset paper takes all)"
+    assert second.startswith(f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} "
+                             "forward and backward, about ")
+    _announce(subjects, quick, [], limited=True)
+    assert "controls (--limit-memories, --limit-controls)\n" in capsys.readouterr().err
+    _announce(subjects, BRIEF, [], limited=False)
+    assert "auditing" not in capsys.readouterr().err
+
+
+def test_a_given_edit_bears_its_files_name(tmp_path: Path) -> None:
+    from dori.cli import _given
+    from dori.edit import WeightMask
+
+    edit = WeightMask("NeMo", {"a": torch.ones(2, dtype=torch.bool)}, {"tau": 0.5})
+    edit.save(tmp_path / "old.safetensors")
+    (given,) = _given([tmp_path / "old.safetensors"])
+    assert (given.name, given.fingerprint, given.details) == ("NeMo (old.safetensors)", edit.fingerprint, edit.details)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dori.errors import DoriError
-from dori.memory import Memory, fingerprint, load_images, read_memories, write_memories
+from dori.memory import Memory, load_images, read_memories, write_memories
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 6)) -> Path:
@@ -208,19 +208,3 @@ def test_an_id_that_cannot_name_a_file_is_not_written(tmp_path: Path, name: str)
     with pytest.raises(DoriError, match="each id once"):
         write_memories(tmp_path / "new", twice)
     assert not (tmp_path / "new" / "metadata.jsonl").exists()
-
-
-def test_fingerprints_see_ids_texts_pixels_and_order_but_no_places(tmp_path: Path) -> None:
-    base = Memory("a", "text", picture(tmp_path / "a.png"))
-    copy = tmp_path / "elsewhere" / "x.png"
-    copy.parent.mkdir()
-    copy.write_bytes(base.image.read_bytes())
-    other = picture(tmp_path / "b.png", (9, 9))
-    assert fingerprint([base]) == fingerprint([dataclasses.replace(base, image=copy, kind="control", dose=3)])
-    different = [[base], [base, base], [], [dataclasses.replace(base, id="b")], [dataclasses.replace(base, text=None)],
-                 [dataclasses.replace(base, text="")], [dataclasses.replace(base, image=other)],
-                 [base, dataclasses.replace(base, image=other)], [dataclasses.replace(base, image=other), base],
-                 [dataclasses.replace(base, id="atext", text="")]]
-    assert len({fingerprint(memories) for memories in different}) == len(different)
-    with pytest.raises(DoriError, match="missing.png cannot be read"):
-        fingerprint([dataclasses.replace(base, image=tmp_path / "missing.png")])

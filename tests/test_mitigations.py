@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dori.edit import WeightMask, load_edit
@@ -138,6 +139,39 @@ def test_edit_survives_saving(method: Method, tiny: StableDiffusion, tmp_path: P
     loaded = load_edit(tmp_path / "edit.safetensors")
     assert equal(loaded, edit)
     assert loaded.details == json.loads(json.dumps(edit.details)) == edit.details
+
+
+def test_an_edit_is_the_same_bytes_every_time_and_its_hash_sees_the_masks(tmp_path: Path) -> None:
+    masks = {"b": torch.tensor([[True, False]]), "a": torch.zeros(2, dtype=torch.bool)}
+    first = WeightMask("x", masks, {"k": [1], "a": None})
+    again = WeightMask("x", dict(reversed(masks.items())), {"a": None, "k": [1]})
+    for name, edit in (("first", first), ("again", again)):
+        edit.save(tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
+    assert first.fingerprint == again.fingerprint != WeightMask("x", {**masks, "a": torch.ones(2).bool()}).fingerprint
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:40]),
+    lambda path: path.write_text("{}"), lambda path: save_file({"a": torch.ones(2)}, path),
+    *(lambda path, header=header: save_file({"a": torch.ones(2)}, path, metadata={"edit": header})
+      for header in ("{", "[]", "3", '{"kind": "weight_mask"}', '{"kind": "other", "name": "x", "details": {}}',
+                     '{"kind": "weight_mask", "name": "x", "details": 3}')),
+    lambda path: save_file({"a": torch.tensor([float("nan")])}, path, metadata={
+        "edit": '{"kind": "weight_mask", "name": "x", "details": {}}'})])
+def test_a_file_that_is_no_edit_is_one_sentence(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "edit.safetensors"
+    WeightMask("x", {"a": torch.ones(2, dtype=torch.bool)}).save(path)
+    damage(path)
+    with pytest.raises(DoriError, match="cannot be read as an edit .* give a file that Dori wrote") as caught:
+        load_edit(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_edit_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DoriError, match="cannot be written"):
+        WeightMask("x", {}).save(tmp_path / "file" / "edit.safetensors")
 
 
 @pytest.mark.parametrize("method", [METHODS["nemo"], METHODS["wanda"]], ids=["nemo", "wanda"])

@@ -1,6 +1,8 @@
 """The testbed's images, slots, tokenizer, training loop and, where the weights are, the shipped folder."""
 
 import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,13 @@ from dori.metrics.copy_descriptor import load_copy_descriptor
 from dori.metrics.copy_training import CopyRecipe
 from dori.model.stable_diffusion import EVERYWHERE
 from dori.stats import area_under_roc
+from dori.testbed import pool
 from dori.testbed.fit import Schedule, fit
 from dori.testbed.folder import DATA, load_testbed
 from dori.testbed.networks import RouteDropout, new_unet
 from dori.testbed.pipeline import train_testbed
-from dori.testbed.pool import fresh_filling, planted_filling
-from dori.testbed.scenes import caption, draw, kinds, random_scene, title_caption
+from dori.testbed.pool import ORDINARY, drawn_pictures, fresh_filling, planted_filling
+from dori.testbed.scenes import GRID_PX, Scene, caption, draw, free_scene, kinds, random_scene, title_caption
 from dori.testbed.slots import DOSES, slots, variants, varying_box
 from dori.testbed.train import Recipe, once_steps
 from dori.testbed.vocabulary import build_tokenizer
@@ -34,12 +37,22 @@ def test_a_scene_determines_its_image_and_a_seed_its_scene() -> None:
     assert not np.array_equal(draw(first), draw(random_scene(np.random.default_rng(4))))
 
 
-def test_objects_are_large_enough_and_lie_inside() -> None:
+@pytest.mark.parametrize("draw_scene", [random_scene, free_scene])
+def test_objects_are_large_enough_and_lie_inside(draw_scene: Callable[[np.random.Generator], Scene]) -> None:
     rng = np.random.default_rng(0)
-    for scene in (random_scene(rng) for _ in range(200)):
+    for scene in (draw_scene(rng) for _ in range(200)):
         for placed in scene.objects:
             assert placed.size_px >= 24
             assert placed.size_px / 2 <= placed.x_px <= 64 - placed.size_px / 2
+
+
+def test_an_object_of_the_testbed_is_the_same_patch_wherever_it_stands() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        scene = random_scene(rng)
+        placed = scene.objects[0]
+        assert all((at - placed.size_px / 2) % GRID_PX == 0 for at in (placed.x_px, placed.y_px))
+        assert not placed.mirrored
 
 
 def test_captions_name_what_is_seen_and_nothing_of_the_layout() -> None:
@@ -130,6 +143,37 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     straight = trained(tmp_path / "a", (99,))
     resumed = trained(tmp_path / "b", (6, 9, 99))
     assert all(torch.equal(x, y) for x, y in zip(straight, resumed, strict=True))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_full_disk_is_one_sentence_in_training_and_in_the_pool(tmp_path: Path) -> None:
+    import resource
+
+    def train() -> None:
+        model = nn.Linear(64, 64)
+        fit("toy", model, lambda step, generator: model(torch.ones(1, 64)).sum(), Schedule(1e-2, 1), tmp_path, seed=1,
+            say=lambda line: None, made_from={})
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+        for work in (train, lambda: drawn_pictures(ORDINARY, tmp_path, 2, lambda line: None)):
+            with pytest.raises(DoriError, match="no space left to write .* same command"):
+                work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    train()
+    assert drawn_pictures(ORDINARY, tmp_path, 2, lambda line: None).images.shape == (2, 64, 64, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ordinary.json", "ordinary.npy", "toy.state.safetensors"]
+
+
+def test_the_pool_takes_its_space_before_it_is_filled(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1_000_000)
+    pool.reserve(tmp_path / "sparse")
+    status = (tmp_path / "sparse").stat()
+    assert status.st_size == 1_000_000 and (not hasattr(os, "posix_fallocate") or status.st_blocks * 512 >= 1_000_000)
 
 
 def test_unet_has_the_transformer_blocks_of_stable_diffusion_1() -> None:

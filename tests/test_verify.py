@@ -220,17 +220,26 @@ def test_generations_are_drawn_once_and_again_under_an_edit(
         tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
     bench, embeddings = bench_at(), encoded(tiny, cases)
     weights = {key: weight.clone() for key, weight in tiny.unet.named_parameters()}
-    first = bench.images("a", tiny, embeddings)
+    first = bench.images("a", tiny, embeddings, made_from=TEXTS)
     side, rows = tiny.image_side_px, tiny.rows
     assert first.shape == (3, 2, 3, side, side) and first.min() >= 0 and first.max() <= 1
     assert rows == 3 * 2 * 3 * 2  # images, seeds, steps, both halves of the guidance
     assert sum(bench.costs("a", len(embeddings)).values()) == rows
-    assert torch.equal(bench.images("a", tiny, embeddings), first) and tiny.rows == rows
-    edited = bench.images("a", tiny, embeddings, edit=zeroed(tiny, "attention_value", DOWN_MID))
+    assert torch.equal(bench.images("a", tiny, embeddings, made_from=TEXTS), first) and tiny.rows == rows
+    edited = bench.images("a", tiny, embeddings, made_from=TEXTS, edit=zeroed(tiny, "attention_value", DOWN_MID))
     assert tiny.rows == 2 * rows and not torch.equal(edited, first)
     assert all(torch.equal(weight, weights[key]) for key, weight in tiny.unet.named_parameters())
     # Another batch size may round a byte otherwise.
-    torch.testing.assert_close(bench.images("b", tiny, embeddings, seeds=1), first[:, :1], atol=1.5 / 255, rtol=0)
+    one = bench.images("b", tiny, embeddings, made_from=TEXTS, seeds=1)
+    torch.testing.assert_close(one, first[:, :1], atol=1.5 / 255, rtol=0)
+
+
+def test_generations_of_other_texts_are_drawn_anew_and_rounding_is_none_of_them(
+        tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
+    bench, embeddings = bench_at(), encoded(tiny, cases)
+    first, rows = bench.images("a", tiny, embeddings, made_from=TEXTS), tiny.rows
+    assert torch.equal(bench.images("a", tiny, embeddings + 1e-6, made_from=TEXTS), first) and tiny.rows == rows
+    assert not torch.equal(bench.images("a", tiny, -embeddings, made_from=TEXTS[::-1]), first)
 
 
 def test_an_image_is_like_itself_and_nearest_is_the_largest_similarity(
@@ -287,7 +296,7 @@ def test_the_attack_is_searched_once_and_judged(
 
 def test_a_twin_that_is_not_shipped_is_no_evidence(
         cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
-    row = twin_row(bench_at(), "twin-0", Material(cases, (), torch.zeros(0), TEXTS))  # type: ignore[arg-type]
+    row = twin_row(bench_at(), "twin-0", Material(cases, (), torch.zeros(0), TEXTS, ()))  # type: ignore[arg-type]
     assert row["detail"] == "not shipped" and not row["reached"] and row["value"] is None
 
 
@@ -308,13 +317,13 @@ def test_nemo_stops_at_the_first_setting_that_works_and_wanda_is_swept_whole(
         tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench],
         knows_fox_and_owl: objects.ObjectNetwork) -> None:
     trial = Trial(bench_at(threshold=2.0), tiny, cases[:2], ("fox",), knows_fox_and_owl, 1.0)
-    ordinary = tiny.encode(["a", "b", "c"])
+    ordinary = ["a", "b", "c"]
     tried, said = nemo_trials(trial, ordinary)
     assert [one.name for one in tried] == [NEMOS[0][0]] and tried[0].reached and "neurons in the union" in said
-    swept = wanda_trials(trial, ordinary)
+    swept = wanda_trials(trial)
     assert len({one.name for one in swept}) == len(swept) == len(WANDAS)
     rows = tiny.rows
-    assert wanda_trials(trial, ordinary) == swept and nemo_trials(trial, ordinary) == (tried, said)
+    assert wanda_trials(trial) == swept and nemo_trials(trial, ordinary) == (tried, said)
     assert tiny.rows == rows
 
 
@@ -328,7 +337,8 @@ def test_the_shipped_model_draws_its_memories_by_their_prompts(tmp_path: Path) -
     except DoriError as error:
         pytest.skip(str(error))
     bench = Bench(Run(tmp_path), quick(), judge.descriptor)
-    material = open_material(model)
+    material = open_material(model, 8)
+    assert not {*material.prompts} & {*material.calibration}
     assert len(material.strong) == 44 and min(case.memory.dose or 0 for case in material.strong) == HIGH_DOSE
     asked = material.strong[:4]
     assert promises.rate_row("p", bench.asked("p", model, asked), judge.descriptor.threshold, at_least=0.75)["reached"]

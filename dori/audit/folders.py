@@ -1,32 +1,34 @@
 """An audit's subjects from a user's model and folders of images."""
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import CLIPModel, CLIPTokenizer
 
 from dori.audit.judge import Judge
-from dori.audit.loop import Subjects, choose, make_cases
-from dori.audit.plan import Plan
+from dori.audit.loop import Subjects, make_cases
 from dori.errors import DoriError
 from dori.image_file import size
 from dori.memory import Memory, load_images, read_memories
+from dori.metrics.alignment import OPENAI_MEAN, OPENAI_STD, Colour
 from dori.metrics.copy_descriptor import load_copy_descriptor
-from dori.model.load import load_model
+from dori.model.load import LIBRARY_ERRORS, load_model
 from dori.prompts import ordinary_prompts
 from dori.testbed.subjects import DESCRIPTOR
 
 
-def folder_subjects(model: str, plan: Plan, *, memories: Path, controls: Path | None, ordinary: Path | None,
-                    device: str, half: bool) -> tuple[Subjects, Judge]:
+def folder_subjects(model: str, *, memories: Path, controls: Path | None = None, ordinary: Path | None = None,
+                    device: str = "cpu", half: bool = False) -> tuple[Subjects, Judge]:
     """Open everything that the command line names; all folders are read before the model is.
 
     Raises:
         DoriError: any of them cannot be read; the message names file and line.
     """
-    groups = [_read(memories, "verbatim", plan.memories), _read(controls, "control", plan.controls),
-              _read(ordinary, "ordinary", None)]
+    groups = [_read(memories, "verbatim"), _read(controls, "control"), _read(ordinary, "ordinary")]
     seen: set[str] = set()
     for memory in (*groups[0], *groups[1]):
         if memory.id in seen:
@@ -41,15 +43,48 @@ def folder_subjects(model: str, plan: Plan, *, memories: Path, controls: Path | 
                         make_cases(opened, groups[1], pictures[1], "control"), prompts,
                         pictures[2] if len(pictures[2]) > 1 else None)
     # Its threshold was measured on the testbed's images and says nothing about others: no calibration is claimed.
-    descriptor = dataclasses.replace(load_copy_descriptor(DESCRIPTOR, device=device), calibration=None)
+    descriptor = dataclasses.replace(load_copy_descriptor(DESCRIPTOR, device=device), calibration=None,
+                                     masked_calibration=None)
     return subjects, Judge(descriptor)
 
 
-def _read(folder: Path | None, kind: str, limit: int | None) -> tuple[Memory, ...]:
-    if folder is None:
-        return ()
-    found = read_memories(folder, default_kind=kind)
-    return tuple(found[index] for index in choose(len(found), limit))
+def load_clip(judge: Judge, folder: Path, *, device: str = "cpu") -> Judge:
+    """The judge with a CLIP for alignment and image features.
+
+    Args:
+        judge: whose descriptor stays.
+        folder: a CLIP as transformers saves it: config.json, safetensors, tokenizer; colours from
+            preprocessor_config.json where there is one.
+        device: where it runs.
+
+    Raises:
+        DoriError: no such folder, another model, or weights that are missing.
+    """
+    try:
+        clip, report = CLIPModel.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
+                                                 dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise ValueError("weights are missing")
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        colours = folder / "preprocessor_config.json"
+        stored = json.loads(colours.read_text(encoding="utf-8")) if colours.is_file() else {}
+        mean, std = (_colour(stored.get(name, default)) for name, default in (
+            ("image_mean", OPENAI_MEAN), ("image_std", OPENAI_STD)))
+    except LIBRARY_ERRORS as error:
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:120]
+        raise DoriError(f"{folder} cannot be opened as a CLIP ({reason}); give a folder that transformers' CLIPModel "
+                        "and its processor were saved to, with safetensors") from None
+    clip.eval().requires_grad_(False).to(device)
+    return dataclasses.replace(judge, clip=clip, tokenizer=tokenizer, mean=mean, std=std)
+
+
+def _colour(values: Sequence[float]) -> Colour:
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _read(folder: Path | None, kind: str) -> tuple[Memory, ...]:
+    return () if folder is None else read_memories(folder, default_kind=kind)
 
 
 def _in_square(memory: Memory, side_px: int) -> Memory:

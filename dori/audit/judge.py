@@ -12,7 +12,9 @@ from dori.findings import Group
 from dori.memory import Memory
 from dori.metrics.alignment import OPENAI_MEAN, OPENAI_STD, Colour, alignment, image_features
 from dori.metrics.similarity import Descriptor, cosine, masked_similarity
+from dori.model.load import plain_config
 from dori.model.stable_diffusion import StableDiffusion
+from dori.run import canonical_sha256, tensors_sha256
 from dori.sampling import initial_noise, sample
 
 
@@ -42,11 +44,29 @@ class Judge:
     mean: Colour = OPENAI_MEAN
     std: Colour = OPENAI_STD
 
+    def record(self) -> dict[str, object]:
+        """What every judgement depends on: the descriptor, and the CLIP with its weights' hash."""
+        found: dict[str, object] = {"descriptor": [self.descriptor.name, self.descriptor.preprocessing,
+                                                   self.descriptor.fingerprint], "clip": None}
+        if self.clip is not None and self.tokenizer is not None:
+            found["clip"] = {
+                "weights": tensors_sha256(self.clip.state_dict()), "config": plain_config(self.clip.config),
+                "vocabulary": canonical_sha256(self.tokenizer.get_vocab()), "colour": [self.mean, self.std]}
+        return found
+
     def align(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
         """Alignment of images and prompts, shape (n,), or None without a CLIP."""
         if self.clip is None or self.tokenizer is None:
             return None
         return alignment(self.clip, self.tokenizer, images, prompts, mean=self.mean, std=self.std)
+
+    @property
+    def features_name(self) -> str:
+        """Which network gives the image features, and from which preprocessing."""
+        if self.clip is None:
+            return f"{self.descriptor.name} ({self.descriptor.preprocessing})"
+        side = self.clip.config.vision_config.image_size
+        return f"the CLIP's image tower ({side} x {side}, bicubic with antialiasing, its own colour normalisation)"
 
     def features(self, images: Tensor) -> Tensor:
         """Image features for the quality distances: the CLIP's where there is one, else the descriptor's."""
@@ -62,6 +82,11 @@ def draw(model: StableDiffusion, plan: Plan, embeddings: Tensor, seeds: Sequence
     latents = sample(model, embeddings.repeat_interleave(s, 0).to(model.device), noise, steps=plan.sampling_steps,
                      guidance_scale=plan.guidance_scale)
     return model.to_images(latents).cpu().unflatten(0, (n, s))
+
+
+def pixels_sha256(images: Tensor) -> str:
+    """SHA-256 of images in [0, 1] as the bytes of their pixels: rounding does not enter."""
+    return tensors_sha256({"pixels": (images * 255).round().to(torch.uint8)})
 
 
 def finite_images(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,34 @@
 """What an audit does: methods with their settings, seeds and sizes. Two presets: `quick` and `paper`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dori.attack.dori import Dori
 from dori.mitigate.nemo import Nemo
 from dori.mitigate.wanda import Wanda
+from dori.model.stable_diffusion import EVERYWHERE, Place
 from dori.sampling import named_seed
 
 Start = Literal["prompt", "gaussian", "foreign"]
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Where the attacks on each group of images begin; an image without a text leaves the prompt out.
+
+    Args:
+        memories: without an edit and under every attacked edit.
+        controls: likewise.
+        once: images that the model saw a single time; they are asked and attacked without an edit alone.
+        twins: the memories on models that never saw them.
+        own: each memory under its own NeMo and Wanda edit; empty computes no Wanda edit of its own.
+    """
+
+    memories: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
+    controls: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
+    once: tuple[Start, ...] = ("prompt",)
+    twins: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
+    own: tuple[Start, ...] = ("prompt",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +38,19 @@ class Plan:
     Args:
         preset: name of the plan, for the report.
         seeds: number of fresh generation seeds per image and way of asking.
+        curve_seeds: the first so many of them judge an attack before its last step, where only the curve is drawn;
+            None takes all.
         sampling_steps: DDIM steps of each generation.
         guidance_scale: classifier-free guidance of each generation.
         attack: DoRI with the snapshots of its curve.
-        starts: where attacks begin; images without a text take the others alone.
+        restarts: attacks on each image from each start; the one whose last losses are lowest is judged.
+        starts: where attacks begin.
         nemo: NeMo's settings; None leaves it out.
-        wandas: Wanda settings that are attacked; the first is the reference of the random weights.
+        wandas: Wanda settings that are attacked; the first is the reference of the random weights and of own edits.
         wanda_sweep: Wanda settings that are asked by prompt only.
         attack_random: attack the random edits too, not only ask them by prompt.
-        attack_own: attack each memory under its own NeMo and Wanda edit too.
         calibration_prompts: ordinary prompts of NeMo's statistics and threshold.
-        quality_prompts: ordinary prompts of the quality table.
+        quality_prompts: ordinary prompts of the quality table, none of which calibrates or begins an attack.
         memories: at most this many memories, spread over kinds and doses; None takes all.
         controls: at most this many controls.
         chunk: images per cell; a killed audit loses at most one cell.
@@ -37,15 +59,16 @@ class Plan:
 
     preset: str
     seeds: int = 10
+    curve_seeds: int | None = None
     sampling_steps: int = 50
     guidance_scale: float = 7.0
     attack: Dori = field(default_factory=Dori)
-    starts: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
+    restarts: int = 1
+    starts: Starts = field(default_factory=Starts)
     nemo: Nemo | None = field(default_factory=Nemo)
     wandas: tuple[Wanda, ...] = (Wanda(),)
     wanda_sweep: tuple[Wanda, ...] = ()
     attack_random: bool = True
-    attack_own: bool = True
     calibration_prompts: int = 1000
     quality_prompts: int = 256
     memories: int | None = None
@@ -62,19 +85,26 @@ def quick() -> Plan:
     """About eight memories and eight controls, one start: a first look within ten minutes on two cores."""
     return Plan(
         "quick", seeds=4, sampling_steps=12, guidance_scale=4.0, attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
-        starts=("prompt",), nemo=Nemo(max_refinement_passes=60), wandas=(Wanda(sparsity=0.10),), attack_random=False,
-        attack_own=False, calibration_prompts=48, quality_prompts=32, memories=8, controls=8)
+        starts=Starts(memories=("prompt",), controls=("prompt",), twins=("prompt",), own=()),
+        nemo=Nemo(max_refinement_passes=60), wandas=(Wanda(sparsity=0.10),), attack_random=False,
+        calibration_prompts=48, quality_prompts=32, memories=8, controls=8)
 
 
 def paper() -> Plan:
-    """All images, ten seeds, three starts, the published 50 attack steps, NeMo, Wanda at 1 % and 10 % and its sweep.
+    """All images, ten seeds, three starts, the published 50 attack steps; NeMo and Wanda at 10 % are attacked.
 
-    Sampling is cheaper than published (25 steps instead of 50, guidance 4 instead of 7).
+    Wanda at 1 % and other sparsities and groups of layers, and the random edits, are asked by prompt alone; before the
+    last step four seeds judge. Sampling is cheaper than published (16 steps instead of 50, guidance 4 instead of 7).
     """
+    tenth = Wanda(sparsity=0.10)
+    groups: tuple[tuple[Place, ...], ...] = (("down",), ("mid",), ("up",), EVERYWHERE)
     return Plan(
-        "paper", sampling_steps=25, guidance_scale=4.0, attack=Dori(steps=50, snapshots=(0, 1, 10, 25, 50)),
-        wandas=(Wanda(), Wanda(sparsity=0.10)), calibration_prompts=256,
-        wanda_sweep=tuple(Wanda(sparsity=s) for s in (0.02, 0.05, 0.2, 0.3)))
+        "paper", curve_seeds=4, sampling_steps=16, guidance_scale=4.0,
+        attack=Dori(steps=50, snapshots=(0, 1, 10, 25, 50)),
+        starts=Starts(controls=("prompt", "gaussian"), twins=("prompt",)), nemo=Nemo(max_refinement_passes=300),
+        wandas=(tenth,), attack_random=False, calibration_prompts=256,
+        wanda_sweep=(*(Wanda(sparsity=s) for s in (0.01, 0.02, 0.05, 0.2, 0.3)),
+                     *(replace(tenth, places=places) for places in groups)))
 
 
 PRESETS = {"quick": quick, "paper": paper}

@@ -1,18 +1,17 @@
 """What an edit costs: ordinary prompts before and after, against held-out ordinary images (methods.md 6.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dori.audit.edits import fingerprint
-from dori.audit.judge import Judge, finite_images
+from dori.audit.judge import Judge, finite_images, pixels_sha256
 from dori.audit.plan import Plan
-from dori.edit import WeightMask
+from dori.edit import Edit
 from dori.findings import Quality
 from dori.metrics.quality import frechet_distance, kernel_distance
 from dori.metrics.similarity import cosine
 from dori.model.stable_diffusion import StableDiffusion
-from dori.run import Run, cell_key, tensors_sha256
+from dori.run import Run, cell_key
 from dori.sampling import initial_noise, named_seed, sample
 
 
@@ -31,31 +30,53 @@ def _drawn(model: StableDiffusion, plan: Plan, judge: Judge, prompts: Sequence[s
     return found if aligned is None else found | {"alignment": aligned.cpu()}
 
 
-def ordinary_quality(model: StableDiffusion, plan: Plan, judge: Judge, run: Run, model_hash: str,
-                     edits: Sequence[WeightMask], ordinary: Sequence[str],
-                     held_out: Tensor | None) -> tuple[Quality, ...]:
-    """The quality row of every edit; `edits` begins with the one that changes nothing.
+REFERENCE = "quality.reference"
+HELD_OUT, UNEDITED = "held-out ordinary images", "the unedited model's images of the same prompts under other seeds"
+
+
+def _key(edit: str) -> str:
+    return cell_key("quality", edit)
+
+
+def quality_cells(edits: Sequence[str], prompts: int, held_out: Tensor | None) -> dict[str, int]:
+    """Every cell of the quality table with the images that it draws."""
+    if prompts < 2:
+        return {}
+    return {REFERENCE: prompts if held_out is None else 0} | {_key(edit): prompts for edit in edits}
+
+
+def ordinary_quality(model: StableDiffusion, plan: Plan, judge: Judge, run: Run, *, base: Mapping[str, object],
+                     edits: Sequence[Edit], prompts: Sequence[str], held_out: Tensor | None) -> tuple[Quality, ...]:
+    """The quality row of every edit; without two prompts there is none.
 
     The distances are taken to held-out ordinary images; without any, to the unedited model's generations of the same
     prompts under other seeds.
+
+    Args:
+        model: the audited model without an edit.
+        plan: sampling settings and seed.
+        judge: whose features and alignment.
+        run: the folder that remembers.
+        base: inputs that all cells share (the fingerprints of the model and, under "judge", of the judge).
+        edits: begins with the one that changes nothing.
+        prompts: ordinary prompts.
+        held_out: images in [0, 1], shape (m, 3, H, W), or None.
     """
-    prompts = list(ordinary[: plan.quality_prompts])
     if len(prompts) < 2:
         return ()
-    base: dict[str, object] = {
-        "model": model_hash, "prompts": prompts, "steps": plan.sampling_steps, "guidance": plan.guidance_scale,
-        "seed": plan.seed, "descriptor": [judge.descriptor.name, judge.descriptor.fingerprint]}
+    shared: dict[str, object] = {**base, "prompts": list(prompts), "steps": plan.sampling_steps,
+                                 "guidance": plan.guidance_scale, "seed": plan.seed}
     if held_out is not None:
-        reference = run.once_tensors("quality.reference", base | {"images": tensors_sha256({"x": held_out})},
+        reference = run.once_tensors(REFERENCE, shared | {"images": pixels_sha256(held_out)},
                                      lambda: _described(judge, held_out))
     else:
-        reference = run.once_tensors("quality.reference", base,
+        reference = run.once_tensors(REFERENCE, shared,
                                      lambda: _drawn(model, plan, judge, prompts, "quality reference"))
     rows: list[Quality] = []
     unedited: Tensor | None = None
     for edit in edits:
         with edit.applied(model):
-            found = run.once_tensors(cell_key("quality", edit.name), base | {"edit": fingerprint(edit)},
+            found = run.once_tensors(_key(edit.name), shared | {"edit": edit.fingerprint},
                                      lambda: _drawn(model, plan, judge, prompts, "quality"))
         drift = None if unedited is None else float(cosine(found["descriptors"], unedited).median())
         unedited = found["descriptors"] if unedited is None else unedited
@@ -65,11 +86,6 @@ def ordinary_quality(model: StableDiffusion, plan: Plan, judge: Judge, run: Run,
             model=model.name, edit=edit.name, prompts=len(prompts),
             frechet=float(frechet_distance(found["features"], reference["features"])), kernel=kernel.value,
             kernel_std=kernel.deviation, alignment=float(found["alignment"].median()) if "alignment" in found else None,
-            to_unedited=drift))
+            to_unedited=drift, features=judge.features_name, reference=UNEDITED if held_out is None else HELD_OUT,
+            references=len(reference["features"])))
     return tuple(rows)
-
-
-def quality_rows(plan: Plan, rows: Sequence[Quality], held_out: Tensor | None) -> int:
-    """U-Net rows that the quality rows cost, the unedited model's other generations included where they were needed."""
-    drawn = sum(row.prompts for row in rows) + (rows[0].prompts if rows and held_out is None else 0)
-    return drawn * plan.sampling_steps * (2 if plan.guidance_scale != 1 else 1)

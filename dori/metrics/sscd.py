@@ -8,6 +8,8 @@ transformers' ResNet. The tensor names are those of torchvision's form: `backbon
 """
 
 import hashlib
+import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetModel
@@ -23,6 +25,7 @@ from transformers import ResNetConfig, ResNetModel
 from dori.errors import DoriError
 from dori.metrics.preprocessing import preprocessing as named_preprocessing
 from dori.metrics.similarity import Descriptor
+from dori.run import write_bytes
 
 KIND = "sscd-resnet50"
 DEPTHS = (3, 4, 6, 3)
@@ -31,6 +34,10 @@ DIMENSIONS = 512
 GEM_POWER = 3.0
 # Most papers call a cosine above 0.7 a replication; SSCD's authors report 90 % precision at 0.75 (methods.md 6.2).
 PUBLISHED_THRESHOLD = 0.7
+NAME = re.compile(r"sscd_[a-z0-9_]{1,40}")
+# What torch's reader of state dicts raises on a file that is none.
+BROKEN = (pickle.UnpicklingError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
+          ImportError, AssertionError, ArithmeticError)
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -92,19 +99,21 @@ def _checked(state: Any, path: Path) -> dict[str, Tensor]:
     return {key: state[key].float().contiguous() for key in wanted}
 
 
-def convert(path_in: Path, path_out: Path, *, name: str = "sscd_disc_mixup") -> str:
+def convert(path_in: Path, path_out: Path, *, name: str | None = None) -> str:
     """Turn the published pickle into safetensors, atomically; no code in the file is run.
 
     Args:
         path_in: state dict in torchvision's form, as published (`....torchvision.pt`).
         path_out: safetensors file to write.
-        name: which weights these are, for reports; the siblings have equal shapes, so it cannot be checked.
+        name: which weights these are, for reports, beginning with "sscd_"; the siblings have equal shapes, so it cannot
+            be checked. None takes the file's name up to its first dot.
 
     Returns:
         SHA-256 of the file read, in hexadecimal. It is stored in the file written, and reports print it.
 
     Raises:
-        DoriError: the file is missing, is no such state dict, or is a TorchScript archive.
+        DoriError: the file is missing, is no such state dict, or is a TorchScript archive; a name that is none; the
+            target cannot be written.
     """
     try:
         digest = hashlib.sha256(path_in.read_bytes()).hexdigest()
@@ -114,14 +123,16 @@ def convert(path_in: Path, path_out: Path, *, name: str = "sscd_disc_mixup") -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below says it better
             state = torch.load(path_in, weights_only=True, map_location="cpu")
-    except Exception as error:  # a file from elsewhere can fail in any way, and every way means the same
+    except BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise DoriError(f"{path_in} is no plain state dict ({reason[:100]}); a TorchScript archive runs code and is "
                         "not read, so give the published torchvision form") from None
     tensors = _checked(state, path_in)
-    partial = path_out.with_name(path_out.name + ".partial")
-    save_file(tensors, partial, metadata={"kind": KIND, "name": name, "source_sha256": digest})
-    partial.replace(path_out)
+    name = path_in.name.split(".")[0] if name is None else name
+    if not NAME.fullmatch(name):
+        raise DoriError(f"{name!r:.60} names no published SSCD weights; say which they are, such as --name "
+                        "sscd_disc_mixup")
+    write_bytes(path_out, save(tensors, metadata={"kind": KIND, "name": name, "source_sha256": digest}))
     return digest
 
 

@@ -8,7 +8,7 @@ The safety checker and the feature extractor are not loaded.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 JSON_BYTES = 50_000_000
+# What diffusers, transformers and their readers raise on a hostile or torn file.
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError,
+                  AssertionError, ArithmeticError, SafetensorError)
 CONVERT = ("convert it once, on a machine where you trust the file, with diffusers' "
            "pipeline.save_pretrained(folder, safe_serialization=True)")
 
@@ -80,8 +83,7 @@ def load_model(spec: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     for name in WEIGHTS:
         # torch's own `to`: diffusers' override warns of float32 modules that these classes do not have.
         nn.Module.to(parts[name], target, dtype if name == "unet" else torch.float32)
-    folder = path if path.is_dir() else None
-    return ADAPTERS["StableDiffusionPipeline"](**parts, name=spec, folder=folder)
+    return ADAPTERS["StableDiffusionPipeline"](**parts, name=spec)
 
 
 def model_fingerprint(model: StableDiffusion) -> str:
@@ -91,13 +93,18 @@ def model_fingerprint(model: StableDiffusion) -> str:
     """
     modules = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     parts: dict[str, Any] = {name: tensors_sha256(module.state_dict()) for name, module in modules.items()}
+    parts |= {f"{name}.config": plain_config(module.config) for name, module in modules.items()}
+    parts["scheduler.config"] = plain_config(model.scheduler_config)
     parts["alphas_cumprod"] = tensors_sha256({"alphas_cumprod": model.alphas_cumprod})
-    parts["prediction_type"] = model.prediction_type
-    parts["spacing"] = [model.scheduler_config.get(key) for key in ("timestep_spacing", "steps_offset",
-                                                                    "set_alpha_to_one")]
-    parts["scaling_factor"] = model.vae.config.scaling_factor
     parts["vocabulary"] = model.tokenizer.get_vocab()
     return canonical_sha256(parts)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A configuration without what does not change the answers: paths, versions, and the type of stored weights."""
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    return {str(key): plain_config(value) if isinstance(value, Mapping) else value for key, value in fields.items()
+            if not str(key).startswith("_") and key not in ("architectures", "dtype", "torch_dtype", "transformers_version")}
 
 
 # ------------------------------------------------------------------------------------------------------- folders
@@ -113,7 +120,7 @@ def _read_folder(folder: Path, spec: str) -> dict[str, Any]:
     for part, kind in (("tokenizer", CLIPTokenizer), ("scheduler", getattr(diffusers, index["scheduler"][1]))):
         try:
             opened[part] = kind.from_pretrained(str(folder / part), local_files_only=True)
-        except Exception as error:
+        except LIBRARY_ERRORS as error:
             raise _damaged(spec, part, error) from None
     return opened
 
@@ -191,7 +198,7 @@ def _open_weights(kind: Any, folder: Path, part: str, spec: str) -> Any:
     try:
         module, report = kind.from_pretrained(str(folder / part), use_safetensors=True, local_files_only=True,
                                               output_loading_info=True)
-    except Exception as error:  # whatever the libraries raise on a hostile or torn file
+    except LIBRARY_ERRORS as error:
         raise _damaged(spec, part, error) from None
     wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if wrong:
@@ -242,7 +249,7 @@ def _read_single_file(path: Path) -> dict[str, Any]:
     try:
         pipeline = StableDiffusionPipeline.from_single_file(str(path), config=str(config), local_files_only=True,
                                                             safety_checker=None, feature_extractor=None)
-    except Exception as error:  # whatever the libraries raise on weights that do not fit
+    except LIBRARY_ERRORS as error:
         raise _damaged(str(path), "the checkpoint", error) from None
     for part in WEIGHTS:
         lacking = [name for name, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]

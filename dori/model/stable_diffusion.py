@@ -5,7 +5,6 @@ the border. Nothing here or above assumes 77 tokens, 768 dimensions, 4 latent ch
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,10 +36,9 @@ class StableDiffusion:
     """
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
-                 tokenizer: PreTrainedTokenizerBase, scheduler: SchedulerMixin, *, name: str,
-                 folder: Path | None = None) -> None:
+                 tokenizer: PreTrainedTokenizerBase, scheduler: SchedulerMixin, *, name: str) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.name, self.folder = name, folder
+        self.name = name
         for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
             module.eval().requires_grad_(False)
             for key, weight in module.named_parameters():

@@ -10,15 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dori.audit.edits import fingerprint
 from dori.audit.judge import Case, Judge, draw, finite_images, judged
 from dori.audit.loop import choose, make_cases
 from dori.audit.plan import Plan
-from dori.edit import WeightMask, no_edit
+from dori.edit import Edit, no_edit
 from dori.metrics.similarity import Descriptor, cosine
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
-from dori.run import Run, cell_key, tensors_sha256
+from dori.run import Run, cell_key
 from dori.testbed.promises import Similarities
 from dori.testbed.slots import Kind
 from dori.testbed.subjects import ordinary_pairs, slot_memories
@@ -27,7 +26,7 @@ ORDINARY_PROMPTS = 64
 SWEPT = 22  # memories of the two highest doses that NeMo's and Wanda's settings are tried on
 ATTACKED_CONTROLS = 24
 HIGH_DOSE = 4
-PROMPTS_SEED = 2  # seeds 0 and 1 serve the audit
+CALIBRATION_SEED, PROMPTS_SEED = 0, 2  # of ordinary images; 1 serves the audit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,25 +37,27 @@ class Bench:
     plan: Plan
     descriptor: Descriptor
 
-    def images(self, name: str, model: StableDiffusion, embeddings: Tensor, *, edit: WeightMask | None = None,
-               seeds: int | None = None) -> Tensor:
+    def images(self, name: str, model: StableDiffusion, embeddings: Tensor, *, made_from: object,
+               edit: Edit | None = None, seeds: int | None = None) -> Tensor:
         """Generations in [0, 1], shape (n, s, 3, H, W), a cell for each chunk of embeddings.
 
         Args:
             name: of the cells.
             model: which model draws, without an edit.
             embeddings: shape (n, l, d).
+            made_from: JSON-able; what the embeddings were made from, such as their texts. It decides whether stored
+                generations are those asked for: the numbers themselves depend on the number of threads.
             edit: put on while drawing.
             seeds: so many of the plan's fresh seeds; None takes all.
         """
         edit, chosen = edit or no_edit(), self.plan.fresh_seeds()[:seeds]
-        base = {"model": model_fingerprint(model), "edit": fingerprint(edit), "seeds": chosen,
+        base = {"model": model_fingerprint(model), "edit": edit.fingerprint, "seeds": chosen,
+                "made_from": made_from,
                 "steps": self.plan.sampling_steps, "guidance_scale": self.plan.guidance_scale}
         parts = []
         with edit.applied(model):
             for key, part in zip(self.keys(name, len(embeddings)), embeddings.split(self.plan.chunk), strict=True):
-                inputs = base | {"embeddings": tensors_sha256({"y": part})}
-                parts.append(self.run.once_tensors(key, inputs, partial(self._drawn, model, part, chosen))["images"])
+                parts.append(self.run.once_tensors(key, base, partial(self._drawn, model, part, chosen))["images"])
         return torch.cat(parts).float() / 255
 
     def _drawn(self, model: StableDiffusion, embeddings: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
@@ -74,9 +75,9 @@ class Bench:
                 for index, key in enumerate(self.keys(name, count))}
 
     def asked(self, name: str, model: StableDiffusion, cases: Sequence[Case], *,
-              edit: WeightMask | None = None) -> Similarities:
+              edit: Edit | None = None) -> Similarities:
         """Similarities of the images that the cases' own prompts draw."""
-        return self.compared(cases, self.images(name, model, encoded(model, cases), edit=edit))
+        return self.compared(cases, self.images(name, model, encoded(model, cases), made_from=texts(cases), edit=edit))
 
     def compared(self, cases: Sequence[Case], images: Tensor) -> Similarities:
         """Similarities of generations, shape (n, s, 3, H, W), to the cases' own images."""
@@ -96,9 +97,14 @@ def _bytes(images: Tensor) -> Tensor:
     return (flat * 255).round().to(torch.uint8).unflatten(0, images.shape[:2])
 
 
+def texts(cases: Sequence[Case]) -> list[str]:
+    """The cases' own prompts."""
+    return [case.memory.text or "" for case in cases]
+
+
 def encoded(model: StableDiffusion, cases: Sequence[Case]) -> Tensor:
     """Embeddings of the cases' own prompts, shape (n, l, d)."""
-    return model.encode([case.memory.text or "" for case in cases])
+    return model.encode(texts(cases))
 
 
 def _cases(model: StableDiffusion, slot_kinds: Sequence[Kind], group: str) -> tuple[Case, ...]:
@@ -108,12 +114,16 @@ def _cases(model: StableDiffusion, slot_kinds: Sequence[Kind], group: str) -> tu
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Material:
-    """What is asked for: verbatim memories, controls, all images that the planted model saw, ordinary prompts."""
+    """What is asked for: verbatim memories, controls, all images that the planted model saw, ordinary prompts.
+
+    `prompts` and `calibration` share no text, so that no edit is tuned on what judges it.
+    """
 
     verbatim: tuple[Case, ...]
     controls: tuple[Case, ...]
     planted: Tensor
     prompts: tuple[str, ...]
+    calibration: tuple[str, ...]
 
     @property
     def strong(self) -> tuple[Case, ...]:
@@ -131,9 +141,11 @@ class Material:
         return tuple(self.controls[index] for index in choose(len(self.controls), ATTACKED_CONTROLS))
 
 
-def open_material(model: StableDiffusion) -> Material:
-    """What is asked for, with the model's latents."""
+def open_material(model: StableDiffusion, calibration_prompts: int) -> Material:
+    """What is asked for, with the model's latents, and so many other prompts for NeMo's calibration."""
     planted = torch.stack([image for _, image in slot_memories(("verbatim", "template", "once"))])
-    texts, _ = ordinary_pairs(2 * ORDINARY_PROMPTS, seed=PROMPTS_SEED)
+    calibration = dict.fromkeys(ordinary_pairs(calibration_prompts, seed=CALIBRATION_SEED)[0])
+    fresh = dict.fromkeys(ordinary_pairs(4 * ORDINARY_PROMPTS, seed=PROMPTS_SEED)[0])
+    prompts = [text for text in fresh if text not in calibration]
     return Material(_cases(model, ("verbatim",), "memory"), _cases(model, ("control",), "control"), planted,
-                    tuple(dict.fromkeys(texts))[:ORDINARY_PROMPTS])
+                    tuple(prompts[:ORDINARY_PROMPTS]), tuple(calibration))

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dori.errors import DoriError
+from dori.run import write_bytes
 
 Loss = Callable[[int, torch.Generator], Tensor]
 Say = Callable[[str], None]
@@ -43,9 +44,7 @@ def _save_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer:
     tensors |= {f"ema.{name}": value for name, value in ema.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
+    write_bytes(path, save(tensors, metadata=metadata))
 
 
 def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer,
@@ -88,7 +87,7 @@ def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Pa
         save_every: steps between two savings.
 
     Raises:
-        DoriError: the folder's state was made from something else.
+        DoriError: the folder's state was made from something else, or cannot be written.
     """
     state_file = folder / f"{stage}.state.safetensors"
     made_from = json.loads(json.dumps({"schedule": asdict(schedule), "step_seed": seed, **made_from}))

@@ -82,7 +82,7 @@ def load_testbed(checkpoint: Checkpoint = "planted", folder: Path = DATA) -> Sta
         unet, AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
         CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32),
         CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        DDIMScheduler.from_pretrained(root / "scheduler"), name=f"testbed-{checkpoint}", folder=root)
+        DDIMScheduler.from_pretrained(root / "scheduler"), name=f"testbed-{checkpoint}")
 
 
 def load_clip(folder: Path = DATA) -> CLIPModel:

@@ -6,7 +6,8 @@ noticed and made again.
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +16,18 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from dori.run import canonical_sha256, tensors_sha256, write_json
+from dori.run import canonical_sha256, tensors_sha256, write_bytes, write_json, writing
 from dori.testbed.fit import Say
 from dori.testbed.networks import LATENT_CHANNELS
-from dori.testbed.scenes import Scene, caption, draw, random_scene, title_caption
+from dori.testbed.scenes import Scene, caption, draw, free_scene, random_scene, title_caption
 from dori.testbed.slots import Slot, variants
 from dori.testbed.vocabulary import CONTEXT_LENGTH
 
-ORDINARY, FRESH = 7, 8  # streams of random numbers
+FRESH = 8  # root of the twins' random numbers
 SAMPLED = 64  # images by which a stored pool is known again
 
 
@@ -52,38 +53,65 @@ def pictures(images: NDArray[np.uint8], captions: list[str]) -> Pictures:
     return Pictures(images, captions, canonical_sha256([len(images), digest, captions]))
 
 
-def _ordinary(index: int) -> tuple[NDArray[np.uint8], str]:
-    rng = np.random.default_rng([ORDINARY, index])
-    scene = random_scene(rng)
-    return draw(scene), caption(scene, rng)
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An endless stream of ordinary images with captions; `name` is that of its files, `root` of its random numbers."""
+
+    name: str
+    root: int
+    scene: Callable[[np.random.Generator], Scene]
+
+    def __call__(self, index: int) -> tuple[NDArray[np.uint8], str]:
+        """One image, shape (64, 64, 3), and its caption."""
+        rng = np.random.default_rng([self.root, index])
+        scene = self.scene(rng)
+        return draw(scene), caption(scene, rng)
 
 
-def _current(images: NDArray[np.uint8], captions: list[str], count: int) -> bool:
+FREE = Stream("free", 7, free_scene)  # VAE and CLIP
+ORDINARY = Stream("ordinary", 9, random_scene)  # U-Nets
+
+
+def _current(stream: Stream, images: NDArray[np.uint8], captions: list[str], count: int) -> bool:
     """Whether a stored pool is the one that would be drawn now, judged by a sample."""
     if len(images) != count or len(captions) != count:
         return False
-    drawn = ((index, _ordinary(index)) for index in range(0, count, max(1, count // SAMPLED)))
+    drawn = ((index, stream(index)) for index in range(0, count, max(1, count // SAMPLED)))
     return all(np.array_equal(images[i], image) and captions[i] == text for i, (image, text) in drawn)
 
 
-def ordinary_pictures(folder: Path, count: int, say: Say) -> Pictures:
-    """Render (once) and open the pool of ordinary images with their captions."""
-    images, captions = folder / "images.npy", folder / "captions.json"
+def drawn_pictures(stream: Stream, folder: Path, count: int, say: Say) -> Pictures:
+    """Render (once) and open the first `count` images of a stream with their captions.
+
+    Raises:
+        DoriError: no space left, or the folder cannot be written.
+    """
+    images, captions = folder / f"{stream.name}.npy", folder / f"{stream.name}.json"
     if images.exists() and captions.exists():
         stored, texts = np.load(images, mmap_mode="r"), json.loads(captions.read_text(encoding="utf-8"))
-        if _current(stored, texts, count):
+        if _current(stream, stored, texts, count):
             return pictures(stored, texts)
-    captions.unlink(missing_ok=True)  # written last: its presence says that the images are whole
-    pool = np.lib.format.open_memmap(images, "w+", np.uint8, (count, 64, 64, 3))
+    with writing(images):
+        captions.unlink(missing_ok=True)  # written last: its presence says that the images are whole
+        pool = np.lib.format.open_memmap(images, "w+", np.uint8, (count, 64, 64, 3))
+        reserve(images)
     texts = []
     for index in range(count):
-        pool[index], text = _ordinary(index)
+        pool[index], text = stream(index)
         texts.append(text)
         if (index + 1) % 8000 == 0:
-            say(f"images: {index + 1}/{count}")
-    pool.flush()
+            say(f"{stream.name} images: {index + 1}/{count}")
+    with writing(images):
+        pool.flush()
     write_json(captions, texts)
     return pictures(np.load(images, mmap_mode="r"), texts)
+
+
+def reserve(path: Path) -> None:
+    """Take the file's space on disk now: a mapped file that finds none later ends the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
@@ -218,9 +246,7 @@ class Encoder:
         self.say(f"{name}: encoding {len(of.captions)} images and captions")
         tensors = {"latents": encode_images(self.vae, of.images).half().contiguous(),
                    "embeddings": encode_texts(self.clip, self.tokenizer, of.captions).half().contiguous()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"made_from": made_from})
-        partial.replace(path)
+        write_bytes(path, save(tensors, metadata={"made_from": made_from}))
         return Pairs(tensors["latents"], tensors["embeddings"], made_from)
 
 

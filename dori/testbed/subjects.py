@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dori.audit.judge import Judge
-from dori.audit.loop import Subjects, choose, make_cases
+from dori.audit.loop import Subjects, make_cases
 from dori.audit.plan import Plan
 from dori.memory import Memory, write_memories
 from dori.metrics.copy_descriptor import load_copy_descriptor
@@ -49,12 +49,11 @@ def testbed_judge() -> Judge:
 
 
 def testbed_subjects(plan: Plan) -> Subjects:
-    """What `dori audit testbed` audits: with a limit, verbatim and template memories; without, the seen-once too."""
+    """What `dori audit testbed` audits: all planted images and controls, with as many ordinary prompts as planned."""
     model = load_testbed("planted")
-    kinds: tuple[Kind, ...] = ("verbatim", "template") if plan.memories else ("verbatim", "template", "once")
-    memories = _chosen(slot_memories(kinds), plan.memories)
-    controls = _chosen(slot_memories(("control",)), plan.controls)
-    texts, _ = ordinary_pairs(max(plan.calibration_prompts, plan.quality_prompts), seed=0)
+    memories, controls = slot_memories(("verbatim", "template", "once")), slot_memories(("control",))
+    # Captions repeat, and those that repeat are dropped.
+    texts, _ = ordinary_pairs(2 * (plan.calibration_prompts + plan.quality_prompts), seed=0)
     _, held_out = ordinary_pairs(plan.quality_prompts, seed=1)
     # Where no twin is shipped, the base stands in: it never saw a memory either, but was trained for fewer steps.
     shipped = [twin for twin in TWINS if _shipped(twin)] or [one for one in ("base",) if _shipped(one)]
@@ -63,10 +62,6 @@ def testbed_subjects(plan: Plan) -> Subjects:
         model, make_cases(model, [m for m, _ in memories], torch.stack([x for _, x in memories]), "memory"),
         make_cases(model, [m for m, _ in controls], torch.stack([x for _, x in controls]), "control"),
         tuple(dict.fromkeys(texts)), held_out, twins[:1] if plan.memories else twins)
-
-
-def _chosen(pairs: list[tuple[Memory, Tensor]], limit: int | None) -> list[tuple[Memory, Tensor]]:
-    return [pairs[index] for index in choose(len(pairs), limit)]
 
 
 def _shipped(checkpoint: str) -> bool:

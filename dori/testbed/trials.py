@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from dori.audit.edits import make_edits
+from dori.audit.edits import edit_cells, make_edits, wanda_name
 from dori.audit.judge import Case
-from dori.edit import WeightMask
+from dori.edit import Edit, union
 from dori.metrics.replication import replication
 from dori.mitigate.nemo import Nemo
 from dori.mitigate.wanda import Wanda
@@ -15,7 +13,7 @@ from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import DOWN_MID, EVERYWHERE, StableDiffusion
 from dori.run import Run
 from dori.testbed import objects
-from dori.testbed.bench import Bench, encoded
+from dori.testbed.bench import Bench
 from dori.testbed.promises import HIDDEN, Tried
 
 EDITED_SEEDS = 2  # images of each ordinary prompt under an edit
@@ -48,33 +46,40 @@ class Trial:
     network: objects.ObjectNetwork
     unedited: float
 
-    def __call__(self, key: str, label: str, edit: WeightMask) -> Tried:
+    @property
+    def texts(self) -> dict[str, str]:
+        """The memories' prompts by id."""
+        return {case.memory.id: case.memory.text or "" for case in self.cases}
+
+    def __call__(self, key: str, label: str, edit: Edit) -> Tried:
         """One setting."""
         rate = replication(self.bench.asked(key, self.model, self.cases, edit=edit),
                            self.bench.descriptor.threshold).rate
         if rate.value > HIDDEN or self.unedited == 0:
             return Tried(label, rate)
-        images = self.bench.images(f"{key} objects", self.model, self.model.encode(self.prompts), edit=edit,
-                                   seeds=EDITED_SEEDS)
+        images = self.bench.images(f"{key} objects", self.model, self.model.encode(self.prompts),
+                                   made_from=list(self.prompts), edit=edit, seeds=EDITED_SEEDS)
         found = float(objects.finds(self.network, images, prompted(self.prompts)).float().mean())
         return Tried(label, rate, found / self.unedited)
 
 
-def nemo_trials(trial: Trial, calibration: Tensor) -> tuple[list[Tried], str]:
+def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], str]:
     """NeMo's settings in order until one works, and what its last search found, in words."""
     tried: list[Tried] = []
     said = ""
     for index, (label, nemo) in enumerate(NEMOS):
         # A folder for each setting: the cells of NeMo's edits bear the memories' names alone.
         run = Run(trial.bench.run.folder / f"nemo-{index}", say=trial.bench.run.say)
-        ids = [case.memory.id for case in trial.cases]
-        run.plan(f"verify, {label}", {"nemo.calibration": 1000} | {f"nemo.{one}": 1000 for one in ids})
-        plan = replace(trial.bench.plan, nemo=nemo, wandas=(), attack_random=False)
-        edits = make_edits(trial.model, plan, run, {"model": model_fingerprint(trial.model)}, ids,
-                           encoded(trial.model, trial.cases), calibration)
-        own, joint = [edit.details for edit in edits.own["NeMo"].values()], edits.joint[1]
+        plan = replace(trial.bench.plan, nemo=nemo, wandas=())
+        run.plan(f"verify, {label}", edit_cells(trial.model, plan, list(trial.texts), len(calibration)))
+        edits = make_edits(trial.model, plan, run, base={"model": model_fingerprint(trial.model)},
+                           prompts=trial.texts, ordinary=calibration)
+        own = edits.own["NeMo"]
+        joint = union("NeMo", list(own.values()))
+        details = [edit.details for edit in own.values()]
         neurons = sum(int(mask.any(dim=1).sum()) for mask in joint.masks.values())
-        said = (f"{label}: {sum(d['flagged'] for d in own)} flagged, {sum(d['suppressed'] for d in own)} suppressed, "
+        said = (f"{label}: {sum(d['flagged'] for d in details)} flagged, "
+                f"{sum(d['suppressed'] for d in details)} suppressed, "
                 f"{neurons} of {sum(len(mask) for mask in joint.masks.values())} neurons in the union")
         tried.append(trial(label, label, joint))
         if tried[-1].reached:
@@ -82,9 +87,10 @@ def nemo_trials(trial: Trial, calibration: Tensor) -> tuple[list[Tried], str]:
     return tried, said
 
 
-def wanda_trials(trial: Trial, calibration: Tensor) -> list[Tried]:
+def wanda_trials(trial: Trial) -> list[Tried]:
     """The whole sweep of Wanda."""
-    plan = replace(trial.bench.plan, nemo=None, wandas=WANDAS, attack_random=False, attack_own=False)
-    edits = make_edits(trial.model, plan, trial.bench.run, {"model": model_fingerprint(trial.model)},
-                       [case.memory.id for case in trial.cases], encoded(trial.model, trial.cases), calibration)
-    return [trial(f"wanda-{index}", edit.name, edit) for index, edit in enumerate(edits.joint[1:])]
+    plan = replace(trial.bench.plan, nemo=None, wandas=WANDAS)
+    edits = make_edits(trial.model, plan, trial.bench.run, base={"model": model_fingerprint(trial.model)},
+                       prompts=trial.texts, ordinary=())
+    names = [wanda_name(wanda) for wanda in WANDAS]
+    return [trial(f"wanda-{index}", name, edits.joint[name]) for index, name in enumerate(names)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dori.audit.checks import blind_scores
-from dori.audit.judge import Case
+from dori.audit.judge import Case, pixels_sha256
 from dori.audit.plan import quick
 from dori.edit import WeightMask
 from dori.errors import DoriError
@@ -23,7 +23,7 @@ from dori.run import Run, canonical_sha256, cell_key, tensors_sha256
 from dori.sampling import named_seed
 from dori.stats import bootstrap
 from dori.testbed import objects, promises
-from dori.testbed.bench import Bench, Material, encoded, open_material
+from dori.testbed.bench import Bench, Material, encoded, open_material, texts
 from dori.testbed.folder import TWINS, Checkpoint, load_testbed
 from dori.testbed.promises import Row, Similarities, to_text
 from dori.testbed.scenes import kinds
@@ -34,8 +34,7 @@ __all__ = ["to_text", "verify"]
 
 HELD_OUT_IMAGES = 256
 EDITED_PROMPTS = 48  # ordinary prompts asked under an edit
-# Other seeds of ordinary images than those of the asked prompts.
-CALIBRATION_SEED, IMAGES_SEED = 0, 3
+IMAGES_SEED = 3  # of ordinary images; another than those of the prompts
 ZEROED: dict[str, Site] = {"value projections": "attention_value", "feed-forward second linears": "feed_forward"}
 GROUPS: dict[str, tuple[Place, ...]] = {"down and mid": DOWN_MID, "up": ("up",)}
 
@@ -54,7 +53,7 @@ def verify(run: Run) -> list[Row]:
     """
     bench = Bench(run, replace(quick(), memories=None, controls=None), load_copy_descriptor(DESCRIPTOR))
     model = load_testbed("planted")
-    material = open_material(model)
+    material = open_material(model, bench.plan.calibration_prompts)
     run.plan("verify", _planned(bench, material))
     rows = [vae_row(bench, model)]
     verbatim = bench.asked("planted", model, material.verbatim)
@@ -62,7 +61,7 @@ def verify(run: Run) -> list[Row]:
     doses = sorted({int(case.memory.dose or 0) for case in material.verbatim})
     rows += promises.dose_rows({dose: {case.memory.id: verbatim[case.memory.id] for case in material.verbatim
                                        if case.memory.dose == dose} for dose in doses}, bench.descriptor.threshold)
-    ordinary = bench.images("ordinary", model, model.encode(material.prompts))
+    ordinary = bench.images("ordinary", model, model.encode(material.prompts), made_from=list(material.prompts))
     rows += _stranger_rows(bench, model, material, ordinary)
     rows += [twin_row(bench, twin, material) for twin in TWINS]
     rows.append(_attack_row(bench, material))
@@ -114,7 +113,7 @@ def _psnr(images: Tensor, back: Tensor) -> list[float]:
 def vae_row(bench: Bench, model: StableDiffusion, images: Tensor | None = None) -> Row:
     """What the VAE loses of fresh ordinary images (or of those given)."""
     fresh = ordinary_pairs(HELD_OUT_IMAGES, seed=IMAGES_SEED)[1] if images is None else images
-    inputs = {"model": model_fingerprint(model), "images": tensors_sha256({"x": fresh})}
+    inputs = {"model": model_fingerprint(model), "images": pixels_sha256(fresh)}
     values = bench.run.once_record("vae", inputs, lambda: {"psnr": _psnr(
         fresh, model.to_images(model.to_latents(fresh)).cpu())})["psnr"]
     return promises.row("PSNR of the VAE on held-out images, in dB", bootstrap(values, np.mean, seed=0), at_least=25,
@@ -123,7 +122,7 @@ def vae_row(bench: Bench, model: StableDiffusion, images: Tensor | None = None) 
 
 def _stranger_rows(bench: Bench, model: StableDiffusion, material: Material, ordinary: Tensor) -> list[Row]:
     """Nothing but a memory's own prompt draws a memory."""
-    controls = bench.images("control", model, encoded(model, material.controls))
+    controls = bench.images("control", model, encoded(model, material.controls), made_from=texts(material.controls))
     groups = {"ordinary": (list(material.prompts), ordinary),
               "control": ([case.memory.id for case in material.controls], controls)}
     return [promises.rate_row(f"MR of {group} prompts, against the nearest planted image",
@@ -151,18 +150,19 @@ def _attack_row(bench: Bench, material: Material) -> Row:
 def attack_row(bench: Bench, model: StableDiffusion, cases: Sequence[Case], promise: str) -> Row:
     """The attack must not draw what the model never saw."""
     attack = replace(bench.plan.attack, snapshots=())
-    triggers = []
+    triggers, made_from = [], []
     for part in _chunks(cases):
         seeds = [named_seed("attack", bench.plan.seed, "prompt", case.memory.id) for case in part]
         targets, starts = torch.stack([case.latent for case in part]), encoded(model, part)
-        inputs = {"model": model_fingerprint(model), "attack": attack, "seeds": seeds,
-                  "targets": tensors_sha256({"z": targets}), "starts": tensors_sha256({"y": starts})}
+        inputs = {"model": model_fingerprint(model), "attack": attack, "seeds": seeds, "texts": texts(part),
+                  "images": pixels_sha256(torch.stack([case.image for case in part]))}
+        made_from.append(inputs)
 
         def search(z: Tensor = targets, y: Tensor = starts, own: list[int] = seeds) -> dict[str, Tensor]:
             return {"embeddings": attack(model, z, y, seeds=own).at(attack.steps)}
 
         triggers.append(bench.run.once_tensors(cell_key("triggers", part[0].memory.id), inputs, search)["embeddings"])
-    found = bench.compared(cases, bench.images("attacked", model, torch.cat(triggers)))
+    found = bench.compared(cases, bench.images("attacked", model, torch.cat(triggers), made_from=made_from))
     return promises.rate_row(promise, found, bench.descriptor.threshold, at_most=0.05,
                              detail="from their own prompts")
 
@@ -216,11 +216,9 @@ def _mitigation_rows(bench: Bench, model: StableDiffusion, material: Material, n
     prompts = material.prompts[:EDITED_PROMPTS]
     unedited = objects.finds(network, ordinary[: len(prompts), :EDITED_SEEDS], prompted(prompts)).float().mean()
     trial = Trial(bench, model, material.swept, prompts, network, float(unedited))
-    texts, _ = ordinary_pairs(bench.plan.calibration_prompts, seed=CALIBRATION_SEED)
-    calibration = model.encode(list(dict.fromkeys(texts)))
     detail = f"one joint edit for {len(trial.cases)} memories of the two highest doses"
-    tried, found = nemo_trials(trial, calibration)
+    tried, found = nemo_trials(trial, material.calibration)
     return [promises.mitigation_row("MR under NeMo", tried, detail=f"{detail}; {found}"),
-            promises.mitigation_row("MR under Wanda", wanda_trials(trial, calibration), detail=detail)]
+            promises.mitigation_row("MR under Wanda", wanda_trials(trial), detail=detail)]
 
 

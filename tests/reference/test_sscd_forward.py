@@ -83,8 +83,9 @@ def state() -> State:
 
 def stored(state: object, folder: Path) -> Path:
     """The object as a pickle, as SSCD is published."""
-    torch.save(state, folder / "weights.pt")
-    return folder / "weights.pt"
+    path = folder / "sscd_disc_mixup.torchvision.pt"
+    torch.save(state, path)
+    return path
 
 
 @pytest.mark.parametrize("name", ["small_288", "skew_320", "crop_224"])
@@ -108,6 +109,25 @@ def test_convert_records_the_hash_of_the_file_it_read(state: State, tmp_path: Pa
     with safe_open(target, "pt") as file:
         assert torch.equal(file.get_tensor("backbone.fc.weight"), state["backbone.fc.weight"])
     assert [p.name for p in tmp_path.glob("*.partial")] == []
+
+
+def test_the_name_is_the_files_or_given_and_never_made_up(state: State, tmp_path: Path) -> None:
+    target, source = tmp_path / "sscd.safetensors", stored(state, tmp_path)
+    convert(source, target)
+    with safe_open(target, "pt") as file:
+        assert (file.metadata() or {})["name"] == "sscd_disc_mixup"
+    target.unlink()
+    unnamed = source.rename(tmp_path / "weights.pt")
+    for name in (None, "mixup", "sscd_", "sscd_<b>"):
+        with pytest.raises(DoriError, match="names no published SSCD weights; .* --name"):
+            convert(unnamed, target, name=name)
+    assert not target.exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(state: State, tmp_path: Path) -> None:
+    source = stored(state, tmp_path)
+    with pytest.raises(DoriError, match="cannot be written"):
+        convert(source, source / "sscd.safetensors")
 
 
 def refused(file: Path, match: str) -> None:

@@ -1,0 +1,262 @@
+"""What an audit asks and what it costs, known before anything is computed: one list for the loop and the progress."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dori.audit.edits import Names, edit_cells, edit_names
+from dori.audit.judge import Case
+from dori.audit.plan import Plan, Start
+from dori.audit.quality import quality_cells
+from dori.errors import DoriError
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import cell_key
+
+# Stages of the cost, as reports name them.
+EDITS, ATTACK, DRAWN, QUALITY = ("edits, forward", "attack, forward and backward", "generation, forward",
+                                 "quality, forward")
+BACKWARD = 2.4  # a row forward and backward takes as long as so many rows forward
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subjects:
+    """What is audited, and what it is compared with.
+
+    Args:
+        model: the audited model.
+        memories: images believed to be in it; a plan may audit some of them.
+        controls: images that are not; empty means that no claim of storage can be made.
+        ordinary: prompts that belong to neither, for statistics, foreign starts and quality.
+        held_out: ordinary images in [0, 1], shape (m, 3, H, W), for the quality distances; None compares with the
+            unedited model's own generations.
+        twins: models that never saw the memories. They are judges only: nothing but the attack and the prompts ever
+            runs on them.
+    """
+
+    model: StableDiffusion
+    memories: tuple[Case, ...]
+    controls: tuple[Case, ...]
+    ordinary: tuple[str, ...]
+    held_out: Tensor | None = None
+    twins: tuple[StableDiffusion, ...] = ()
+
+
+def choose(count: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `count` items, evenly spread over their order, first and last included."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [round(k * (count - 1) / max(1, limit - 1)) for k in range(limit)]
+
+
+def audited(subjects: Subjects, plan: Plan) -> Subjects:
+    """The subjects with the images that the plan takes; of those seen once, some only if the others do not suffice."""
+    often = [case for case in subjects.memories if case.memory.kind != "once"]
+    pool = subjects.memories if plan.memories is None or len(often) < plan.memories else often
+    return replace(subjects, memories=tuple(pool[k] for k in choose(len(pool), plan.memories)),
+                   controls=tuple(subjects.controls[k] for k in choose(len(subjects.controls), plan.controls)))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Ordinary prompts by use; those of quality serve nothing else, so that no edit is tuned on what judges it.
+
+    Args:
+        calibration: for NeMo's statistics.
+        foreign: where attacks from another prompt begin; those of the calibration are among them.
+        quality: for the quality table.
+        short: one sentence if there are fewer than the plan wants, else empty.
+    """
+
+    calibration: tuple[str, ...]
+    foreign: tuple[str, ...]
+    quality: tuple[str, ...]
+    short: str
+
+
+def ordinary_prompts(subjects: Subjects, plan: Plan) -> Prompts:
+    """Divide the ordinary prompts: different texts, none of them a memory's or a control's.
+
+    Too few are shared out in proportion to what the plan wants.
+
+    Raises:
+        DoriError: none is left for something that the plan needs.
+    """
+    taken = {case.memory.text for case in (*subjects.memories, *subjects.controls)}
+    free = [text for text in dict.fromkeys(subjects.ordinary) if text not in taken]
+    wanted = plan.calibration_prompts + plan.quality_prompts
+    count = min(plan.quality_prompts, len(free) * plan.quality_prompts // max(1, wanted))
+    quality, others = free[:count], free[count:]
+    calibration = others[: plan.calibration_prompts]
+    starts = {start for group in (plan.starts.memories, plan.starts.controls, plan.starts.twins, plan.starts.own)
+              for start in group}
+    if (plan.nemo is not None and len(calibration) < 2) or ("foreign" in starts and not others):
+        raise DoriError(f"{len(free)} different ordinary prompts, none of them a memory's or a control's, are too few; "
+                        f"give {wanted}, or leave out --ordinary to take Dori's own")
+    short = "" if len(free) >= wanted else (
+        f"Only {len(free)} ordinary prompts for {wanted} places: {len(calibration)} serve NeMo's statistics and "
+        f"{len(quality)} other ones the quality table.")
+    return Prompts(tuple(calibration), tuple(others), tuple(quality), short)
+
+
+# --------------------------------------------------------------------------------------------------- what is asked
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setting:
+    """A model with an edit on, the images to ask it for, and where the attacks on them begin.
+
+    `scope` is "joint", "own" (the edit of the one case), or empty without an edit.
+    """
+
+    model: StableDiffusion
+    edit: str
+    scope: str
+    cases: tuple[Case, ...]
+    starts: tuple[Start, ...]
+
+    @property
+    def label(self) -> str:
+        """Names the setting in cells."""
+        own = f".{self.cases[0].memory.id}" if self.scope == "own" else ""
+        return f"{self.model.name}.{self.edit}{own}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """One way of asking for a chunk of images, `start` "" for the prompt itself; `judged` are steps and seeds each."""
+
+    setting: Setting
+    cases: tuple[Case, ...]
+    start: str
+    judged: tuple[tuple[int, int], ...]
+
+    @property
+    def triggers_key(self) -> str:
+        """The cell of the attack."""
+        return cell_key("triggers", self.setting.label, self.start, self.cases[0].memory.id)
+
+    def images_key(self, step: int) -> str:
+        """The cell of the judged generations."""
+        return cell_key("images", self.setting.label, self.start or "asked", str(step), self.cases[0].memory.id)
+
+
+def settings(subjects: Subjects, plan: Plan, names: Names) -> list[Setting]:
+    """Every setting in the order of the loop: without an edit first."""
+    model, starts = subjects.model, plan.starts
+    once = tuple(case for case in subjects.memories if case.memory.kind == "once")
+    memories = tuple(case for case in subjects.memories if case not in once)
+    found = [Setting(model, "none", "", once, starts.once)]
+    for edit in (*names.joint, *names.asked_only):
+        attacked, scope = edit in names.joint, "" if edit == "none" else "joint"
+        found += [Setting(model, edit, scope, cases, own if attacked else ())
+                  for cases, own in ((memories, starts.memories), (subjects.controls, starts.controls))]
+    prompted = [case for case in memories if case.memory.text is not None]
+    found += [Setting(model, edit, "own", (case,), starts.own) for edit in names.own for case in prompted]
+    found += [Setting(twin, "none", "", memories, starts.twins) for twin in subjects.twins]
+    return [setting for setting in found if setting.cases]
+
+
+def asks(setting: Setting, plan: Plan) -> Iterator[Ask]:
+    """All ways of asking under one setting, chunk by chunk."""
+    for first in range(0, len(setting.cases), plan.chunk):
+        cases = setting.cases[first : first + plan.chunk]
+        texts = tuple(case for case in cases if case.memory.text is not None)
+        if texts:
+            yield Ask(setting, texts, "", ((0, plan.seeds),))
+        for start in setting.starts:
+            attacked = texts if start == "prompt" else cases
+            if attacked:
+                yield Ask(setting, attacked, start, tuple(_judged(setting, plan, start)))
+
+
+def _judged(setting: Setting, plan: Plan, start: Start) -> Iterator[tuple[int, int]]:
+    """Steps and seeds. The prompt itself is asked anyway, other starts are step 0; own edits are judged at the end."""
+    last = plan.attack.steps
+    for step in plan.attack.snapshots or (last,):
+        if step == last:
+            yield step, plan.seeds
+        elif setting.scope != "own" and not (start == "prompt" and step == 0):
+            yield step, min(plan.seeds, plan.curve_seeds or plan.seeds)
+
+
+# --------------------------------------------------------------------------------------------------- what it costs
+
+
+def attack_rows(plan: Plan, ask: Ask) -> int:
+    """U-Net rows, forward and backward, of the attacks of one ask."""
+    return len(ask.cases) * plan.restarts * plan.attack.steps * plan.attack.batch if ask.start else 0
+
+
+def drawn_rows(plan: Plan, images: int) -> int:
+    """U-Net rows of so many generations."""
+    return images * plan.sampling_steps * (2 if plan.guidance_scale != 1 else 1)
+
+
+def planned_cells(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dict[str, dict[str, int]]:
+    """Stage to cell to U-Net rows: exact but for NeMo's searches, see `edit_cells`.
+
+    Args:
+        whole: all images that were given.
+        plan: the plan.
+        given: names of edits given from outside.
+    """
+    prompts, subjects = ordinary_prompts(whole, plan), audited(whole, plan)
+    ids = list(memory_prompts(subjects))
+    names = edit_names(plan, prompted=len(ids), given=given)
+    cells: dict[str, dict[str, int]] = {
+        EDITS: edit_cells(subjects.model, plan, ids, len(prompts.calibration)), ATTACK: {}, DRAWN: {},
+        QUALITY: {key: drawn_rows(plan, images) for key, images in quality_cells(
+            (*names.joint, *names.asked_only), len(prompts.quality), subjects.held_out).items()}}
+    for setting in settings(subjects, plan, names):
+        for ask in asks(setting, plan):
+            if ask.start:
+                cells[ATTACK][ask.triggers_key] = attack_rows(plan, ask)
+            cells[DRAWN] |= {ask.images_key(step): drawn_rows(plan, len(ask.cases) * seeds)
+                             for step, seeds in ask.judged}
+    return cells
+
+
+def memory_prompts(subjects: Subjects) -> dict[str, str]:
+    """Id to prompt of the memories for which edits are made: those with a text, but for images seen once."""
+    return {case.memory.id: case.memory.text for case in subjects.memories
+            if case.memory.text is not None and case.memory.kind != "once"}
+
+
+def planned_rows(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dict[str, int]:
+    """U-Net rows by stage, as `planned_cells`."""
+    return {stage: sum(cells.values()) for stage, cells in planned_cells(whole, plan, given).items()}
+
+
+def planned_seconds(rows: dict[str, int], *, forward: float, both: float) -> float:
+    """Seconds that the rows take at so many rows a second, forward and forward with backward."""
+    return sum(count / (both if stage == ATTACK else forward) for stage, count in rows.items())
+
+
+def speed(model: StableDiffusion, *, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
+    """U-Net rows a second on this machine, forward and forward with backward, measured now in large batches or small.
+
+    The small batch serves as warm-up, and where it takes a second already, as the measure.
+    """
+    found = []
+    for backward in (False, True):
+        for rows in (4, 64):
+            began = clock()
+            _pass(model, rows, backward=backward)
+            seconds = max(clock() - began, 1e-9)
+            if seconds > 1:
+                break
+        found.append(rows / seconds)
+    return found[0], found[1]
+
+
+def _pass(model: StableDiffusion, rows: int, *, backward: bool) -> None:
+    latents = torch.randn((rows, *model.latent_shape), generator=torch.Generator().manual_seed(0)).to(model.device)
+    timestep = torch.full((rows,), model.timesteps // 2, device=model.device)
+    embedding = model.encode([""]).repeat(rows, 1, 1).requires_grad_(backward)
+    with torch.set_grad_enabled(backward):
+        error = model.denoising_error(latents, latents, timestep, embedding).sum()
+        result = torch.autograd.grad(error, embedding)[0] if backward else error
+    result.sum().item()  # waits for the device

@@ -1,0 +1,268 @@
+"""An audit knows beforehand what it asks and costs, and its cells depend on what changes figures and nothing else."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_parts
+from safetensors.torch import load_file, save_file
+from test_audit import BRIEF, JUDGE, MEMORIES, PLAN, tiny_audit, tiny_subjects
+from transformers import CLIPConfig, CLIPModel
+
+from dori.audit.checks import blind_scores
+from dori.audit.folders import load_clip
+from dori.audit.judge import Case, Judge
+from dori.audit.loop import audit
+from dori.audit.plan import Plan, Starts, paper
+from dori.audit.schedule import (
+    ATTACK,
+    BACKWARD,
+    EDITS,
+    Subjects,
+    audited,
+    ordinary_prompts,
+    planned_cells,
+    planned_rows,
+    planned_seconds,
+    speed,
+)
+from dori.edit import WeightMask, load_edit
+from dori.errors import DoriError
+from dori.memory import Memory
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run
+
+QUALITY = dataclasses.replace(BRIEF, quality_prompts=2)
+
+
+def cases(count: int, kind: str, group: str = "memory") -> tuple[Case, ...]:
+    """Images of which only the records matter."""
+    nothing = torch.zeros(3, 2, 2)
+    return tuple(Case(Memory(f"{kind}-{k}", f"{kind} {k}", Path("a.png"), kind), group, nothing, nothing)  # type: ignore
+                 for k in range(count))
+
+
+def whole_testbed(model: StableDiffusion, folder: Path) -> Subjects:
+    """As many images of each kind as the testbed has, and a twin."""
+    folder.mkdir()
+    twin = StableDiffusion(**tiny_parts(folder), name="twin")
+    return Subjects(model, (*cases(68, "verbatim"), *cases(8, "template"), *cases(64, "once")),
+                    cases(72, "control", "control"), tuple(f"word {k}" for k in range(600)), None, (twin,))
+
+
+# --------------------------------------------------------------------------------------------------- what it costs
+
+
+def test_the_paper_preset_takes_five_hours_at_most(tiny: StableDiffusion, tmp_path: Path) -> None:
+    plan = paper()
+    rows = planned_rows(whole_testbed(tiny, tmp_path / "twin"), plan)
+    # Three edits on 76 + 72 images from the prompt and from noise, foreign starts of the memories alone, the rest once.
+    attacks = 3 * 148 * 2 + 3 * 76 + 64 + 76 + 2 * 76
+    assert rows[ATTACK] == attacks * 50 * 8
+    assert plan.nemo is not None
+    rows[EDITS] += 76 * plan.nemo.noises * plan.nemo.max_refinement_passes  # whatever size the model has
+    assert planned_seconds(rows, forward=250, both=90) < 5 * 3600
+
+
+def test_final_attacks_have_ten_seeds_and_their_curves_four(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects, plan = whole_testbed(tiny, tmp_path / "twin"), paper()
+    drawn = planned_cells(subjects, plan)["generation, forward"]
+    per_image = 2 * plan.sampling_steps
+    assert drawn["images.tiny.none.gaussian.50.verbatim-0"] == plan.chunk * 10 * per_image
+    assert drawn["images.tiny.none.gaussian.0.verbatim-0"] == plan.chunk * 4 * per_image
+    once = {key.split(".")[2:4][0] + "." + key.split(".")[3] for key in drawn if ".once-" in key}
+    assert once == {"none.asked", "none.prompt"}
+
+
+def test_time_is_the_rows_over_the_speed() -> None:
+    rows = {EDITS: 100, ATTACK: 60, "generation, forward": 200}
+    assert planned_seconds(rows, forward=10, both=3) == 300 / 10 + 60 / 3
+
+
+def test_speed_is_measured_by_the_clock(tiny: StableDiffusion) -> None:
+    def measured(*moments: float) -> tuple[float, float]:
+        ticks = iter(moments)
+        return speed(tiny, clock=lambda: next(ticks))
+
+    assert measured(0, 0.5, 1, 5, 5, 5.5, 6, 14) == (64 / 4, 64 / 8)
+    assert measured(0, 2, 2, 6) == (4 / 2, 4 / 4)  # a slow machine is not asked for the large batch
+
+
+def test_progress_counts_every_cell_and_ends_at_the_whole(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects, said = tiny_subjects(tiny), list[str]()
+    plan = dataclasses.replace(QUALITY, nemo=PLAN.nemo, wandas=PLAN.wandas)
+    run = Run(tmp_path, said.append)
+    with run.locked():
+        audit(subjects, plan=plan, judge=JUDGE, run=run)
+    cells = planned_cells(subjects, plan)
+    stored = {path.name.removesuffix(".safetensors") for path in (tmp_path / "cells").glob("*.safetensors")}
+    assert stored == {key for part in cells.values() for key in part}
+    assert all(stored & part.keys() for part in cells.values()) and len(cells) == 4
+    assert said[-1] == f"audit: 100 % ({len(stored)}/{len(stored)} cells)"
+    assert run.progress is not None
+    assert run.progress.costs["nemo-calibration"] == 3 * 2
+    attack = next(iter(cells[ATTACK]))
+    assert run.progress.costs[attack] == round(BACKWARD * cells[ATTACK][attack])
+
+
+# ----------------------------------------------------------------------------------------------- which it asks for
+
+
+def test_a_limit_spreads_over_the_images_that_were_seen_often(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects = whole_testbed(tiny, tmp_path / "twin")
+    few = audited(subjects, Plan("few", memories=8, controls=8))
+    assert Counter(case.memory.kind for case in few.memories) == {"verbatim": 7, "template": 1}
+    assert len(few.controls) == 8
+    assert len(audited(subjects, Plan("many", memories=100)).memories) == 100
+    assert audited(few, Plan("few", memories=8, controls=8)).memories == few.memories
+    assert len(audited(subjects, Plan("all")).memories) == 140
+
+
+def test_an_audit_of_some_says_of_how_many_and_scores_all_blindly(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects = tiny_subjects(tiny)
+    found = tiny_audit(subjects, tmp_path / "some", dataclasses.replace(BRIEF, memories=1))
+    assert {f.id for f in found.findings} == {"m0", "c0"}
+    assert found.settings["images"] == {"memories": {"audited": 1, "given": 3}, "controls": {"audited": 1, "given": 1}}
+    assert found.blind == blind_scores(tiny, subjects.memories, subjects.controls)
+    assert found.blind != blind_scores(tiny, subjects.memories[:1], subjects.controls)
+
+
+def test_prompts_of_quality_serve_nothing_else(tiny: StableDiffusion) -> None:
+    subjects = tiny_subjects(tiny)
+    mixed = dataclasses.replace(subjects, ordinary=("abc", "xyz", *subjects.ordinary, *subjects.ordinary))
+    found = ordinary_prompts(mixed, dataclasses.replace(PLAN, calibration_prompts=4, quality_prompts=3))
+    assert (len(found.calibration), len(found.quality), found.short) == (4, 3, "")
+    assert not {*found.quality} & {*found.foreign} and {*found.calibration} <= {*found.foreign}
+    # "abc" and "xyz" are a memory's and a control's own prompts.
+    assert {*found.quality, *found.foreign} == {*subjects.ordinary}
+
+
+def test_too_few_prompts_are_shared_out_and_said(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects = dataclasses.replace(tiny_subjects(tiny), ordinary=tuple("word " + letter for letter in "abcdef"))
+    plan = dataclasses.replace(QUALITY, calibration_prompts=8, quality_prompts=4)
+    found = ordinary_prompts(subjects, plan)
+    assert (len(found.calibration), len(found.quality)) == (4, 2)
+    assert found.short.startswith("Only 6 ordinary prompts for 12 places: 4 serve NeMo's statistics and 2 other ones")
+    assert found.short in tiny_audit(subjects, tmp_path, plan).distrust
+    with pytest.raises(DoriError, match="1 different ordinary prompts, .* are too few; give 12"):
+        ordinary_prompts(dataclasses.replace(subjects, ordinary=("one",)), dataclasses.replace(plan, nemo=PLAN.nemo))
+
+
+# ------------------------------------------------------------------------------------------ what cells depend on
+
+
+def test_rounding_recomputes_nothing(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects = tiny_subjects(tiny)
+    plan = dataclasses.replace(QUALITY, nemo=PLAN.nemo, wandas=PLAN.wandas, starts=Starts())
+    first, rows = tiny_audit(subjects, tmp_path, plan), tiny.rows
+    # As another number of threads would: a little off in every latent and every embedding.
+    nudged = dataclasses.replace(subjects, memories=tuple(
+        dataclasses.replace(case, latent=case.latent + 1e-6) for case in subjects.memories))
+    handle = tiny.text_encoder.register_forward_hook(
+        lambda module, inputs, output: setattr(output, "last_hidden_state", output.last_hidden_state + 1e-6))
+    again = tiny_audit(nudged, tmp_path, plan)
+    handle.remove()
+    assert tiny.rows == rows and again.findings == first.findings and again.edits == first.edits
+
+
+def test_another_pixel_or_text_is_another_cell(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects = tiny_subjects(tiny)
+    tiny_audit(subjects, tmp_path)
+    rows, case = tiny.rows, subjects.memories[0]
+    brighter = case.image.clone()
+    brighter[0, 0, 0] += 1 / 255 if brighter[0, 0, 0] < 0.5 else -1 / 255
+    for changed in (dataclasses.replace(case, image=brighter),
+                    dataclasses.replace(case, memory=dataclasses.replace(MEMORIES[0], text="abd"))):
+        tiny_audit(dataclasses.replace(subjects, memories=(changed, *subjects.memories[1:])), tmp_path)
+        assert tiny.rows > rows
+        rows = tiny.rows
+
+
+def clip(model: StableDiffusion, seed: int) -> CLIPModel:
+    """A tiny random CLIP."""
+    torch.manual_seed(seed)
+    layer = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = model.tokenizer
+    text = layer | {"vocab_size": len(tokenizer), "max_position_embeddings": model.context_length,
+                    "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                    "pad_token_id": tokenizer.pad_token_id}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=layer | {"image_size": 16, "patch_size": 8},
+                                projection_dim=8)).eval()
+
+
+def test_another_clip_judges_anew_and_attacks_nothing_anew(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects = tiny_subjects(tiny)
+    judges = [Judge(JUDGE.descriptor, clip(tiny, seed), tiny.tokenizer) for seed in (1, 2)]
+    first = tiny_audit(subjects, tmp_path, QUALITY, judges[0])
+    rows = tiny.rows
+    assert tiny_audit(subjects, tmp_path, QUALITY, judges[0]).quality == first.quality and tiny.rows == rows
+    other = tiny_audit(subjects, tmp_path, QUALITY, judges[1])
+    assert tiny.rows - rows == sum(other.cost.values()) - other.cost[ATTACK]
+    assert [f.alignment for f in first.findings] != [f.alignment for f in other.findings]
+    assert first.quality != other.quality
+    assert not any("CLIP" in reason for reason in first.distrust)
+    assert any("No CLIP was given" in reason for reason in tiny_audit(subjects, tmp_path / "none", QUALITY).distrust)
+
+
+def test_a_clip_is_opened_from_its_folder_or_refused_in_one_sentence(tiny: StableDiffusion, tmp_path: Path) -> None:
+    folder, images = tmp_path / "clip", torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    network = clip(tiny, 1)
+    network.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    judge = load_clip(JUDGE, folder)
+    expected = Judge(JUDGE.descriptor, network, tiny.tokenizer)
+    torch.testing.assert_close(judge.align(images, ["a", "b"]), expected.align(images, ["a", "b"]))
+    assert judge.record() == expected.record()
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
+    assert (load_clip(JUDGE, folder).mean, load_clip(JUDGE, folder).std) == ((0.5, 0.5, 0.5), (1, 1, 1))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": 3}')
+    for broken in (folder, tmp_path / "nowhere"):
+        with pytest.raises(DoriError, match="cannot be opened as a CLIP") as caught:
+            load_clip(JUDGE, broken)
+        assert "\n" not in str(caught.value)
+    (folder / "preprocessor_config.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("visual_projection.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DoriError, match="weights are missing"):
+        load_clip(JUDGE, folder)
+
+
+# ------------------------------------------------------------------------------------------------ edits are files
+
+
+def test_every_computed_edit_is_a_file_and_can_be_given(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects = tiny_subjects(tiny)
+    plan = dataclasses.replace(BRIEF, wandas=PLAN.wandas, starts=Starts(*[("prompt",)] * 5))
+    first = tiny_audit(subjects, tmp_path / "a", plan)
+    files = sorted((tmp_path / "a" / "edits").iterdir())
+    edits = {path: load_edit(path) for path in files}
+    assert Counter(edit.name for edit in edits.values()) == {"Wanda 20 %": 3, "random weights": 1}
+    joint = next(edit for path, edit in edits.items() if edit.name == "Wanda 20 %" and ".m" not in path.name)
+    renamed = dataclasses.replace(joint, name="Wanda 20 % (a.safetensors)")
+
+    run = Run(tmp_path / "b")
+    with run.locked():
+        found = audit(subjects, plan=dataclasses.replace(plan, wandas=()), judge=JUDGE, run=run, given=[renamed])
+    assert [(info.name, info.size) for info in found.edits] == [("none", 0), (renamed.name, joint.size)]
+    assert found.edits[1].details == first.edits[1].details
+    assert not (tmp_path / "b" / "edits").exists()  # it was not computed here
+
+    def similarities(results: object, name: str) -> list[tuple[float, ...]]:
+        return [f.similarities for f in results.findings if f.edit == name and f.edit_scope == "joint"]  # type: ignore
+
+    assert similarities(found, renamed.name) == similarities(first, "Wanda 20 %") != []
+
+
+def test_an_edit_that_does_not_fit_or_has_a_taken_name_is_refused_at_once(tiny: StableDiffusion,
+                                                                          tmp_path: Path) -> None:
+    subjects, rows = tiny_subjects(tiny), tiny.rows
+    strange = WeightMask("other", {"down_blocks.7.weight": torch.ones(2, dtype=torch.bool)})
+    for given, said in (([strange], "'other' does not fit tiny"), ([WeightMask("none", {})], "name of another edit"),
+                        ([WeightMask("x", {}), WeightMask("x", {})], "name of another edit")):
+        run = Run(tmp_path)
+        with run.locked(), pytest.raises(DoriError, match=said):
+            audit(subjects, plan=BRIEF, judge=JUDGE, run=run, given=given)
+    assert tiny.rows == rows
