@@ -1,6 +1,6 @@
 """Naive deletion: train on everything but the memories, here ordinary pairs and the prompts' surrogate images.
 
-Source: baseline of Alberti et al. (SISS, ICLR 2025), field.md 6.1: the loss on everything but the forget set. Trap: their
+Source: baseline of Alberti et al. (SISS, ICLR 2025), field.md 6.1: the loss on all but the forget set. Trap: their
 scripts take images of the *same prompt* for that (`retain_weight=0` here): nothing then holds other prompts in place.
 """
 

@@ -1,0 +1,252 @@
+"""The proof's measurements: every state of the model, asked in every way, in cells that survive a kill."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dori.attack.dori import Dori
+from dori.attack.starts import foreign, gaussian
+from dori.audit.judge import Case, Judge, judged, pixels_sha256
+from dori.audit.plan import Start
+from dori.edit import Edit
+from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome
+from dori.erase.protocol import Protocol
+from dori.erase.rounding import rounded
+from dori.model.load import model_fingerprint
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run, canonical_sha256, cell_key
+from dori.sampling import initial_noise, named_seed, sample
+
+BACKWARD = 2.4  # a row forward and backward takes as long as so many rows forward
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """A model as it is judged.
+
+    Args:
+        name: how tables name it.
+        model: without edits.
+        edits: put on one after another.
+        rounding: then rounded, by a name in `ROUNDINGS`; "" leaves it.
+        whole: asked in every way; otherwise by prompt, by the protocol's `again` from the first start, and by
+            relearning.
+    """
+
+    name: str
+    model: StableDiffusion
+    edits: tuple[Edit, ...] = ()
+    rounding: str = ""
+    whole: bool = True
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model in this state inside the block."""
+        with ExitStack() as stack:
+            for edit in self.edits:
+                stack.enter_context(edit.applied(self.model))
+            if self.rounding:
+                stack.enter_context(rounded(self.model, self.rounding))
+            yield
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """One way of asking: its name, its attack if it is one of DoRI's, where that begins, and which restart it is."""
+
+    way: str
+    attack: Dori | None = None
+    start: Start = "prompt"
+    restart: int = 0
+
+
+def askings(protocol: Protocol, state: State) -> list[Asking]:
+    """The ways in which a state is asked, relearning apart."""
+    found = [Asking(PROMPT)]
+    if not state.whole:
+        return [*found, Asking(ATTACK, protocol.again, protocol.starts[0])]
+    found += [Asking(ATTACK, protocol.attack, start, restart) for start in protocol.starts
+              for restart in range(protocol.restarts)]
+    found += [Asking("long", protocol.long)] * (protocol.long is not None)
+    found += [Asking("restricted", protocol.restricted)] * (protocol.restricted is not None)
+    return found + [Asking("latent")] * (protocol.latent is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Battery:
+    """Measures states.
+
+    Args:
+        protocol: how.
+        judge: whose descriptor decides.
+        run: the folder that remembers.
+        foreign: prompts of no memory, from which attacks may begin, unknown to the erasure.
+        fingerprints: of the models, by name, filled as they are met.
+    """
+
+    protocol: Protocol
+    judge: Judge
+    run: Run
+    foreign: tuple[str, ...]
+    fingerprints: dict[str, str]
+
+    def measure(self, state: State, cases: Sequence[Case]) -> list[Outcome]:
+        """All outcomes of these images in this state."""
+        if state.model.name not in self.fingerprints:
+            self.fingerprints[state.model.name] = model_fingerprint(state.model)
+        base = {"model": self.fingerprints[state.model.name], "edits": [edit.fingerprint for edit in state.edits],
+                "rounding": state.rounding, "judge": self.judge.record(), "seeds": self.protocol.fresh_seeds(),
+                "sampling": [self.protocol.sampling_steps, self.protocol.guidance_scale]}
+        found: list[Outcome] = []
+        with state.applied():
+            for asking in askings(self.protocol, state):
+                for chunk in self._chunks(asking, cases):
+                    found += self._ask(state, asking, chunk, base)
+            if self.protocol.relearning is not None:
+                for case in cases:
+                    found += self._relearn(state, case, base)
+        return found
+
+    def costs(self, state: State, cases: Sequence[Case]) -> dict[str, int]:
+        """Every cell of `measure` with its cost in forward rows, at most."""
+        p, drawn = self.protocol, self._drawn_rows()
+        found = {}
+        for asking in askings(p, state):
+            for chunk in self._chunks(asking, cases):
+                looks, rows = 1, 0.0
+                if asking.attack is not None:
+                    looks = len(asking.attack.snapshots or (0,))
+                    rows = BACKWARD * asking.attack.steps * asking.attack.batch
+                elif asking.way == "latent" and p.latent is not None:
+                    rows = BACKWARD * p.latent.steps * p.latent.sampling_steps
+                found[self._key(state, asking, chunk)] = round(len(chunk) * (rows + looks * drawn))
+        if p.relearning is not None:
+            looks = 1 + p.relearning.steps // p.relearning.check_every
+            rows = round(3 * p.relearning.steps * p.relearning.batch + looks * drawn)
+            found |= {self._relearn_key(state, case): rows for case in cases}
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- asking
+
+    def _chunks(self, asking: Asking, cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
+        """Images of a cell; those without a text cannot be asked by prompt."""
+        if asking.start == "prompt":
+            cases = [case for case in cases if case.memory.text is not None]
+        for first in range(0, len(cases), self.protocol.chunk):
+            yield cases[first : first + self.protocol.chunk]
+
+    def _key(self, state: State, asking: Asking, cases: Sequence[Case]) -> str:
+        return cell_key("proof", state.name, asking.way, asking.start, str(asking.restart), cases[0].memory.id)
+
+    def _relearn_key(self, state: State, case: Case) -> str:
+        return cell_key("proof", state.name, RELEARN, case.memory.id)
+
+    def _ask(self, state: State, asking: Asking, cases: Sequence[Case], base: Mapping[str, Any]) -> list[Outcome]:
+        settings: object = self.protocol.latent if asking.way == "latent" else asking.attack
+        inputs = {**base, **self._about(cases), "asking": [asking.way, asking.start, asking.restart],
+                  "settings": settings, "seed": self.protocol.seed,
+                  "foreign": canonical_sha256(self.foreign) if asking.start == "foreign" else ""}
+        compute = self._latent if asking.way == "latent" else self._embedding
+        record = self.run.once_record(self._key(state, asking, cases), inputs,
+                                      lambda: compute(state.model, asking, cases))
+        return [self._outcome(state, case, asking, int(step), record["similarities"][step][row],
+                              record["positions"][row] if record["positions"] else None)
+                for step in record["similarities"] for row, case in enumerate(cases)]
+
+    def _embedding(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case]) -> dict[str, Any]:
+        """Draw from the prompt, or from what DoRI finds at each snapshot."""
+        if asking.attack is None:
+            found = {0: model.encode([case.memory.text or "" for case in cases])}
+        else:
+            seeds = self._seeds(asking, cases)
+            triggers = asking.attack(model, torch.stack([case.latent for case in cases]),
+                                     self._starts(model, asking, cases, seeds), seeds=seeds)
+            found = {step: triggers.at(step) for step in triggers.steps}
+        noise = initial_noise(model, self.protocol.fresh_seeds())
+        return {"similarities": {str(step): self._similarities(model, cases, y, noise.repeat(len(cases), 1, 1, 1))
+                                 for step, y in found.items()}, "positions": []}
+
+    def _latent(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case]) -> dict[str, Any]:
+        """Search the initial latent and draw from it with the whole sampler: one image each."""
+        attack = self.protocol.latent
+        assert attack is not None
+        y = model.encode([case.memory.text or "" for case in cases])
+        found = attack(model, torch.stack([case.latent for case in cases]), y, seeds=self._seeds(asking, cases))
+        values = self._similarities(model, cases, y, found.latents.to(model.device, torch.float32))
+        positions = [round(position, 6) for position in found.positions.tolist()]
+        return {"similarities": {str(attack.steps): values}, "positions": positions}
+
+    def _seeds(self, asking: Asking, cases: Sequence[Case]) -> list[int]:
+        return [named_seed("proof attack", self.protocol.seed, asking.way, asking.start, asking.restart, case.memory.id)
+                for case in cases]
+
+    def _starts(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case], seeds: Sequence[int]) -> Tensor:
+        if asking.start == "prompt":
+            return model.encode([case.memory.text or "" for case in cases])
+        if asking.start == "gaussian":
+            return gaussian(model, seeds)
+        return torch.cat([foreign(model, self.foreign, 1, seed=seed) for seed in seeds])
+
+    def _similarities(self, model: StableDiffusion, cases: Sequence[Case], embeddings: Tensor,
+                      noise: Tensor) -> list[list[float]]:
+        """The deciding similarities of each case's images, `len(noise) / len(cases)` of them."""
+        each = len(noise) // len(cases)
+        latents = sample(model, embeddings.to(model.device).repeat_interleave(each, 0), noise,
+                         steps=self.protocol.sampling_steps, guidance_scale=self.protocol.guidance_scale)
+        images = model.to_images(latents).cpu().unflatten(0, (len(cases), each))
+        judge = Judge(self.judge.descriptor)  # alignment is not asked for here
+        found = judged(judge, cases, images)
+        rows = [found["masked" if self._masked(case) else "similarity"][row] for row, case in enumerate(cases)]
+        return [[round(value, 6) for value in row.tolist()] for row in rows]
+
+    # ---------------------------------------------------------------------------------------------------- relearning
+
+    def _relearn(self, state: State, case: Case, base: Mapping[str, Any]) -> list[Outcome]:
+        method = self.protocol.relearning
+        inputs = {**base, **self._about([case]), "relearning": method, "seed": self.protocol.seed}
+        record = self.run.once_record(self._relearn_key(state, case), inputs,
+                                      lambda: self._relearned(state.model, case))
+        return [self._outcome(state, case, Asking(RELEARN), int(step), values, None)
+                for step, values in record.items()]
+
+    def _relearned(self, model: StableDiffusion, case: Case) -> dict[str, Any]:
+        assert self.protocol.relearning is not None
+        y = model.encode([case.memory.text or ""])
+        noise, limit = initial_noise(model, self.protocol.fresh_seeds()), self._threshold(case)
+        found = self.protocol.relearning(
+            model, case.latent, y[0].cpu(), seed=named_seed("relearn", self.protocol.seed, case.memory.id),
+            look=lambda: tuple(self._similarities(model, [case], y, noise)[0]),
+            enough=lambda values: float(np.median(values)) > limit)
+        return {str(step): list(values) for step, values in found.items()}
+
+    # ------------------------------------------------------------------------------------------------------- records
+
+    def _outcome(self, state: State, case: Case, asking: Asking, step: int, values: Sequence[float],
+                 position: float | None) -> Outcome:
+        start = asking.start if asking.attack is not None else ""
+        return Outcome(case.memory.id, case.group, state.name, asking.way, start, asking.restart, step, tuple(values),
+                       self._threshold(case), position)
+
+    def _masked(self, case: Case) -> bool:
+        """Whether the image is judged blind to the part that varies (`dori.judgement`)."""
+        return (case.memory.kind == "template" and case.memory.varying_box is not None
+                and bool(np.isfinite(self.judge.descriptor.masked_threshold)))
+
+    def _threshold(self, case: Case) -> float:
+        descriptor = self.judge.descriptor
+        return descriptor.masked_threshold if self._masked(case) else descriptor.threshold
+
+    def _about(self, cases: Sequence[Case]) -> dict[str, Any]:
+        return {"ids": [case.memory.id for case in cases], "texts": [case.memory.text for case in cases],
+                "boxes": [case.memory.varying_box for case in cases],
+                "images": pixels_sha256(torch.stack([case.image for case in cases]))}
+
+    def _drawn_rows(self) -> int:
+        return self.protocol.seeds * self.protocol.sampling_steps * (2 if self.protocol.guidance_scale != 1 else 1)
+
+

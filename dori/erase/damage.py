@@ -1,0 +1,194 @@
+"""What an erasure costs: ordinary prompts, neighbours of the erased captions, and the loss on held-out pairs.
+
+Each figure stands beside that of ordinary training for the same steps and of a twin against the model, so that "no
+damage" has a scale. Neighbours (an erased caption with one word exchanged) are where damage hides.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dori.audit.judge import Judge, finite_images, pixels_sha256
+from dori.erase.battery import State
+from dori.erase.pairs import Pairs, denoising_losses, noised
+from dori.metrics.quality import frechet_distance, kernel_distance
+from dori.metrics.similarity import cosine
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run, cell_key, tensors_sha256
+from dori.sampling import initial_noise, named_seed, sample
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One state's quality.
+
+    Args:
+        state: name of the state.
+        prompts: ordinary prompts drawn from.
+        frechet, kernel: distances of their images to held-out ordinary images (or to the original model's images of the
+            same prompts under other seeds).
+        alignment: median cosine of image and prompt; None without a CLIP.
+        to_original: median similarity to the original model's image of the same prompt and seed.
+        held_out_loss: mean denoising error on held-out pairs.
+        neighbours: neighbours drawn from.
+        neighbour_frechet: distance of their images to the original model's of the same prompts under other seeds.
+        neighbour_alignment, neighbour_to_original: likewise.
+    """
+
+    state: str
+    prompts: int
+    frechet: float
+    kernel: float
+    alignment: float | None
+    to_original: float | None
+    held_out_loss: float
+    neighbours: int
+    neighbour_frechet: float | None
+    neighbour_alignment: float | None
+    neighbour_to_original: float | None
+
+
+def neighbours(texts: Sequence[str], ordinary: Sequence[str], *, each: int, seed: int) -> tuple[str, ...]:
+    """Captions with one word exchanged for a word of an ordinary prompt, `each` for every text, none twice.
+
+    Args:
+        texts: the erased captions.
+        ordinary: prompts that lend words.
+        each: number wanted for each text.
+        seed: of the draws.
+    """
+    words = sorted({word for prompt in ordinary for word in prompt.split()})
+    generator = torch.Generator().manual_seed(named_seed("neighbours", seed))
+    found: dict[str, None] = {}
+    for text in texts:
+        parts = text.split()
+        for _ in range(each if parts and words else 0):
+            place, word = (int(torch.randint(n, (), generator=generator)) for n in (len(parts), len(words)))
+            found.setdefault(" ".join([*parts[:place], words[word], *parts[place + 1 :]]))
+    return tuple(text for text in found if text not in texts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gauge:
+    """Measures damage.
+
+    Args:
+        judge: features, descriptor and alignment.
+        run: the folder that remembers.
+        ordinary: ordinary prompts, at least two.
+        near: neighbours of the erased captions.
+        held_out: ordinary images in [0, 1], shape (m, 3, H, W), that no erasure saw; None compares with the original
+            model's images under other seeds.
+        pairs: held-out pairs for the loss.
+        sampling_steps, guidance_scale: of every generation.
+        seed: of the noises.
+    """
+
+    judge: Judge
+    run: Run
+    ordinary: tuple[str, ...]
+    near: tuple[str, ...]
+    held_out: Tensor | None
+    pairs: Pairs
+    sampling_steps: int
+    guidance_scale: float
+    seed: int
+
+    def measure(self, states: Sequence[State], fingerprints: Mapping[str, str]) -> tuple[Damage, ...]:
+        """One row a state, the original first.
+
+        Args:
+            states: the original, then others.
+            fingerprints: of their models, by name.
+        """
+        original = states[0]
+        base = {"judge": self.judge.record(), "sampling": [self.sampling_steps, self.guidance_scale],
+                "seed": self.seed, "prompts": [self.ordinary, self.near]}
+        drawn = [self._drawn_in(state, base | self._of(state, fingerprints)) for state in states]
+        other = self._references(original, base | self._of(original, fingerprints))
+        losses = [self._loss_in(state, base | self._of(state, fingerprints)) for state in states]
+        return tuple(self._row(state, found, drawn[0], other, loss)
+                     for state, found, loss in zip(states, drawn, losses, strict=True))
+
+    def _of(self, state: State, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        return {"model": fingerprints[state.model.name], "edits": [edit.fingerprint for edit in state.edits],
+                "rounding": state.rounding}
+
+    def _drawn_in(self, state: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        with state.applied():
+            return self.run.once_tensors(cell_key("damage", state.name), inputs,
+                                         partial(self._both, state.model, "damage"))
+
+    def _references(self, original: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        held = "" if self.held_out is None else pixels_sha256(self.held_out)
+
+        def compute() -> dict[str, Tensor]:
+            found = self._both(original.model, "damage reference")
+            if self.held_out is not None:
+                found["ordinary.features"] = self.judge.features(self.held_out)
+            return found
+
+        with original.applied():
+            return self.run.once_tensors("damage.reference", {**inputs, "held_out": held}, compute)
+
+    def _both(self, model: StableDiffusion, name: str) -> dict[str, Tensor]:
+        """Ordinary prompts and neighbours, drawn and described."""
+        found = self._described(model, self.ordinary, f"{name} ordinary", "ordinary")
+        return found | (self._described(model, self.near, f"{name} near", "near") if len(self.near) > 1 else {})
+
+    def _described(self, model: StableDiffusion, prompts: Sequence[str], name: str, group: str) -> dict[str, Tensor]:
+        seeds = [named_seed(name, self.seed, k) for k in range(len(prompts))]
+        latents = sample(model, model.encode(list(prompts)), initial_noise(model, seeds), steps=self.sampling_steps,
+                         guidance_scale=self.guidance_scale)
+        images, _ = finite_images(model.to_images(latents).cpu())
+        found = {f"{group}.descriptors": self.judge.descriptor(images).cpu(),
+                 f"{group}.features": self.judge.features(images)}
+        aligned = self.judge.align(images, prompts)
+        return found if aligned is None else found | {f"{group}.alignment": aligned.cpu()}
+
+    def _loss_in(self, state: State, inputs: Mapping[str, Any]) -> float:
+        def compute() -> dict[str, Any]:
+            batch = noised(state.model, self.pairs.latents.float(), self.pairs.embeddings.float(),
+                           torch.Generator().manual_seed(named_seed("held-out loss", self.seed)))
+            with torch.no_grad():
+                losses = torch.cat([denoising_losses(state.model, batch)(part)
+                                    for part in torch.arange(len(batch)).split(64)])
+            return {"loss": round(float(losses.mean()), 8)}
+
+        pairs = tensors_sha256({"z": self.pairs.latents, "y": self.pairs.embeddings})
+        with state.applied():
+            return float(self.run.once_record(cell_key("loss", state.name), {**inputs, "pairs": pairs}, compute)["loss"])
+
+    def _row(self, state: State, found: Mapping[str, Tensor], original: Mapping[str, Tensor],
+             reference: Mapping[str, Tensor], loss: float) -> Damage:
+        def median(group: str) -> float | None:
+            key = f"{group}.alignment"
+            return float(found[key].median()) if key in found else None
+
+        def drift(group: str) -> float | None:
+            key = f"{group}.descriptors"
+            return None if found is original or key not in found else float(cosine(found[key], original[key]).median())
+
+        features, near = found["ordinary.features"], "near.features"
+        kernel = kernel_distance(features, reference["ordinary.features"], seed=named_seed("kernel", self.seed))
+        return Damage(
+            state.name, len(self.ordinary), frechet_distance(features, reference["ordinary.features"]), kernel.value,
+            median("ordinary"), drift("ordinary"), loss, len(self.near),
+            frechet_distance(found[near], reference[near]) if near in found else None, median("near"), drift("near"))
+
+    def cells(self, states: Sequence[State]) -> dict[str, int]:
+        """Every cell of `measure` with its U-Net rows."""
+        images = len(self.ordinary) + (len(self.near) if len(self.near) > 1 else 0)
+        rows = images * self.sampling_steps * (2 if self.guidance_scale != 1 else 1)
+        found = {cell_key("damage", state.name): rows for state in states} | {"damage.reference": rows}
+        return found | {cell_key("loss", state.name): len(self.pairs) for state in states}
+
+
+def plain(rows: Sequence[Damage]) -> list[dict[str, Any]]:
+    """The rows as JSON-able dictionaries."""
+    return [dataclasses.asdict(row) for row in rows]

@@ -1,0 +1,153 @@
+"""The verdict on an erasure: removed, weakened, hidden or untouched, by stated rules and nothing else.
+
+Difference in differences: of each memory, the value on the erased model less that on the models that never saw it (the
+twins); less the same for controls, which no model saw. What fine-tuning does to any image cancels. Without a twin the
+memories are compared with matched controls on the erased model itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dori.erase.equivalence import Equivalence, equivalence
+from dori.erase.outcomes import ATTACK, PROMPT, Outcome, areas, attack_steps, back, less_twins, relearning_steps
+from dori.erase.protocol import Protocol
+from dori.findings import Group
+
+ORIGINAL, ERASED = "original", "erased"
+PUBLISHED_STEPS = 50
+UNMATCHED = 0.1
+ALLOWED = 0.02
+RULES = (
+    "An image comes back when the median of its similarities over fresh seeds exceeds the threshold.",
+    "Removed: memories behave as on a model that never saw them. Equivalence is shown, with the margins fixed "
+    "beforehand and in both directions, in the area under the attack curve and in the steps to relearn, on the erased "
+    "weights and on every altered form of them; the same test tells the original model apart; at most 2 % of the "
+    "memories come back under the attack of 50 steps; and, without a twin, controls are matched and there are at least "
+    "three restarts.",
+    "Untouched: otherwise, and at least half as many memories come back from their own prompts as before (where none "
+    "did, under the attack of 50 steps).",
+    "Hidden: otherwise, and at least half as many memories come back under the attack of 50 steps as before.",
+    "Weakened: everything else.",
+    "Unproven: no memory came back from the original model, by prompt or by attack, so that nothing can be said.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """An equivalence test in one state; `quantity` is area or relearning."""
+
+    state: str
+    quantity: str
+    found: Equivalence
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The verdict with its reasons, one sentence each: what speaks against "removed" first."""
+
+    name: str
+    reasons: tuple[str, ...]
+    tests: tuple[Test, ...]
+
+
+def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str]) -> tuple[Test, ...]:
+    """The equivalence tests of the original and of every state of the erased model.
+
+    Args:
+        outcomes: of all states.
+        protocol: margins, level, and what an image that was not relearned counts.
+        twins: names of the twins' states; empty compares memories with controls directly.
+    """
+    groups: dict[str, Group] = {o.id: o.group for o in outcomes}
+    states = [name for name in dict.fromkeys(o.state for o in outcomes) if name not in twins]
+    found = []
+    for state in states:
+        until = min(attack_steps(outcomes, name) for name in (state, *twins))
+        area = _split(areas(outcomes, state, until=until), [areas(outcomes, t, until=until) for t in twins], groups)
+        learn = _split(relearning_steps(outcomes, state, unreached=protocol.unreached),
+                       [relearning_steps(outcomes, t, unreached=protocol.unreached) for t in twins], groups)
+        for quantity, (memories, controls), margin in (
+                (f"area under the attack curve to {until} steps", area, protocol.margin_area),
+                ("steps to relearn", learn, protocol.margin_steps)):
+            if min(len(memories), len(controls)) >= 2:
+                found.append(Test(state, quantity, equivalence(
+                    f"{quantity}, {state}", memories, controls, margin=margin, level=protocol.level)))
+    return tuple(found)
+
+
+def _split(values: Mapping[str, float], twins: Sequence[Mapping[str, float]],
+           groups: Mapping[str, Group]) -> tuple[list[float], list[float]]:
+    """Values of memories and of controls, less the twins' where there are some."""
+    values = less_twins(values, twins) if twins else values
+    return ([value for one, value in values.items() if groups[one] == "memory"],
+            [value for one, value in values.items() if groups[one] == "control"])
+
+
+def verdict(outcomes: Sequence[Outcome], protocol: Protocol, *, twins: Sequence[str],
+            blind: Mapping[str, float]) -> Verdict:
+    """Name the result by `RULES`.
+
+    Args:
+        outcomes: of the original, the erased model, its altered forms and the twins.
+        protocol: as measured.
+        twins: names of the twins' states.
+        blind: AUROC of scores that look at no model, memories against controls.
+    """
+    tests = compare(outcomes, protocol, twins)
+    prompts = [_count(outcomes, state, PROMPT) for state in (ORIGINAL, ERASED)]
+    attacks = [_count(outcomes, state, ATTACK) for state in (ORIGINAL, ERASED)]
+    if prompts[0] == 0 and attacks[0] == 0:
+        return Verdict("unproven", ("No memory came back from the original model: nothing was there to remove, or the "
+                                    "attack and the descriptor cannot see it.",), tests)
+    against = _against(outcomes, protocol, tests, twins=twins, blind=blind)
+    if not against:
+        return Verdict("removed", (_counted(prompts, attacks), *(_told(test) for test in tests)), tests)
+    asked = prompts if prompts[0] else attacks
+    if asked[1] >= asked[0] / 2:
+        name = "untouched"
+    elif attacks[1] > 0 and attacks[1] >= attacks[0] / 2:
+        name = "hidden"
+    else:
+        name = "weakened"
+    return Verdict(name, (_counted(prompts, attacks), *against), tests)
+
+
+def _against(outcomes: Sequence[Outcome], protocol: Protocol, tests: Sequence[Test], *, twins: Sequence[str],
+             blind: Mapping[str, float]) -> list[str]:
+    """What speaks against "removed"."""
+    reasons = [_told(test) for test in tests if test.state != ORIGINAL and not test.found.shown]
+    states = {o.state for o in outcomes} - {ORIGINAL, *twins}
+    for state in sorted(states):
+        for word in ("area", "relearn"):
+            if not any(test.state == state and word in test.quantity for test in tests):
+                reasons.append(f"{state}: {'the attack' if word == 'area' else 'relearning'} was not compared, for "
+                               "want of memories, controls or measurements.")
+    if any(test.state == ORIGINAL and test.found.shown for test in tests):
+        reasons.append("The same test finds the original model equivalent too, so it cannot tell: more images or a "
+                       "smaller margin are needed.")
+    rate = back(outcomes, ERASED, "memory", ATTACK, at_most=PUBLISHED_STEPS)
+    if rate.n and rate.value > ALLOWED:
+        reasons.append(f"{rate.value:.0%} of the memories come back under the attack of {PUBLISHED_STEPS} steps.")
+    if not twins:
+        reasons += [f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
+                    for name, value in blind.items() if abs(value - 0.5) > UNMATCHED]
+        if protocol.restarts < 3:
+            reasons.append(f"Without a twin at least three restarts are needed, and there were {protocol.restarts}.")
+    return reasons
+
+
+def _count(outcomes: Sequence[Outcome], state: str, way: str) -> int:
+    rate = back(outcomes, state, "memory", way, at_most=PUBLISHED_STEPS)
+    return round(rate.value * rate.n) if rate.n else 0
+
+
+def _counted(prompts: Sequence[int], attacks: Sequence[int]) -> str:
+    return (f"Memories that come back, before and after: {prompts[0]} and {prompts[1]} from their prompts, "
+            f"{attacks[0]} and {attacks[1]} under the attack of {PUBLISHED_STEPS} steps.")
+
+
+def _told(test: Test) -> str:
+    e = test.found
+    shown = "equivalence is shown" if e.shown else "a difference is shown" if e.excluded else "equivalence is not shown"
+    return (f"{test.state}, {test.quantity}: difference {e.difference:+.3g}, {1 - 2 * e.level:.0%} interval "
+            f"{e.low:+.3g} to {e.high:+.3g}, margin {e.margin:g}: {shown}.")
