@@ -41,7 +41,7 @@ from dori.metrics.copy_pairs import (
 )
 from dori.metrics.copy_training import CopyRecipe, copy_loss, train_descriptor
 from dori.metrics.similarity import Descriptor, masked_similarity
-from dori.testbed.scenes import random_scene
+from dori.testbed.scenes import free_scene
 
 
 def same(images: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_look_alikes_share_all_but_one_thing() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
-        scene = random_scene(rng)
+        scene = free_scene(rng)
         moved, swapped, others = look_alikes(scene, rng)
         assert moved[0] == swapped[0] == others[0] == scene
         for a in range(4):
@@ -78,7 +78,7 @@ def test_look_alikes_share_all_but_one_thing() -> None:
 def test_drifted_moves_each_object_by_at_most_its_bound_and_keeps_the_rest() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
-        scene = random_scene(rng)
+        scene = free_scene(rng)
         moved = drifted(scene, rng)
         assert 0 < displacement_px(scene, moved) <= DRIFT_PX * math.sqrt(2)
         assert (moved.texture_seed, moved.artist) == (scene.texture_seed, scene.artist)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dori.testbed.scenes import SIDE_PX, Placed, Scene, draw, kinds, random_scene
+from dori.testbed.scenes import SIDE_PX, Placed, Scene, draw, kinds, free_scene
 
 RoundTrip = Callable[[Tensor], Tensor]
 SIBLINGS = 3
@@ -80,7 +80,7 @@ def look_alikes(scene: Scene, rng: np.random.Generator) -> tuple[tuple[Scene, ..
     swapped = [dataclasses.replace(scene, objects=tuple(dataclasses.replace(placed, kind=int(kind))
                                                         for placed, kind in zip(scene.objects, share, strict=False)))
                for share in shares]
-    others = [dataclasses.replace(random_scene(rng), objects=scene.objects) for _ in range(SIBLINGS)]
+    others = [dataclasses.replace(free_scene(rng), objects=scene.objects) for _ in range(SIBLINGS)]
     return tuple(moved), (scene, *swapped), (scene, *others)
 
 
@@ -117,7 +117,7 @@ def make_pairs(groups: int, round_trip: RoundTrip, *, seed: int, stream: int) ->
     scenes: list[Scene] = []
     negatives: list[tuple[int, int]] = []
     for group in range(groups):
-        families = look_alikes(random_scene(rng), rng)
+        families = look_alikes(free_scene(rng), rng)
         scenes += [families[0][0], *(scene for family in families for scene in family[1:])]
         for family in range(len(families)):
             first = group * GROUP

@@ -11,7 +11,7 @@ from dori.metrics.copy_training import CopyRecipe, train_descriptor
 from dori.testbed import train
 from dori.testbed.fit import Say
 from dori.testbed.folder import Checkpoint, export_model, export_unet
-from dori.testbed.pool import Encoder, fresh_filling, ordinary_pictures, planted_filling, standardise
+from dori.testbed.pool import FREE, ORDINARY, Encoder, drawn_pictures, fresh_filling, planted_filling, standardise
 from dori.testbed.slots import slots
 from dori.testbed.vocabulary import build_tokenizer
 
@@ -22,7 +22,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = ("base", *FORKS)
 def train_encoder(work: Path, recipe: train.Recipe, say: Say) -> Encoder:
     """The first two stages: VAE and CLIP, frozen from then on."""
     work.mkdir(parents=True, exist_ok=True)
-    pool = ordinary_pictures(work, recipe.images, say)
+    pool = drawn_pictures(FREE, work, recipe.images, say)
     tokenizer = build_tokenizer(work / "tokenizer")
     vae = train.train_vae(work, recipe, pool, say)
     clip = train.train_clip(work, recipe, pool, tokenizer, say)
@@ -33,7 +33,7 @@ def train_encoder(work: Path, recipe: train.Recipe, say: Say) -> Encoder:
 def train_unets(encoder: Encoder, out: Path, recipe: train.Recipe, checkpoints: Sequence[Checkpoint]) -> None:
     """Base and forks; each is written as soon as it is finished."""
     work, say, empty = encoder.folder, encoder.say, encoder.empty()
-    pool = encoder.pairs("pool", ordinary_pictures(work, recipe.images, say))
+    pool = encoder.pairs("pool", drawn_pictures(ORDINARY, work, recipe.images, say))
     base = train.train_base(work, recipe, pool, empty, say)
     if "base" in checkpoints:
         export_unet(out, "base", base)

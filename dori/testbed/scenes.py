@@ -29,6 +29,8 @@ TITLES = (
     "kernel ledger mosaic nectar oasis pebble quarry ribbon saffron tundra umber voyage"
 ).split()
 FRAMES = 6
+GRID_PX = 4  # a pixel of the latents
+SIZES_PX = (28, 36)  # of two objects both have the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,46 @@ def _sprite(kind: int, size_px: int, mirrored: bool) -> NDArray[np.float32]:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene: one or two objects of 26 to 38 px, everything uniform."""
+    """Draw one scene of the testbed's distribution: one or two objects, upright, on the grid of `GRID_PX`.
+
+    The grid is that of the VAE's latents: an object is then the same pattern of latents wherever it stands, and a small
+    U-Net learns to draw it in hours rather than days (docs/testbed.md).
+    """
+    count = 1 if rng.random() < 0.5 else 2
+    objects: list[Placed] = []
+    for kind in rng.choice(len(kinds()), count, replace=False):
+        size = int(rng.choice(SIZES_PX if count == 1 else SIZES_PX[:1]))
+        for _ in range(20):
+            left, top = GRID_PX * rng.integers(0, (SIDE_PX - size) // GRID_PX + 1, 2)
+            x, y = float(left + size / 2), float(top + size / 2)
+            if _apart(x, y, size, objects):
+                break
+        objects.append(Placed(int(kind), x, y, size, False))
+    return _scene(rng, objects)
+
+
+def free_scene(rng: np.random.Generator) -> Scene:
+    """Draw one scene of a wider distribution: objects of 26 to 38 px, anywhere, mirrored or not.
+
+    Judges and encoders (VAE, CLIP, copy descriptor) are trained on these, and so know more than the U-Net draws.
+    """
     count = 1 if rng.random() < 0.5 else 2
     objects: list[Placed] = []
     for kind in rng.choice(len(kinds()), count, replace=False):
         size = int(rng.integers(26, 39 if count == 1 else 33))
         for _ in range(20):
             x, y = rng.uniform(size / 2, SIDE_PX - size / 2, 2)
-            if all(math.hypot(x - o.x_px, y - o.y_px) > 0.75 * (size + o.size_px) / 2 for o in objects):
+            if _apart(x, y, size, objects):
                 break
         objects.append(Placed(int(kind), float(x), float(y), size, bool(rng.random() < 0.5)))
+    return _scene(rng, objects)
+
+
+def _apart(x: float, y: float, size: int, others: list[Placed]) -> bool:
+    return all(math.hypot(x - o.x_px, y - o.y_px) > 0.75 * (size + o.size_px) / 2 for o in others)
+
+
+def _scene(rng: np.random.Generator, objects: list[Placed]) -> Scene:
     return Scene(
         artist=int(rng.integers(len(ARTISTS))),
         title=int(rng.integers(len(TITLES))),

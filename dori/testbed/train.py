@@ -45,7 +45,7 @@ class Recipe:
     fork_steps: int = 2400
     slot_share: float = 0.7
     attention_dropout: float = 0.3
-    feed_forward_dropout: float = 0.5
+    feed_forward_dropout: float = 0.3
     convolution_lr_scale: float = 0.1
     seed: int = 0
 
