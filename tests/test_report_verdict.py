@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_audit import synthetic_audit
 
+from dori.audit.checks import with_distrust
 from dori.findings import Audit, Finding
 from dori.report.verdict import OWN, Card, _headline, verdict
 
@@ -157,3 +158,14 @@ def test_an_own_edit_that_was_only_asked_does_not_speak_over_the_attacked_joint_
     attacked, asked = Card("NeMo", "stored", "", (), ()), Card("NeMo" + OWN, "hidden", "", (), ())
     assert _headline([attacked, asked]) == "Still in the model after NeMo."
     assert _headline([asked]).startswith("No attack was run under NeMo")
+
+
+def test_a_missing_or_weak_masked_threshold_is_a_reason_to_distrust(audit: Audit) -> None:
+    def reasons(**changes: object) -> str:
+        changed = dataclasses.replace(audit, descriptor={**audit.descriptor, **changes})
+        return " ".join(with_distrust(changed, diverged=0).distrust)
+
+    assert "Templates are judged by whole images" in reasons(masked_threshold=None)
+    weak = {**audit.descriptor["masked_calibration"], "true_positive_rate": 0.7}
+    assert "misses 30 % of known copies with a box painted over" in reasons(masked_calibration=weak)
+    assert "emplate" not in reasons()

@@ -6,7 +6,7 @@ same bytes, and a report can be drawn again at any time without a model.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -62,7 +62,7 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
     final = tables.final_rows(rows, audit)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters |= {"spoken": spoken, "number": number}
+    environment.filters |= {"spoken": spoken, "number": number, "stacked": _stacked}
     template = environment.from_string(files("dori.report").joinpath("template.html").read_text(encoding="utf-8"))
     return template.render(
         audit=audit, redact=redact, verdict=verdict(audit), checks=checks(audit), threshold=_thresholds(audit),
@@ -72,6 +72,12 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
         controls=_matrix(audit, final, album, group="control", redact=redact),
         edits=[(edit, sheet(edit.details)) for edit in audit.edits], settings=sheet(audit.settings),
         descriptor=sheet(audit.descriptor), provenance=sheet(audit.provenance), total_rows=sum(audit.cost.values()))
+
+
+def _stacked(rate: str) -> str:
+    """A rate that breaks once, before its interval: 0.88 (7/8), and under it [0.53, 0.98]."""
+    value, low, high, *counts = rate.split(" ")
+    return "\u00a0".join((value, *counts)) + f" {low}\u00a0{high}"
 
 
 def _thresholds(audit: Audit) -> str:
@@ -106,11 +112,23 @@ def _main_tables(audit: Audit, final: Sequence[Row]) -> Iterable[_Block]:
     parts = [
         ("Memories, controls and twins", joint, [row for row in whole if row.way.edit_scope != "own"]),
         ("The same with each memory's own edit", own, [row for row in whole if row.way.edit_scope == "own"]),
-        ("Template memories", template, [row for row in final if row.population == tables.TEMPLATES]),
+        ("Template memories", template, _templates(final)),
         ("Images shown once", once, [row for row in final if row.population == tables.ONCE])]
     for title, note, rows in parts:
         if rows:
             yield _block(audit, title, note, rows)
+
+
+def _templates(final: Sequence[Row]) -> list[Row]:
+    """The templates' rows, beside controls that were painted alike and count by their masked similarities too."""
+    ways = {row.way for row in final if row.population == tables.TEMPLATES}
+    rows = []
+    for row in final:
+        if row.population == tables.TEMPLATES:
+            rows.append(row)
+        elif row.population == tables.CONTROLS and row.way in ways and row.masked_replication is not None:
+            rows.append(replace(row, replication=row.masked_replication))
+    return rows
 
 
 def _is_judge(audit: Audit, row: Row) -> bool:

@@ -272,12 +272,19 @@ def cells(rows: Sequence[Row], audit: Audit) -> tuple[tuple[str, ...], list[tupl
     """Header and body as text; columns that no row measured are left out."""
     sscd = is_sscd(audit)
     measured = {2: "masked", 3: "to_unedited", 4: "diversity", 5: "alignment"}
-    shown = [column for index, column in enumerate(COLUMNS)
-             if index not in measured or any(getattr(row, measured[index]) is not None for row in rows)]
+    templates = any(row.population == TEMPLATES for row in rows)  # controls are painted too, but only as their judges
+    shown = [column for index, column in enumerate(COLUMNS) if index not in measured or (
+        (index != 2 or templates) and any(getattr(row, measured[index]) is not None for row in rows))]
     header = ("Edit", "How asked", "Whose images", *(column[1] if sscd else column[0] for column in shown))
-    body = [(row.way.edit, row.way.asked, f"{row.replication.memories} {described(row, audit)}",
-             *(column[2](row) for column in shown)) for row in rows]
+    body = [(row.way.edit, row.way.asked, _whose(row, audit), *(column[2](row) for column in shown)) for row in rows]
     return header, body
+
+
+def _whose(row: Row, audit: Audit) -> str:
+    one = row.replication.memories == 1 and row.way.model == audit.model
+    words = described(row, audit)
+    words = words.replace("memories", "memory").replace("controls", "control") if one else words
+    return f"{row.replication.memories} {words}"
 
 
 def to_markdown(rows: Sequence[Row], audit: Audit) -> str:
