@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dori.testbed.scenes import SIDE_PX, Placed, Scene, draw, kinds, free_scene
+from dori.testbed.scenes import SIDE_PX, Placed, Scene, draw, free_scene, kinds
 
 RoundTrip = Callable[[Tensor], Tensor]
 SIBLINGS = 3
