@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,12 @@ from torch import Tensor
 import dori
 from dori.errors import DoriError
 from dori.lock import locked
+from dori.makers import code_sha256, makers, others
 from dori.progress import Progress
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 PARTIAL = ".partial"
-# What shows figures, or says how far they are, cannot change them; and what trains the testbed shows in its weights.
-NO_FIGURES = ("report/", "cli.py", "__main__.py", "compare.py", "errors.py", "lock.py", "progress.py",
-              *(f"testbed/{name}.py" for name in ("networks", "pipeline", "pool", "train", "vocabulary")))
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -55,17 +52,6 @@ def cell_key(*parts: str) -> str:
         return plain
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-")[:120] or "cell"
     return f"{safe}-{_sha256(json.dumps(parts).encode())[:10]}"
-
-
-@cache
-def code_sha256() -> str:
-    """SHA-256 over the names and texts of this package's source files that can change a figure."""
-    root, digest = Path(dori.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if not name.startswith(NO_FIGURES):
-            digest.update(_canonical([name, _sha256(path.read_bytes())]))
-    return digest.hexdigest()
 
 
 def _silent(line: str) -> None:
@@ -157,8 +143,7 @@ class Run:
     @property
     def made_by(self) -> dict[str, str]:
         """Beside its inputs, everything that a cell depends on: code, libraries and kind of device."""
-        libraries = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
-        return {"code": code_sha256(), "device": self.device, **libraries}
+        return makers(self.device)
 
     def provenance(self) -> dict[str, Any]:
         """What made this run: code, versions and machine, and, apart from them, what differs from run to run: times."""
@@ -191,9 +176,9 @@ class Run:
             header, stored = read(path)
             if header["inputs_sha256"] == wanted["inputs_sha256"]:
                 return stored
-            others = _other_makers(header.get("made_by", {}), wanted["made_by"])
-            if others:
-                self._tell_once(f"{self.folder}: made by {others}; results are computed anew")
+            strangers = others(header.get("made_by", {}), wanted["made_by"])
+            if strangers:
+                self._tell_once(f"{self.folder}: made by {strangers}; results are computed anew")
                 return None
             reason = f"{', '.join(_changed(header, wanted))} changed"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
@@ -285,13 +270,6 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     missing = object()
     names = [name for name in sorted({*before, *after}) if before.get(name, missing) != after.get(name, missing)]
     return names[:5] + ["more"] * (len(names) > 5) or ["the stored hash"]
-
-
-def _other_makers(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """In words what made a cell and is not at work now; empty if all is the same."""
-    found = ["other code" if name == "code" else f"{name} {old.get(name, 'unknown')} (now {now})"
-             for name, now in new.items() if old.get(name) != now]
-    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
 def _refuse_nan(data: object, what: str) -> None:
