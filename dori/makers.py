@@ -12,8 +12,8 @@ from pathlib import Path
 import dori
 
 # What shows figures, or says how far they are, cannot change them; and what trains the testbed shows in its weights.
-NO_FIGURES = ("report/", "locality/page/", "cli.py", "__main__.py", "compare.py", "errors.py", "lock.py",
-              "progress.py", *(f"testbed/{name}.py" for name in ("networks", "pipeline", "pool", "train", "vocabulary")))
+NO_FIGURES = ("report/", "locality/page/", "cli.py", "__main__.py", "compare.py", "errors.py", "lock.py", "progress.py",
+              *(f"testbed/{name}.py" for name in ("networks", "pipeline", "pool", "train", "vocabulary")))
 
 
 @cache
