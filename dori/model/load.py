@@ -103,8 +103,9 @@ def model_fingerprint(model: StableDiffusion) -> str:
 def plain_config(config: Any) -> dict[str, Any]:
     """A configuration without what does not change the answers: paths, versions, and the type of stored weights."""
     fields = config if isinstance(config, Mapping) else config.to_dict()
-    return {str(key): plain_config(value) if isinstance(value, Mapping) else value for key, value in fields.items()
-            if not str(key).startswith("_") and key not in ("architectures", "dtype", "torch_dtype", "transformers_version")}
+    plain = {str(key): plain_config(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
+    left_out = ("architectures", "dtype", "torch_dtype", "transformers_version")
+    return {key: value for key, value in plain.items() if not key.startswith("_") and key not in left_out}
 
 
 # ------------------------------------------------------------------------------------------------------- folders
