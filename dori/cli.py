@@ -22,6 +22,11 @@ AUDIT_HELP = """\
 MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. A FOLDER holds images and
 a metadata.jsonl with file_name, text and, if you like, id and kind. A killed audit resumes with the same command."""
 
+ERASE_HELP = """\
+MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. Without --memories the
+testbed's own memories are erased, judged by its twins. The result is an edit (a change of weights) with a certificate.
+A killed erasure resumes with the same command; `accelerate launch -m dori erase ...` spreads it over processes."""
+
 
 def say(line: str) -> None:
     """Progress goes to the error stream; results go to standard output."""
@@ -39,6 +44,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is no count; give a whole number from 1")
+    return value
+
+
+def _factor(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no factor; give a number above 0")
     return value
 
 
@@ -104,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     locality.add_argument("--redact", action="store_true", help="blur the training images on the page")
     locality.set_defaults(controls=None, clip=None)
 
+    _add_erase(commands)
+
     compare = commands.add_parser("compare", help="what changed between two runs")
     compare.add_argument("before", type=Path, metavar="RUN")
     compare.add_argument("after", type=Path, metavar="RUN")
@@ -130,10 +144,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_erase(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The arguments of `dori erase`."""
+    from dori.erase import ERASERS
+
+    erase = commands.add_parser("erase", help="take images out of a model, and prove it", description=ERASE_HELP)
+    erase.add_argument("model", metavar="MODEL")
+    erase.add_argument("--memories", type=Path, metavar="FOLDER", help="images to erase")
+    erase.add_argument("--retain", type=Path, metavar="FOLDER", help="ordinary images with texts")
+    erase.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
+    erase.add_argument("--twin", action="append", default=[], metavar="MODEL",
+                       help="a model like this one that never saw the memories; judges only; may be repeated")
+    erase.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    erase.add_argument("--preset", choices=("quick", "full"), default="quick")
+    erase.add_argument("--eraser", choices=ERASERS, default="adversarial")
+    erase.add_argument("--table", choices=("erasers", "ablations"),
+                       help="instead of one erasure: every eraser, or every arm of the ablation, under every attack")
+    erase.add_argument("--split", choices=("all", "tune", "test"), default="all",
+                       help="every other memory, to tune settings on or to test them (default all)")
+    erase.add_argument("--limit", type=_count, metavar="N", help="at most so many memories and as many controls")
+    erase.add_argument("--rate-scale", type=_factor, metavar="X", help="factor on all learning rates, which are those "
+                       "published for Stable Diffusion (default 1; 20 for the testbed)")
+    erase.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
+    erase.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
+    erase.add_argument("--save-model", type=Path, metavar="PATH", help="write the erased model too: a folder, or a "
+                       ".safetensors file if MODEL is one")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; exit 0, 1 (a limit was exceeded) or 2 (bad input)."""
     arguments = _parser().parse_args(argv)
-    commands = {"audit": _audit, "locality": _locality, "report": _report, "compare": _compare, "testbed": _testbed, "sscd": _sscd}
+    commands = {"audit": _audit, "report": _report, "compare": _compare, "locality": _locality, "erase": _erase,
+                "testbed": _testbed, "sscd": _sscd}
     try:
         status = commands[arguments.command](arguments)
     except DoriError as error:
@@ -300,6 +342,20 @@ def _report(arguments: argparse.Namespace) -> int:
     target = arguments.run / "report.html"
     write_text(target, render(read_audit(arguments.run / "audit.json"), arguments.run, redact=arguments.redact))
     print(f"report: {target}")
+    return 0
+
+
+def _erase(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from dori.erase.command import Request, erase
+
+    lines = erase(Request(
+        arguments.model, arguments.out, memories=arguments.memories, retain=arguments.retain,
+        controls=arguments.controls, twins=tuple(arguments.twin), preset=arguments.preset, eraser=arguments.eraser,
+        table=arguments.table, split=arguments.split, limit=arguments.limit, rate_scale=arguments.rate_scale,
+        seed=arguments.seed, device=arguments.device, save_model=arguments.save_model), say)
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -5,6 +5,7 @@ damage" has a scale. Neighbours (an erased caption with one word exchanged) are 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ class Damage:
             same prompts under other seeds).
         alignment: median cosine of image and prompt; None without a CLIP.
         to_original: median similarity to the original model's image of the same prompt and seed.
-        held_out_loss: mean denoising error on held-out pairs.
+        held_out_loss: mean denoising error on held-out pairs; None if it is not finite.
         neighbours: neighbours drawn from.
         neighbour_frechet: distance of their images to the original model's of the same prompts under other seeds.
         neighbour_alignment, neighbour_to_original: likewise.
@@ -46,7 +47,7 @@ class Damage:
     kernel: float
     alignment: float | None
     to_original: float | None
-    held_out_loss: float
+    held_out_loss: float | None
     neighbours: int
     neighbour_frechet: float | None
     neighbour_alignment: float | None
@@ -151,21 +152,23 @@ class Gauge:
         aligned = self.judge.align(images, prompts)
         return found if aligned is None else found | {f"{group}.alignment": aligned.cpu()}
 
-    def _loss_in(self, state: State, inputs: Mapping[str, Any]) -> float:
+    def _loss_in(self, state: State, inputs: Mapping[str, Any]) -> float | None:
         def compute() -> dict[str, Any]:
             batch = noised(state.model, self.pairs.latents.float(), self.pairs.embeddings.float(),
                            torch.Generator().manual_seed(named_seed("held-out loss", self.seed)))
             with torch.no_grad():
                 losses = torch.cat([denoising_losses(state.model, batch)(part)
                                     for part in torch.arange(len(batch)).split(64)])
-            return {"loss": round(float(losses.mean()), 8)}
+            loss = float(losses.mean())
+            return {"loss": round(loss, 8) if math.isfinite(loss) else None}
 
         pairs = tensors_sha256({"z": self.pairs.latents, "y": self.pairs.embeddings})
         with state.applied():
-            return float(self.run.once_record(cell_key("loss", state.name), {**inputs, "pairs": pairs}, compute)["loss"])
+            record = self.run.once_record(cell_key("loss", state.name), {**inputs, "pairs": pairs}, compute)
+        return record["loss"]
 
     def _row(self, state: State, found: Mapping[str, Tensor], original: Mapping[str, Tensor],
-             reference: Mapping[str, Tensor], loss: float) -> Damage:
+             reference: Mapping[str, Tensor], loss: float | None) -> Damage:
         def median(group: str) -> float | None:
             key = f"{group}.alignment"
             return float(found[key].median()) if key in found else None

@@ -16,7 +16,7 @@ from dori.erase.naive_deletion import NaiveDeletion
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.pairs import Forget, Pairs, Work
 from dori.erase.siss import Siss, as_released
-from dori.erase.tuning import Tuner
+from dori.erase.tuning import Part
 from dori.erase.uce import Uce
 from dori.model.stable_diffusion import StableDiffusion
 
@@ -63,7 +63,7 @@ def eraser(name: str, *, adversarial: AdversarialErasure, timesteps: int, sampli
 
 def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
     """The ablation's arms by name: each takes one part away from the recipe (or puts a weaker one in its place)."""
-    def tuned(part: str) -> AdversarialErasure:
+    def tuned(part: Part) -> AdversarialErasure:
         return dataclasses.replace(adversarial, tuner=dataclasses.replace(adversarial.tuner, part=part))
 
     table = {

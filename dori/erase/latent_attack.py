@@ -33,9 +33,12 @@ class FoundLatents:
 
 
 def norm_positions(latents: Tensor) -> Tensor:
-    """P(|x|^2 <= |found|^2) for x ~ N(0, I), shape (n,): 0.5 is typical, near 0 or 1 is impossible to draw."""
+    """P(|x|^2 <= |found|^2) for x ~ N(0, I), shape (n,): 0.5 is typical, near 0 or 1 is impossible to draw.
+
+    A latent that diverged is as far out as can be: 1.
+    """
     squares = latents.detach().cpu().double().flatten(1).square().sum(1)
-    return torch.from_numpy(stats.chi2.cdf(squares.numpy(), latents[0].numel()))
+    return torch.from_numpy(stats.chi2.cdf(squares.nan_to_num(torch.inf).numpy(), latents[0].numel()))
 
 
 @dataclass(frozen=True, slots=True)

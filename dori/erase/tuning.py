@@ -248,7 +248,7 @@ def tuning(model: StableDiffusion, tuner: Tuner, *, seed: int = 0,
             yield Tuned(model, tuner, base, leaves, optimizer, processes or Processes(), average)
         finally:
             for module in flags:
-                module.gradient_checkpointing = False  # type: ignore[assignment]
+                module.gradient_checkpointing = False
             for name in names:
                 parameters[name].grad = None
                 parameters[name].requires_grad_(False)

@@ -1,0 +1,155 @@
+"""The erasure's own cells: surrogates, edits and the times that they took."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dori.audit.edits import wanda_name
+from dori.audit.judge import Judge, pixels_sha256
+from dori.erase.adversarial import AdversarialErasure
+from dori.erase.delta import WeightDelta
+from dori.erase.erasers import Eraser
+from dori.erase.material import Material
+from dori.erase.pairs import Forget, Work
+from dori.erase.plan import Plan
+from dori.erase.surrogates import anchor_prompt
+from dori.erase.watch import Watch
+from dori.model.load import model_fingerprint
+from dori.run import Run, cell_key, tensors_sha256
+from dori.sampling import named_seed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bench:
+    """Where edits are made and kept.
+
+    Args:
+        material: what is erased.
+        plan: how.
+        judge: filters surrogates and watches.
+        run: the folder that remembers.
+        work: processes and progress.
+        fingerprint: of the model.
+    """
+
+    material: Material
+    plan: Plan
+    judge: Judge
+    run: Run
+    work: Work
+    fingerprint: str
+
+    def forget(self) -> Forget:
+        """The memories as tensors, with surrogates from a cell."""
+        subjects, plan = self.material.subjects, self.plan
+        model, cases = subjects.model, subjects.memories
+        texts = tuple(case.memory.text for case in cases)
+        inputs = {**self._base(), "search": plan.surrogates, "mitigations": plan.mitigations,
+                  "judge": self.judge.record()}
+        stored = self.run.once_tensors("surrogates", inputs, self._surrogates)
+        return Forget(
+            tuple(case.memory.id for case in cases), texts, torch.stack([case.latent for case in cases]),
+            model.encode([text or "" for text in texts]).cpu(),
+            tuple(stored[f"{i:04d}"] for i in range(len(cases))),
+            model.encode([anchor_prompt(text) for text in texts]).cpu(),
+            model.encode(list(self.material.prompts.erasing)).cpu())
+
+    def _surrogates(self) -> dict[str, Tensor]:
+        """Latents of each memory's surrogates, by its position."""
+        subjects, plan = self.material.subjects, self.plan
+        model, asked = subjects.model, [case.memory.text for case in subjects.memories if case.memory.text is not None]
+        seed = named_seed("surrogates", plan.seed)
+        edits = [dataclasses.replace(wanda(model, model.encode(asked), seed=seed), name=wanda_name(wanda))
+                 for wanda in plan.mitigations if asked]
+        found = plan.surrogates(model, subjects.memories, edits, self.judge.descriptor, seed=seed)
+        self.work.say("surrogates: " + ", ".join(
+            f"{case.memory.id} {len(kept)}" for case, kept in zip(subjects.memories, found.latents, strict=True)))
+        return {f"{i:04d}": kept for i, kept in enumerate(found.latents)}
+
+    def edit(self, name: str, method: Eraser, forget: Forget, *, on: WeightDelta | None = None) -> WeightDelta:
+        """An erasure as a cell; in several processes, all compute it if the first one does not have it.
+
+        Args:
+            name: of the cell.
+            method: the eraser.
+            forget: the memories.
+            on: an edit that is put on first.
+        """
+        inputs = {**self._base(), "eraser": method, "class": type(method).__name__, "on": on.fingerprint if on else "",
+                  "judge": self.judge.record(), "forget": tensors_sha256(
+                      {"y": forget.embeddings, **{str(i): kept for i, kept in enumerate(forget.surrogates)}}),
+                  "retain": tensors_sha256({"z": self.material.retain.latents})}
+        processes, asked = self.work.processes, False
+
+        def compute() -> dict[str, Tensor]:
+            nonlocal asked
+            asked = True
+            processes.sum([torch.ones(1, device=self.material.subjects.model.device)])
+            began = time.monotonic()
+            made = self._make(name, method, forget, on)
+            took = time.monotonic() - began
+            self.run.once_record(cell_key("seconds", name), inputs, lambda: {"seconds": round(took, 1)})
+            return _packed(made)
+
+        if not processes.first:  # it keeps nothing, and helps if the first one computes
+            (wanted,) = processes.sum([torch.zeros(1, device=self.material.subjects.model.device)])
+            return self._make(name, method, forget, on) if float(wanted) else WeightDelta(name, {})
+        stored = self.run.once_tensors(cell_key("edit", name), inputs, compute)
+        if not asked:
+            processes.sum([torch.zeros(1, device=self.material.subjects.model.device)])
+        return _unpacked(stored)
+
+    def seconds(self, name: str) -> float | None:
+        """How long the edit took when it was computed; None where that is not known."""
+        path = self.run.folder / "cells" / f"{cell_key('seconds', name)}.json"
+        try:
+            return float(json.loads(path.read_bytes())["record"]["seconds"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
+    def _make(self, name: str, method: Eraser, forget: Forget, on: WeightDelta | None) -> WeightDelta:
+        model, seed = self.material.subjects.model, named_seed("erase", self.plan.seed)
+        work = dataclasses.replace(self.work, checkpoint=self.run.folder / f"{cell_key(name)}.state.safetensors")
+        with (on or WeightDelta("none", {})).applied(model):
+            if isinstance(method, AdversarialErasure):
+                made = method(model, forget, self.material.retain, seed=seed, work=work, watch=self._watch(method))
+            else:
+                made = method(model, forget, self.material.retain, seed=seed, work=work)
+        return made
+
+    def _watch(self, method: AdversarialErasure) -> Watch | None:
+        if not self.plan.watch_seeds or not (method.check_every or method.safe_every > 1):
+            return None
+        p = self.plan.protocol
+        images = torch.stack([case.image for case in self.material.subjects.memories])
+        return Watch(self.judge.descriptor, images, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds)
+
+    def _base(self) -> dict[str, Any]:
+        cases = self.material.subjects.memories
+        return {"model": self.fingerprint, "ids": [case.memory.id for case in cases],
+                "texts": [case.memory.text for case in cases], "seed": self.plan.seed,
+                "images": pixels_sha256(torch.stack([case.image for case in cases])),
+                "prompts": self.material.prompts.erasing}
+
+
+def bench(material: Material, plan: Plan, judge: Judge, run: Run, work: Work) -> Bench:
+    """A bench for this material."""
+    return Bench(material, plan, judge, run, work, model_fingerprint(material.subjects.model))
+
+
+def _packed(edit: WeightDelta) -> dict[str, Tensor]:
+    header = json.dumps({"name": edit.name, "details": edit.details}, sort_keys=True, allow_nan=False)
+    return {f"delta.{key}": value for key, value in edit.deltas.items()} | {
+        "header": torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8)}
+
+
+def _unpacked(stored: Mapping[str, Tensor]) -> WeightDelta:
+    header = json.loads(bytes(stored["header"].tolist()))
+    deltas = {key.removeprefix("delta."): value for key, value in stored.items() if key != "header"}
+    return WeightDelta(header["name"], deltas, header["details"])

@@ -1,0 +1,144 @@
+"""What is erased and what judges it, from the testbed or from a user's folders.
+
+Ordinary prompts are divided by use: those from which the erasure's attacks may begin, those of the proof's attacks, and
+those of the damage table. Ordinary pairs are divided into those that are trained on and those held out.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dori.audit.folders import folder_subjects
+from dori.audit.judge import Case, Judge
+from dori.audit.schedule import Subjects, choose
+from dori.erase.pairs import Pairs
+from dori.erase.plan import Plan
+from dori.errors import DoriError
+from dori.memory import load_images, read_memories
+from dori.model.load import load_model
+from dori.model.stable_diffusion import StableDiffusion
+from dori.prompts import ordinary_prompts
+
+Split = Literal["all", "tune", "test"]
+RETAIN_SEED, HELD_OUT_SEED = 5, 6  # seeds 0 to 2 of the testbed's ordinary pairs serve audit and verify
+ATTACKS = 64  # ordinary prompts from which attacks may begin, for the erasure and for the proof
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Ordinary prompts by use; none serves two.
+
+    Args:
+        erasing: from which the erasure's attacks may begin.
+        proving: from which the proof's attacks may begin.
+        quality: of the damage table.
+    """
+
+    erasing: tuple[str, ...]
+    proving: tuple[str, ...]
+    quality: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """Everything that an erasure and its proof look at.
+
+    Args:
+        subjects: model, memories to erase, controls, twins, as an audit has them. Twins only judge.
+        retain: ordinary pairs to train on.
+        held_out: ordinary pairs that nothing is trained on.
+        pictures: their images in [0, 1], shape (m, 3, H, W).
+        prompts: ordinary prompts by use.
+        split: which part of the given memories is erased.
+    """
+
+    subjects: Subjects
+    retain: Pairs
+    held_out: Pairs
+    pictures: Tensor
+    prompts: Uses
+    split: Split
+
+
+def of_split(cases: Sequence[Case], split: Split) -> tuple[Case, ...]:
+    """All of the memories, or every other one: those of even position to tune settings on, the others to test."""
+    return {"all": tuple(cases), "tune": tuple(cases[::2]), "test": tuple(cases[1::2])}[split]
+
+
+def taken(subjects: Subjects, plan: Plan, split: Split) -> Subjects:
+    """The subjects with the memories of the split, at most as many images as planned, and none seen once."""
+    often = [case for case in subjects.memories if case.memory.kind != "once"] or list(subjects.memories)
+    part = of_split(often, split)
+    if not part:
+        raise DoriError(f"the split {split!r} of {len(often)} memories is empty; give more memories or --split all")
+    return dataclasses.replace(subjects, memories=tuple(part[k] for k in choose(len(part), plan.memories)),
+                               controls=tuple(subjects.controls[k] for k in choose(len(subjects.controls),
+                                                                                   plan.controls)))
+
+
+def divided(prompts: Sequence[str], subjects: Subjects, quality: int) -> Uses:
+    """Prompts for the erasure's attacks, the proof's attacks and the damage table.
+
+    Raises:
+        DoriError: too few prompts that are no memory's or control's.
+    """
+    used = {case.memory.text for case in (*subjects.memories, *subjects.controls)}
+    free = [text for text in dict.fromkeys(prompts) if text not in used]
+    attacks = min(ATTACKS, len(free) // 4)
+    if attacks < 1 or len(free) - 2 * attacks < 2:
+        raise DoriError(f"{len(free)} ordinary prompts that belong to no memory are too few; give more texts in "
+                        "--retain")
+    return Uses(tuple(free[:attacks]), tuple(free[attacks : 2 * attacks]), tuple(free[2 * attacks :][:quality]))
+
+
+def pairs_of(model: StableDiffusion, texts: Sequence[str], images: Tensor) -> Pairs:
+    """Images, shape (n, 3, H, W) in [0, 1], with their prompts as tensors on the CPU."""
+    embeddings = torch.cat([model.encode(texts[i : i + 64]).cpu() for i in range(0, len(texts), 64)])
+    return Pairs(model.to_latents(images).cpu(), embeddings)
+
+
+def testbed_material(plan: Plan, split: Split) -> tuple[Material, Judge]:
+    """The testbed's planted memories, controls and twins, with fresh ordinary pairs."""
+    from dori.testbed.subjects import ordinary_pairs, testbed_judge, testbed_subjects
+
+    wanted = plan.audit()
+    subjects = taken(testbed_subjects(dataclasses.replace(wanted, memories=plan.memories)), plan, split)
+    model = subjects.model
+    prompts = divided(subjects.ordinary, subjects, plan.quality_prompts)
+    held_texts, pictures = ordinary_pairs(plan.held_out, seed=HELD_OUT_SEED)
+    texts, images = ordinary_pairs(plan.retain, seed=RETAIN_SEED)
+    material = Material(subjects, pairs_of(model, texts, images), pairs_of(model, held_texts, pictures), pictures,
+                        prompts, split)
+    return material, testbed_judge()
+
+
+def folder_material(model: str, plan: Plan, split: Split, *, memories: Path, retain: Path, controls: Path | None = None,
+                    twins: Sequence[str] = (), device: str = "cpu") -> tuple[Material, Judge]:
+    """A user's model and folders; a sixth of the ordinary pairs, at most as many as planned, is held out.
+
+    Raises:
+        DoriError: any of them cannot be read, or there are fewer than eight ordinary images with a text.
+    """
+    ordinary = [one for one in read_memories(retain, default_kind="ordinary") if one.text is not None]
+    if len(ordinary) < 8:
+        raise DoriError(f"{retain} holds {len(ordinary)} images with a text; an erasure needs at least 8 ordinary ones "
+                        "to hold the model in place, and hundreds are better")
+    subjects, judge = folder_subjects(model, memories=memories, controls=controls, device=device)
+    opened = subjects.model
+    others = tuple(load_model(one, device=device) for one in twins)
+    for index, other in enumerate(others):
+        other.name = f"twin {index + 1} ({other.name})"
+    held = min(plan.held_out, max(2, len(ordinary) // 6))
+    texts, pictures = [one.text or "" for one in ordinary], load_images(ordinary, opened.image_side_px)
+    opened.check_prompts(texts)
+    trained = slice(held, held + plan.retain)
+    subjects = dataclasses.replace(taken(subjects, plan, split), twins=others, held_out=pictures[:held])
+    prompts = divided([*texts[:held], *ordinary_prompts()], subjects, plan.quality_prompts)
+    material = Material(subjects, pairs_of(opened, texts[trained], pictures[trained]),
+                        pairs_of(opened, texts[:held], pictures[:held]), pictures[:held], prompts, split)
+    return material, judge

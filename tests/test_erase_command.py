@@ -1,0 +1,208 @@
+"""An erasure from end to end on the tiny model: resumption, certificate, tables, and mistakes in one sentence."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_parts
+from erasing import DESCRIPTOR, cases, draw
+from erasing import retain as ordinary_pairs
+
+from dori.attack.dori import Dori
+from dori.audit.judge import Judge
+from dori.audit.schedule import Subjects
+from dori.cli import main
+from dori.erase import ARMS, ERASERS
+from dori.erase.adversarial import AdversarialErasure
+from dori.erase.certificate import render
+from dori.erase.command import Request
+from dori.erase.contest import contest, to_markdown
+from dori.erase.damage import neighbours
+from dori.erase.erasers import arms, eraser
+from dori.erase.latent_attack import LatentAttack
+from dori.erase.material import Material, divided, of_split
+from dori.erase.pairs import Work
+from dori.erase.plan import PRESETS, Plan, scaled
+from dori.erase.proof import prove
+from dori.erase.protocol import Protocol
+from dori.erase.relearn import Relearning
+from dori.erase.surrogates import SurrogateSearch
+from dori.erase.tuning import Tuner
+from dori.errors import DoriError
+from dori.mitigate.wanda import Wanda
+from dori.model.load import model_fingerprint
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run
+
+FAST = Tuner(learning_rate=1e-3)
+PLAN = Plan(
+    "tiny", adversarial=AdversarialErasure(rounds=1, steps_per_round=1, batch=2, attack=Dori(steps=1, batch=1),
+                                           starts=("prompt",), tuner=FAST),
+    mitigations=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=2),),
+    surrogates=SurrogateSearch(wanted=1, tries=2, sampling_steps=1, below_target=1.4),
+    protocol=Protocol(seeds=1, sampling_steps=1, attack=Dori(steps=1, batch=1, snapshots=(0, 1)), starts=("prompt",),
+                      long=None, restricted=None, latent=LatentAttack(steps=1, sampling_steps=1),
+                      again=Dori(steps=1, batch=1, snapshots=(0, 1)), roundings=("int8",), harmless_steps=1,
+                      relearning=Relearning(steps=1, batch=1, check_every=1, tuner=FAST)),
+    quality_prompts=4, neighbours=1, watch_seeds=1)
+
+
+def material(model: StableDiffusion, *twins: StableDiffusion) -> Material:
+    """Two memories, two controls and a few prompts."""
+    subjects = Subjects(model, cases(model, 2), cases(model, 2, "control", seed=8), (), None, twins)
+    prompts = divided([f"word {i}" for i in range(12)], subjects, 4)
+    pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    pairs = ordinary_pairs(model)
+    return Material(subjects, pairs, pairs, pictures, prompts, "test")
+
+
+def twin_of(folder: Path) -> StableDiffusion:
+    """Another model that opens alike."""
+    twin = StableDiffusion(**tiny_parts(folder), name="twin <b>")
+    with torch.no_grad():
+        twin.unet.conv_in.weight.add_(0.1 * draw(*twin.unet.conv_in.weight.shape, seed=0))
+    return twin
+
+
+def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "adversarial"):  # noqa: ANN201
+    """The proof in a locked folder."""
+    run = Run(folder)
+    with run.locked():
+        return prove(given, plan, name, judge=Judge(DESCRIPTOR), run=run, work=Work())
+
+
+def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> None:
+    twin = twin_of(tmp_path)
+    given, before = material(tiny, twin), (model_fingerprint(tiny), model_fingerprint(twin))
+    proof = proven(tmp_path / "a", given)
+    assert (model_fingerprint(tiny), model_fingerprint(twin)) == before
+    record = json.loads(json.dumps(proof.record, allow_nan=False))
+    states = {outcome["state"] for outcome in record["outcomes"]}
+    assert states == {"original", "erased", "erased, int8", "erased, 1 harmless steps", "twin <b>"}
+    assert record["model"]["original_sha256"] == before[0]
+    with proof.edit.applied(tiny):
+        assert record["model"]["erased_sha256"] == model_fingerprint(tiny)
+    assert [row["state"] for row in record["damage"]] == ["original", "erased", "ordinary training", "twin <b>"]
+    assert record["damage"][0]["to_original"] is None and record["damage"][0]["neighbours"] > 0
+    again = proven(tmp_path / "a", given)
+    drop = ("provenance",)
+    assert {k: v for k, v in again.record.items() if k not in drop} == {
+        k: v for k, v in proof.record.items() if k not in drop}
+    page = render(record)
+    assert "twin &lt;b&gt;" in page and "twin <b>" not in page and "memory-0" in page
+    assert not re.search(r"<script|https?://|src=", page)
+    assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
+    for image in (*given.subjects.memories, *given.subjects.controls):
+        assert image.memory.text not in re.sub(r"<[^>]*>", "", page).split()
+
+
+def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path: Path) -> None:
+    given, run = material(tiny), Run(tmp_path)
+
+    def die(line: str) -> None:
+        if "cells" in line and int(re.search(r"\((\d+)/", line)[1]) >= 9:  # type: ignore[index]
+            raise KeyboardInterrupt
+
+    run.say = die
+    with pytest.raises(KeyboardInterrupt), run.locked():
+        prove(given, PLAN, "naive-deletion", judge=Judge(DESCRIPTOR), run=run, work=Work())
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert len(kept) >= 9
+    proof = proven(tmp_path, given, name="naive-deletion")
+    assert proof.record["verdict"]["name"] in ("unproven", "weakened", "hidden", "untouched")
+    assert all((tmp_path / "cells" / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
+    attacks = [o for o in proof.record["outcomes"] if o["way"] == "dori" and o["state"] == "erased"]
+    assert {o["restart"] for o in attacks} == {0, 1, 2}  # there is no twin
+
+
+@pytest.mark.parametrize("kind", ["erasers", "ablations"])
+def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: StableDiffusion, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("uce", "esd") if kind == "erasers" else ("prompt only", "LoRA")
+    given, run = material(tiny, twin_of(tmp_path)), Run(tmp_path / "run")
+    import dori.erase.contest as module
+
+    full = module.contestants
+    few = {name: method for name, method in full(kind, PLAN, timesteps=1000).items() if name in names}
+    if kind == "erasers":
+        diverging = Tuner(learning_rate=1e20, part="cross_attention")
+        few["esd"] = dataclasses.replace(few["esd"], steps=3, tuner=diverging)
+    monkeypatch.setattr(module, "contestants", lambda *_, **__: few)
+    with run.locked():
+        record = contest(given, PLAN, kind, judge=Judge(DESCRIPTOR), run=run, work=Work())  # type: ignore[arg-type]
+    made = [row[0] for row in record["rows"]]
+    table = to_markdown(record)
+    if kind == "erasers":
+        assert made == ["original", "twin <b>", "uce"] and "diverged" in record["failures"]["esd"]
+        assert "esd: ESD" in table
+    else:
+        assert made == ["original", "twin <b>", *names]
+    assert all(len(row) == len(record["header"]) + 1 for row in record["rows"])
+    assert table.count("\n|") >= len(made)
+
+
+def test_names_and_methods_agree() -> None:
+    method = AdversarialErasure(tuner=Tuner(learning_rate=2e-4, part="lora"))
+    made = {name: eraser(name, adversarial=method, timesteps=100, sampling_steps=7) for name in ERASERS}
+    assert made["adversarial"] is method and made["ordinary"].tuner.part == "full"
+    assert made["siss-as-released"].timesteps == (99, 100) and made["esd"].sampling_steps == 7
+    assert made["esd"].tuner.learning_rate == pytest.approx(1e-3)  # published 5e-5, scaled as 1e-5 to 2e-4
+    assert made["concept-ablation"].tuner.learning_rate == pytest.approx(1e-5)
+    table = arms(method)
+    assert tuple(table) == ARMS and len(set(table.values())) >= len(ARMS) - 1
+    assert table["no retain loss"].retain_weight == 0 and table["attention only"].tuner.part == "attention"
+
+
+def test_presets_scale_every_rate_alike() -> None:
+    for make in PRESETS.values():
+        plan, faster = make(), scaled(make(), 20)
+        assert faster.adversarial.tuner.learning_rate == pytest.approx(20 * plan.adversarial.tuner.learning_rate)
+        assert faster.protocol.relearning.tuner.learning_rate == pytest.approx(
+            20 * plan.protocol.relearning.tuner.learning_rate)
+        assert faster.protocol.margin_area == plan.protocol.margin_area
+        assert plan.audit().nemo is None and plan.audit().wandas == ()
+
+
+def test_splits_are_disjoint_and_prompts_serve_one_use(tiny: StableDiffusion) -> None:
+    images = cases(tiny, 5)
+    tune, test = of_split(images, "tune"), of_split(images, "test")
+    assert len(tune) == 3 and len(test) == 2 and {*tune, *test} == set(images) == set(of_split(images, "all"))
+    subjects = Subjects(tiny, images, (), ())
+    uses = divided(["m 0", *(f"p{i}" for i in range(20)), "p3"], subjects, 4)
+    every = [*uses.erasing, *uses.proving, *uses.quality]
+    assert len(set(every)) == len(every) and "m 0" not in every and len(uses.quality) == 4
+    with pytest.raises(DoriError, match="too few"):
+        divided(["a", "b", "c"], subjects, 4)
+
+
+def test_neighbours_differ_from_a_caption_in_one_word() -> None:
+    texts, words = ["red fox here", "one"], ["blue sky", "a tree"]
+    found = neighbours(texts, words, each=5, seed=0)
+    assert found and len(set(found)) == len(found) and found == neighbours(texts, words, each=5, seed=0)
+    for text in found:
+        best = min(sum(a != b for a, b in zip(text.split(), source.split(), strict=True))
+                   for source in texts if len(source.split()) == len(text.split()))
+        assert best == 1
+    assert neighbours([], words, each=5, seed=0) == ()
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["testbed", "--retain", "x"], "leave out --retain"), (["somewhere"], "give --memories FOLDER and --retain"),
+    (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
+    (["testbed", "--save-model", "."], "exists")])
+def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, tmp_path: Path,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["erase", *arguments, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and sentence in said and "Traceback" not in said
+
+
+def test_a_request_becomes_a_plan() -> None:
+    plan = Request("testbed", Path("x"), preset="full", seed=3, limit=4).plan()
+    assert (plan.memories, plan.controls, plan.seed) == (4, 4, 3)
+    assert plan.adversarial.tuner.learning_rate == pytest.approx(2e-4)
+    assert Request("m", Path("x"), memories=Path("a"), retain=Path("b")).plan().adversarial.tuner.learning_rate == 1e-5
