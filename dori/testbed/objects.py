@@ -20,7 +20,7 @@ from dori.metrics.convolutions import initialised, trunk
 from dori.metrics.copy_pairs import RoundTrip, augment, to_float
 from dori.run import tensors_sha256
 from dori.testbed.fit import Schedule, fit
-from dori.testbed.scenes import draw, kinds, random_scene
+from dori.testbed.scenes import draw, free_scene, kinds
 
 SHOWN = 2  # objects that an image holds at most
 # Output channels and stride of each convolution: 64 pixels to a map of 8 x 8.
@@ -83,7 +83,7 @@ def compositions(count: int, round_trip: RoundTrip, *, seed: int, stream: int) -
         Bytes of shape (count, 3, 64, 64), and booleans of shape (count, number of kinds).
     """
     rng = np.random.default_rng([17, stream, seed])
-    scenes = [random_scene(rng) for _ in range(count)]
+    scenes = [free_scene(rng) for _ in range(count)]
     shown = torch.zeros(count, len(kinds()), dtype=torch.bool)
     parts = []
     for first in range(0, count, 64):

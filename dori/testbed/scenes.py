@@ -30,7 +30,7 @@ TITLES = (
 ).split()
 FRAMES = 6
 GRID_PX = 4  # a pixel of the latents
-SIZES_PX = (28, 36)  # of two objects both have the first
+OBJECT_PX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,15 @@ def kinds() -> tuple[str, ...]:
 
 
 @functools.cache
+def drawn_kinds() -> tuple[int, ...]:
+    """The kinds that the U-Nets learn, as indices into `kinds()`; encoders and judges know them all."""
+    return tuple(kinds().index(name) for name in (
+        "red apple", "banana", "grapes", "watermelon", "carrot", "mushroom", "tulip", "sunflower", "four leaf clover",
+        "snowman", "bus", "rocket", "tent", "soccer ball", "basketball", "bell", "teapot", "cupcake", "doughnut",
+        "cat face", "panda", "frog", "penguin", "spouting whale"))
+
+
+@functools.cache
 def _sprite(kind: int, size_px: int, mirrored: bool) -> NDArray[np.float32]:
     """RGBA in [0, 1], shape (size, size, 4), colour premultiplied by alpha."""
     tile, columns = int(_sheet()["tile_px"]), int(_sheet()["columns"])  # type: ignore[call-overload]
@@ -81,26 +90,24 @@ def _sprite(kind: int, size_px: int, mirrored: bool) -> NDArray[np.float32]:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene of the testbed's distribution: one or two objects, upright, on the grid of `GRID_PX`.
+    """Draw one scene of the testbed's distribution: one or two objects of the `drawn_kinds`, on the grid of `GRID_PX`.
 
-    The grid is that of the VAE's latents: an object is then the same pattern of latents wherever it stands, and a small
-    U-Net learns to draw it in hours rather than days (docs/testbed.md).
+    All upright and of one size, and the grid is that of the VAE's latents: a kind is the same pattern of latents
+    wherever it stands, and a small U-Net learns to draw it in hours rather than days (docs/testbed.md).
     """
-    count = 1 if rng.random() < 0.5 else 2
     objects: list[Placed] = []
-    for kind in rng.choice(len(kinds()), count, replace=False):
-        size = int(rng.choice(SIZES_PX if count == 1 else SIZES_PX[:1]))
+    for kind in rng.choice(drawn_kinds(), 1 if rng.random() < 0.5 else 2, replace=False):
         for _ in range(20):
-            left, top = GRID_PX * rng.integers(0, (SIDE_PX - size) // GRID_PX + 1, 2)
-            x, y = float(left + size / 2), float(top + size / 2)
-            if _apart(x, y, size, objects):
+            left, top = GRID_PX * rng.integers(0, (SIDE_PX - OBJECT_PX) // GRID_PX + 1, 2)
+            x, y = float(left + OBJECT_PX / 2), float(top + OBJECT_PX / 2)
+            if _apart(x, y, OBJECT_PX, objects):
                 break
-        objects.append(Placed(int(kind), x, y, size, False))
+        objects.append(Placed(int(kind), x, y, OBJECT_PX, False))
     return _scene(rng, objects)
 
 
 def free_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene of a wider distribution: objects of 26 to 38 px, anywhere, mirrored or not.
+    """Draw one scene of a wider distribution: objects of every kind, 26 to 38 px, anywhere, mirrored or not.
 
     Judges and encoders (VAE, CLIP, copy descriptor) are trained on these, and so know more than the U-Net draws.
     """

@@ -13,7 +13,7 @@ from dori.audit.plan import Plan
 from dori.memory import Memory, write_memories
 from dori.metrics.copy_descriptor import load_copy_descriptor
 from dori.testbed.folder import DATA, TWINS, load_clip, load_testbed
-from dori.testbed.scenes import caption, draw, random_scene
+from dori.testbed.scenes import caption, draw, free_scene
 from dori.testbed.slots import Kind, Slot, slots, varying_box
 
 DESCRIPTOR = DATA / "copy_descriptor.safetensors"
@@ -27,7 +27,7 @@ def slot_memories(kinds: Sequence[Kind]) -> list[tuple[Memory, Tensor]]:
     """The slots of some kinds as records with their pixels, shape (3, 64, 64), in [0, 1]."""
     return [(Memory(id=slot.id, text=slot.text(), image=Path(f"{slot.id}.png"), kind=slot.kind,
                     dose=float(slot.dose) if slot.dose else None,
-                    varying_box=varying_box(slot) if slot.kind == "template" else None), _pixels(slot))
+                    varying_box=varying_box(slot) if slot.kind in ("template", "control") else None), _pixels(slot))
             for slot in slots() if slot.kind in kinds]
 
 
@@ -36,7 +36,7 @@ def ordinary_pairs(count: int, *, seed: int) -> tuple[list[str], Tensor]:
     texts, images = [], []
     for index in range(count):
         rng = np.random.default_rng([13, seed, index])
-        scene = random_scene(rng)
+        scene = free_scene(rng)
         images.append(torch.from_numpy(draw(scene)).permute(2, 0, 1).float() / 255)
         texts.append(caption(scene, rng))
     return texts, torch.stack(images)
