@@ -173,7 +173,7 @@ processes = started(device="cpu")
 own = folder / f"tokenizer-{processes.index}"
 own.mkdir()
 model = StableDiffusion(**tiny_parts(own), name="tiny")
-edit = METHOD(model, forget(model), retain(model), seed=0, work=Work(folder / "state.safetensors", processes))
+edit = METHOD(model, forget(model), retain(model), seed=0, work=Work(folder / "state.safetensors", processes=processes))
 edit.save(folder / f"edit-{processes.index}.safetensors")
 """
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from dori.audit.schedule import Subjects
 from dori.cli import main
 from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.cells import bench
 from dori.erase.certificate import render
 from dori.erase.command import Request
 from dori.erase.contest import contest, to_markdown
@@ -206,3 +208,25 @@ def test_a_request_becomes_a_plan() -> None:
     assert (plan.memories, plan.controls, plan.seed) == (4, 4, 3)
     assert plan.adversarial.tuner.learning_rate == pytest.approx(2e-4)
     assert Request("m", Path("x"), memories=Path("a"), retain=Path("b")).plan().adversarial.tuner.learning_rate == 1e-5
+
+
+def test_an_erasure_that_was_killed_between_rounds_goes_on(tiny: StableDiffusion, tmp_path: Path) -> None:
+    given = material(tiny)
+    plan = dataclasses.replace(PLAN, adversarial=dataclasses.replace(PLAN.adversarial, rounds=3))
+    judge, said = Judge(DESCRIPTOR), list[str]()
+
+    def made(folder: Path, say: Callable[[str], None]) -> str:
+        own = bench(given, plan, judge, Run(folder), Work(say=say))
+        return own.edit("adversarial", plan.adversarial, own.forget()).fingerprint
+
+    def die(line: str) -> None:
+        if "round 2" in line:
+            raise KeyboardInterrupt
+
+    whole = made(tmp_path / "whole", lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "killed", die)
+    assert len(list((tmp_path / "killed").glob("*.state.safetensors"))) == 1
+    assert made(tmp_path / "killed", said.append) == whole
+    assert [line for line in said if "round" in line] == [line for line in said if "round 3/3" in line] != []
+    assert not list((tmp_path / "killed").glob("*.state.safetensors"))

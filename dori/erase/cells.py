@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from dori.erase.plan import Plan
 from dori.erase.surrogates import anchor_prompt
 from dori.erase.watch import Watch
 from dori.model.load import model_fingerprint
-from dori.run import Run, cell_key, tensors_sha256
+from dori.run import Run, canonical_sha256, cell_key, tensors_sha256
 from dori.sampling import named_seed
 
 
@@ -86,21 +87,25 @@ class Bench:
                       {"y": forget.embeddings, **{str(i): kept for i, kept in enumerate(forget.surrogates)}}),
                   "retain": tensors_sha256({"z": self.material.retain.latents})}
         processes, asked = self.work.processes, False
+        # Named by all that it depends on: an erasure with other inputs or other code begins anew.
+        made_from = canonical_sha256({"inputs": inputs, "made_by": self.run.made_by})[:12]
+        state = (self.work.states or self.run.folder) / f"{cell_key(name)}.{made_from}.state.safetensors"
 
         def compute() -> dict[str, Tensor]:
             nonlocal asked
             asked = True
             processes.sum([torch.ones(1, device=self.material.subjects.model.device)])
             began = time.monotonic()
-            made = self._make(name, method, forget, on)
+            made = self._make(method, forget, on, state)
             took = time.monotonic() - began
             self.run.once_record(cell_key("seconds", name), inputs, lambda: {"seconds": round(took, 1)})
             return _packed(made)
 
         if not processes.first:  # it keeps nothing, and helps if the first one computes
             (wanted,) = processes.sum([torch.zeros(1, device=self.material.subjects.model.device)])
-            return self._make(name, method, forget, on) if float(wanted) else WeightDelta(name, {})
+            return self._make(method, forget, on, state) if float(wanted) else WeightDelta(name, {})
         stored = self.run.once_tensors(cell_key("edit", name), inputs, compute)
+        state.unlink(missing_ok=True)  # several times as large as the model, and the cell is kept
         if not asked:
             processes.sum([torch.zeros(1, device=self.material.subjects.model.device)])
         return _unpacked(stored)
@@ -113,9 +118,9 @@ class Bench:
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
-    def _make(self, name: str, method: Eraser, forget: Forget, on: WeightDelta | None) -> WeightDelta:
+    def _make(self, method: Eraser, forget: Forget, on: WeightDelta | None, state: Path) -> WeightDelta:
         model, seed = self.material.subjects.model, named_seed("erase", self.plan.seed)
-        work = dataclasses.replace(self.work, checkpoint=self.run.folder / f"{cell_key(name)}.state.safetensors")
+        work = dataclasses.replace(self.work, checkpoint=state)
         with (on or WeightDelta("none", {})).applied(model):
             if isinstance(method, AdversarialErasure):
                 made = method(model, forget, self.material.retain, seed=seed, work=work, watch=self._watch(method))

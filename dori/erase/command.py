@@ -103,7 +103,7 @@ def erase(request: Request, say: Say) -> list[str]:
         plan = request.plan()
         material, judge = _opened(request, plan, processes)
         run.device = material.subjects.model.device.type
-        work = Work(processes=processes, say=run.say)
+        work = Work(states=request.out, processes=processes, say=run.say)
         if request.table is not None:
             return _table(request, material, plan, judge, run, work)
         proof = prove(material, plan, request.eraser, judge=judge, run=run, work=work)

@@ -88,11 +88,13 @@ class Work:
 
     Args:
         checkpoint: file for the state of a long erasure, from which a killed one goes on; None keeps none.
+        states: folder of such files, the same for all processes; None takes the run's.
         processes: among which rows are shared.
         say: receives one line at a time.
     """
 
     checkpoint: Path | None = None
+    states: Path | None = None
     processes: Processes = field(default_factory=Processes)
     say: Callable[[str], None] = _silent
 
