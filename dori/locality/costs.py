@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from dori.locality.activations import activation_rows
 from dori.locality.causal import union_sizes
 from dori.mitigate.nemo import Nemo
+from dori.progress import duration
 from dori.run import cell_key
 
 if TYPE_CHECKING:
     from dori.locality.plan import Plan
 
 BACKWARD = 2.2  # a row forward and backward takes so many times a forward one
+ATTACKED_PER_S, FORWARD_PER_S = 55.0, 120.0  # the testbed on two CPU cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +177,14 @@ def by_stage(cells: dict[str, Rows]) -> dict[str, Rows]:
         before = found.get(stage, Rows())
         found[stage] = Rows(before.attacked + rows.attacked, before.forward + rows.forward)
     return found
+
+
+def forecast(cells: dict[str, Rows]) -> str:
+    """The planned rows of every stage as lines of text, with the time that they take on two CPU cores."""
+    stages = by_stage(cells)
+    every = list(stages.values())
+    stages["total"] = Rows(sum(rows.attacked for rows in every), sum(rows.forward for rows in every))
+    lines = [f"{name:<12} {rows.attacked:>10,} {rows.forward:>10,}  "
+             f"{duration(rows.seconds_s(ATTACKED_PER_S, FORWARD_PER_S))}" for name, rows in stages.items()]
+    return "\n".join((f"{'U-Net rows':<12} {'attacked':>10} {'forward':>10}  at most, on two CPU cores on the testbed",
+                      *lines))

@@ -158,6 +158,7 @@ class _Loop:
             "fingerprints": self.fingerprints, "explained_variance": self.explained,
             "perplexity_used": capped_perplexity(plan.perplexity, points) if points else None,
             "memorized_prompts": len(self.sets.memorized), "ordinary_prompts": len(self.sets.ordinary),
+            "embedding_shape": list(model.embedding_shape),
             "layers": {site: list(model.layers(site, EVERYWHERE)) for site in stages.SITES}}
         empty = Locality(
             model=model.name, twins=tuple(twin.name for twin in self.subjects.twins), descriptor=descriptor.record(),
