@@ -17,7 +17,7 @@ from dori.erase.outcomes import Outcome, areas, back, relearning_steps
 from dori.erase.protocol import Protocol
 from dori.erase.relearn import Relearning
 from dori.erase.tuning import Tuner
-from dori.erase.verdict import verdict
+from dori.erase.verdict import compare, verdict
 from dori.memory import Memory
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
@@ -104,7 +104,7 @@ def test_areas_and_steps_are_counted_by_hand() -> None:
              *curve("b", "other", [1, 1, 1])]
     first, second = (0.25 * 50 + 0.6 * 100) / 150, (0.45 * 50 + 0.8 * 100) / 150
     assert areas(found, "s") == {"a": pytest.approx((first + second) / 2)}
-    assert areas(found, "s", until=50) == {"a": pytest.approx((0.25 + 0.45) / 2)}
+    assert areas(found, "s", only=frozenset({("prompt", 0), ("prompt", 50)})) == {"a": pytest.approx((0.25 + 0.45) / 2)}
     looks = [Outcome("a", "memory", "s", "relearn", "", 0, step, (value, value), 0.7)
              for step, value in ((0, 0.1), (5, 0.71), (10, 0.6))]
     looks += [Outcome("b", "memory", "s", "relearn", "", 0, step, (0.7,), 0.7) for step in (0, 60)]
@@ -174,6 +174,18 @@ def test_what_rounding_brings_back_is_not_removed() -> None:
     assert judged_as(unseen, altered=unseen)[0] == "removed"
     name, reasons = judged_as(unseen, altered=hidden)
     assert name == "weakened" and any(reason.startswith("erased, int8") for reason in reasons)
+
+
+def test_states_are_compared_only_where_both_were_asked() -> None:
+    """An altered state attacked to 50 steps from one start, a twin to 150 from two: like curves, no difference."""
+    found = []
+    for index, group in enumerate(["memory"] * 6 + ["control"] * 6):
+        one, level = f"{group}-{index}", 0.3 + 0.001 * index
+        found += curve(one, "twin", [level, level, 0.9], group=group)
+        found += [dataclasses.replace(o, start="gaussian") for o in curve(one, "twin", [0.0, 0.9, 0.9], group=group)]
+        found += curve(one, "erased, int8", [level, level], group=group, steps=(0, 50))
+    (test,) = compare(found, Protocol(), ("twin",))
+    assert test.found.difference == pytest.approx(0, abs=1e-12) and test.found.shown and "to 50 steps" in test.quantity
 
 
 def test_without_a_twin_controls_must_match_and_restarts_suffice() -> None:

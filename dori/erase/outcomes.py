@@ -55,20 +55,27 @@ class Outcome:
         return self.median > self.threshold
 
 
-def areas(outcomes: Iterable[Outcome], state: str, *, until: int | None = None) -> dict[str, float]:
+def points(outcomes: Iterable[Outcome], state: str) -> frozenset[tuple[str, int]]:
+    """Starts and steps at which a state's attack curves were judged."""
+    return frozenset((o.start, o.steps) for o in outcomes if o.state == state and o.way == ATTACK)
+
+
+def areas(outcomes: Iterable[Outcome], state: str, *,
+          only: frozenset[tuple[str, int]] | None = None) -> dict[str, float]:
     """Mean similarity over the attack's steps: trapezoid over the curve, divided by its range, averaged over attacks.
 
     Args:
         outcomes: any.
         state: of which state.
-        until: leave later steps out; None takes all.
+        only: starts and steps that count, so that states with different curves can be compared; None takes all.
 
     Returns:
         Image id to area, in [-1, 1]; images with fewer than two points are left out.
     """
     curves: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for outcome in outcomes:
-        if outcome.state == state and outcome.way == ATTACK and (until is None or outcome.steps <= until):
+        counts = only is None or (outcome.start, outcome.steps) in only
+        if outcome.state == state and outcome.way == ATTACK and counts:
             curves[outcome.id, outcome.start, outcome.restart][outcome.steps] = outcome.median
     found: dict[str, list[float]] = defaultdict(list)
     for (one, _, _), curve in curves.items():

@@ -73,7 +73,7 @@ def quick() -> Plan:
         surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=4.0),
         protocol=Protocol(seeds=3, sampling_steps=12, starts=("prompt",), long=None,
                           attack=Dori(steps=150, snapshots=(0, 25, 50, 150)), latent=LatentAttack(steps=15),
-                          again=Dori(steps=50, snapshots=(0, 50)), relearning=Relearning(check_every=10)),
+                          again=Dori(steps=50, snapshots=(0, 50)), relearning=Relearning()),
         retain=512, held_out=96, quality_prompts=48, neighbours=4)
 
 

@@ -29,7 +29,7 @@ class Relearning:
     steps: int = 60
     batch: int = 8
     check_every: int = 5
-    tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=1e-4))
+    tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-5))
 
     def __call__(self, model: StableDiffusion, latent: Tensor, embedding: Tensor, *, seed: int,
                  look: Callable[[], tuple[float, ...]], enough: Callable[[tuple[float, ...]], bool]

@@ -26,8 +26,8 @@ def int8(weight: Tensor) -> Tensor:
     """
     if weight.ndim < 2:
         return weight
-    scale = weight.flatten(1).abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
-    scale = scale.view(-1, *[1] * (weight.ndim - 1))
+    scale = weight.flatten(1).abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, 1).view(-1, *[1] * (weight.ndim - 1))  # a channel of zeros stays one
     return (weight / scale).round().clamp(-127, 127) * scale
 
 

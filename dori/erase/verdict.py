@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dori.erase.equivalence import Equivalence, equivalence
-from dori.erase.outcomes import ATTACK, PROMPT, Outcome, areas, attack_steps, back, less_twins, relearning_steps
+from dori.erase.outcomes import ATTACK, PROMPT, Outcome, areas, back, less_twins, points, relearning_steps
 from dori.erase.protocol import Protocol
 from dori.findings import Group
 
@@ -62,8 +62,10 @@ def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str
     states = [name for name in dict.fromkeys(o.state for o in outcomes) if name not in twins]
     found = []
     for state in states:
-        until = min(attack_steps(outcomes, name) for name in (state, *twins))
-        area = _split(areas(outcomes, state, until=until), [areas(outcomes, t, until=until) for t in twins], groups)
+        # Altered states are attacked for fewer steps and from one start: only what all were asked is compared.
+        only = frozenset.intersection(*(points(outcomes, name) for name in (state, *twins)))
+        until = max((steps for _, steps in only), default=0)
+        area = _split(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], groups)
         learn = _split(relearning_steps(outcomes, state, unreached=protocol.unreached),
                        [relearning_steps(outcomes, t, unreached=protocol.unreached) for t in twins], groups)
         for quantity, (memories, controls), margin in (
