@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dori.cli import main
 from dori.image_file import png_bytes
 from dori.locality.page import verdict
 from dori.locality.page.render import render
@@ -152,6 +153,17 @@ def test_ground_truth_patching_and_embedding_speak_in_their_numbers() -> None:
     said_ = verdict.embedding(records())
     assert said_.title == "The moves have no common direction"
     assert any("6 of 8 points replicate" in sentence and "are connected" in sentence for sentence in said_.sentences)
+
+
+@pytest.mark.parametrize(("arguments", "word"), [
+    (["nothing"], "--memories"), (["testbed", "--half"], "leave out --ordinary"),
+    (["nothing", "--memories", "nowhere"], "nowhere is no folder")])
+def test_the_command_refuses_in_one_sentence(arguments: list[str], word: str, tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["locality", *arguments, "--out", str(tmp_path / "run")])
+    told = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and len(told) == 1 and word in told[0]
 
 
 def test_intervals_need_five_memories() -> None:

@@ -273,18 +273,20 @@ def ground_truth(found: Locality) -> Said:
     total = sum(max(0.0, c.change - (c.floor or 0.0)) for c in found.changes)
     parts = [f"{c.group} {max(0.0, c.change - (c.floor or 0.0)) / total:.2f}" for c in found.changes[:4] if total]
     floor = "" if found.changes[0].floor is not None else " There is one twin, so no floor was subtracted."
-    sentences = [f"Of what planting changed beyond the twins' own difference, most lies in {', '.join(parts)}.{floor}"
+    beyond = "" if floor else " beyond the twins' own difference"
+    sentences = [f"Of what planting changed{beyond}, most lies in {', '.join(parts)}.{floor}"
                  if parts else "Planting changed no more than training on other images does."]
     words = []
     for method in dict.fromkeys(c.method for c in found.covers):
         rows = [c for c in found.covers if (c.method, c.layer, c.masks) == (method, WHOLE, "one")]
         density, planted, twins = (over_memories(getattr(c, name) for c in rows) for name in ("density", "planted",
                                                                                               "twins"))
+        between = "" if math.isnan(twins.value) else f"; of the change between twins it holds {said(twins, 3)}"
         finds = planted.value >= 2 * density.value and not twins.value >= planted.value
         words.append(f"{method} {'finds' if finds else 'does not find'} it")
         sentences.append(f"A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and "
                          f"{said(planted, 3)} of their change by planting (a random mask of its size holds the "
-                         f"density; of the change between twins it holds {said(twins, 3)}).")
+                         f"density{between}).")
     return Said("; ".join(words) or "The change", tuple(sentences))
 
 
