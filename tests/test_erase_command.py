@@ -16,11 +16,12 @@ from dori.attack.dori import Dori
 from dori.audit.judge import Judge
 from dori.audit.schedule import Subjects
 from dori.cli import main
+from dori.edit import load_edit
 from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.cells import bench
 from dori.erase.certificate import render
-from dori.erase.command import Request
+from dori.erase.command import Request, written
 from dori.erase.contest import contest, to_markdown
 from dori.erase.damage import neighbours
 from dori.erase.erasers import arms, eraser
@@ -34,8 +35,9 @@ from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
 from dori.erase.tuning import Tuner
 from dori.errors import DoriError
+from dori.findings import read_audit
 from dori.mitigate.wanda import Wanda
-from dori.model.load import model_fingerprint
+from dori.model.load import load_model, model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run
 
@@ -230,3 +232,27 @@ def test_an_erasure_that_was_killed_between_rounds_goes_on(tiny: StableDiffusion
     assert made(tmp_path / "killed", said.append) == whole
     assert [line for line in said if "round" in line] == [line for line in said if "round 3/3" in line] != []
     assert not list((tmp_path / "killed").glob("*.state.safetensors"))
+
+
+def test_everything_is_written_beside_the_certificate(tiny: StableDiffusion, tmp_path: Path) -> None:
+    given = material(tiny)
+    given = dataclasses.replace(given, subjects=dataclasses.replace(
+        given.subjects, ordinary=tuple(f"word {i}" for i in range(9))))
+    plan = dataclasses.replace(PLAN, protocol=dataclasses.replace(PLAN.protocol, relearning=None, latent=None))
+    request = Request("somewhere", tmp_path / "run", memories=Path("m"), retain=Path("r"),
+                      save_model=tmp_path / "model")
+    judge, run = Judge(DESCRIPTOR), Run(tmp_path / "run")
+    with run.locked():
+        proof = prove(given, plan, "uce", judge=judge, run=run, work=Work())
+        assert proof is not None
+        lines = written(request, given, plan, judge, run, proof)
+    assert lines[0].startswith("verdict: ") and all(Path(line.split(": ")[1]).exists() for line in lines[1:])
+    loaded = load_edit(tmp_path / "run" / "edit.safetensors")
+    assert loaded.fingerprint == proof.edit.fingerprint
+    stored = json.loads((tmp_path / "run" / "proof.json").read_text())
+    assert render(stored) == (tmp_path / "run" / "certificate.html").read_text()
+    found = read_audit(tmp_path / "run" / "audit" / "audit.json")
+    assert {finding.edit for finding in found.findings} == {"none", "UCE"}
+    saved = load_model(str(tmp_path / "model"))
+    with proof.edit.applied(tiny):
+        assert all(torch.equal(a, b) for a, b in zip(saved.unet.parameters(), tiny.unet.parameters(), strict=True))

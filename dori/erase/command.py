@@ -107,7 +107,7 @@ def erase(request: Request, say: Say) -> list[str]:
         if request.table is not None:
             return _table(request, material, plan, judge, run, work)
         proof = prove(material, plan, request.eraser, judge=judge, run=run, work=work)
-        return [] if proof is None else _written(request, material, plan, judge, run, proof)
+        return [] if proof is None else written(request, material, plan, judge, run, proof)
 
 
 def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:
@@ -131,7 +131,7 @@ def _table(request: Request, material: Material, plan: Plan, judge: Judge, run: 
     return [to_markdown(record), f"table: {request.out / 'table.md'}"]
 
 
-def _written(request: Request, material: Material, plan: Plan, judge: Judge, run: Run, proof: Proof) -> list[str]:
+def written(request: Request, material: Material, plan: Plan, judge: Judge, run: Run, proof: Proof) -> list[str]:
     """Write everything; the model last, so that a full disk loses nothing that was computed."""
     from dori.report.render import render as report
 

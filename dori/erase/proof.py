@@ -160,7 +160,7 @@ def _record(own: Bench, name: str, edit: WeightDelta, *, found: Verdict, outcome
         "descriptor": own.judge.descriptor.record(), "protocol": protocol, "plan": own.plan, "blind": blind,
         "damage": damage, "outcomes": outcomes, "seconds": own.seconds(name),
         "provenance": own.run.provenance()}
-    return json.loads(json.dumps(record, default=_plain))
+    return json.loads(json.dumps(record, default=_plain, sort_keys=True))  # as it will be read again
 
 
 def _image(case: Case) -> dict[str, Any]:
