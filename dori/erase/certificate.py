@@ -19,7 +19,7 @@ from dori.stats import Estimate
 
 WORDS = {
     "removed": "The memories behave as on a model that never saw them.",
-    "weakened": "The memories are harder to bring back than before; that they behave like images never seen is not shown.",
+    "weakened": "The memories are harder to bring back than before; nothing shows that they behave like unseen images.",
     "hidden": "The prompts no longer bring the memories back, and an attack on the embedding does.",
     "untouched": "The memories come back as before.",
     "unproven": "Nothing came back from the original model, so nothing can be said.",
