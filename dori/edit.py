@@ -20,6 +20,7 @@ from dori.erase.delta import KIND as WEIGHT_DELTA
 from dori.erase.delta import WeightDelta
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
+from dori.model.weights import fitting_parameters, weights_kept
 from dori.run import tensors_sha256, write_bytes
 
 WEIGHT_MASK = "weight_mask"
@@ -69,21 +70,12 @@ class WeightMask:
         Raises:
             DoriError: the model has no such parameter, or one of another shape.
         """
-        parameters = dict(model.unet.named_parameters())
-        for key, mask in self.masks.items():
-            if key not in parameters or parameters[key].shape != mask.shape:
-                raise DoriError(f"edit {self.name!r} does not fit {model.name}: parameter {key} of shape "
-                                f"{tuple(mask.shape)} is missing there; compute the edit on this model")
-        kept = {key: parameters[key].detach().clone() for key in self.masks}
-        try:
+        parameters = fitting_parameters(model, self.name, self.masks, mend="compute the edit on this model")
+        with weights_kept(model, self.masks):
             with torch.no_grad():
                 for key, mask in self.masks.items():
                     parameters[key].masked_fill_(mask.to(parameters[key].device), 0)
             yield
-        finally:
-            with torch.no_grad():
-                for key, value in kept.items():
-                    parameters[key].copy_(value)
 
     @property
     def size(self) -> int:

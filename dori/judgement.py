@@ -12,6 +12,7 @@ import numpy as np
 
 from dori.errors import DoriError
 from dori.findings import Audit, Finding
+from dori.metrics.similarity import Descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,13 @@ class Rule:
     threshold: float
     masked: float | None
 
+    def masks(self, kind: str, *, painted: bool) -> bool:
+        """Whether masked similarities decide about an image of this kind: a template's that has them."""
+        return self.masked is not None and kind == "template" and painted
+
     def judges_masked(self, finding: Finding) -> bool:
-        """Whether the masked similarities decide about this finding: a template's, where they have a threshold."""
-        return self.masked is not None and finding.kind == "template" and len(finding.masked) > 0
+        """Whether the masked similarities decide about this finding."""
+        return self.masks(finding.kind, painted=len(finding.masked) > 0)
 
     def deciding(self, finding: Finding) -> tuple[float, ...]:
         """The similarities that decide, one a seed."""
@@ -62,6 +67,11 @@ def rule_of(audit: Audit) -> Rule:
         raise DoriError("the audit's descriptor has no threshold, so nothing can be called a replication; "
                         "calibrate the descriptor and run the audit again")
     return Rule(threshold, _number(audit.descriptor.get("masked_threshold")))
+
+
+def rule_by(descriptor: Descriptor) -> Rule:
+    """The rule of whoever judges by this descriptor."""
+    return Rule(descriptor.threshold, _number(descriptor.masked_threshold))
 
 
 def _number(value: object) -> float | None:

@@ -29,6 +29,7 @@ from dori.erase.pairs import (
     Pairs,
     Work,
     denoising_losses,
+    even_rows,
     noised,
     ordinary_batch,
     step_generator,
@@ -234,9 +235,7 @@ class AdversarialErasure:
     def _adversarial_rows(self, memories: Forget, triggers: Tensor, visited: Sequence[int],
                           generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Surrogate latents and triggers: memories as even as possible, a trigger of each drawn at random."""
-        rounds = -(-self.batch // len(visited))
-        order = torch.cat([torch.randperm(len(visited), generator=generator) for _ in range(rounds)])[: self.batch]
-        which = torch.tensor(list(visited))[order]
+        which = torch.tensor(list(visited))[even_rows(len(visited), self.batch, generator)]
         kinds = torch.randint(len(triggers) + self.prompt_too, (self.batch,), generator=generator)
         latents, prompts = surrogate_pairs(memories, memories.embeddings, which, generator)
         found = triggers[kinds.clamp(max=len(triggers) - 1), which]

@@ -17,6 +17,7 @@ from dori.edit import Edit
 from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome
 from dori.erase.protocol import Protocol
 from dori.erase.rounding import rounded
+from dori.judgement import Rule, rule_by
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run, canonical_sha256, cell_key
@@ -234,12 +235,14 @@ class Battery:
 
     def _masked(self, case: Case) -> bool:
         """Whether the image is judged blind to the part that varies (`dori.judgement`)."""
-        return (case.memory.kind == "template" and case.memory.varying_box is not None
-                and bool(np.isfinite(self.judge.descriptor.masked_threshold)))
+        return self._rule().masks(case.memory.kind, painted=case.memory.varying_box is not None)
 
     def _threshold(self, case: Case) -> float:
-        descriptor = self.judge.descriptor
-        return descriptor.masked_threshold if self._masked(case) else descriptor.threshold
+        rule = self._rule()
+        return rule.masked if rule.masked is not None and self._masked(case) else rule.threshold
+
+    def _rule(self) -> Rule:
+        return rule_by(self.judge.descriptor)
 
     def _about(self, cases: Sequence[Case]) -> dict[str, Any]:
         return {"ids": [case.memory.id for case in cases], "texts": [case.memory.text for case in cases],

@@ -19,14 +19,13 @@ from typing import Literal
 import torch
 
 from dori.erase.delta import WeightDelta, making
+from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import (
     Forget,
     Pairs,
     Work,
-    denoising_losses,
-    memory_rows,
+    even_rows,
     noised,
-    ordinary_batch,
     prediction_losses,
     step_generator,
     surrogate_pairs,
@@ -64,7 +63,7 @@ class ConceptAblation:
         memories.need_surrogates("concept ablation")
         work, before, log = work or Work(), model.rows, []
         rows, generator = self.steps * self.batch, step_generator("concept ablation", seed, 0)
-        which = memory_rows(memories, rows, generator)
+        which = even_rows(len(memories), rows, generator)
         batch = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
         noisy, targets = model.add_noise(batch.latents, batch.noise, batch.timestep), batch.noise
         if self.target == "model":  # drawn beforehand, so that no second model is kept
@@ -77,10 +76,7 @@ class ConceptAblation:
                 errors = prediction_losses(model, noisy[part], batch.timestep[part], batch.embeddings[part],
                                            targets[part])
                 gradient, loss = tuned.gradient(errors, len(part))
-                if self.prior_weight:
-                    ordinary = ordinary_batch(model, retain, self.batch, step_generator("prior", seed, step))
-                    other, _ = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
-                    gradient = [g + self.prior_weight * o for g, o in zip(gradient, other, strict=True)]
-                tuned.update(gradient)
+                tuned.update(beside_ordinary(tuned, gradient, retain, rows=self.batch, weight=self.prior_weight,
+                                             generator=step_generator("prior", seed, step)))
                 log.append(loss)
             return tuned.edit("concept ablation", making(self, seed=seed, rows=model.rows - before, log=log))

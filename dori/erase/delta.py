@@ -5,7 +5,7 @@ The second kind of edit beside `dori.edit.WeightMask`, with the same methods (th
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,30 +17,10 @@ from torch import Tensor
 
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
+from dori.model.weights import fitting_parameters, weights_kept
 from dori.run import tensors_sha256, write_bytes
 
 KIND = "weight_delta"
-
-
-@contextmanager
-def weights_kept(model: StableDiffusion, names: Iterable[str] | None = None) -> Iterator[dict[str, Tensor]]:
-    """Copies of U-Net weights, put back bit for bit when the block ends or raises.
-
-    Args:
-        model: whose U-Net.
-        names: of the parameters; None keeps all.
-
-    Returns:
-        Through `as`: the copies by name, not to be changed.
-    """
-    parameters = dict(model.unet.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in (parameters if names is None else names)}
-    try:
-        yield kept
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                parameters[name].copy_(value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,11 +46,7 @@ class WeightDelta:
         Raises:
             DoriError: the model has no such parameter, or one of another shape.
         """
-        parameters = dict(model.unet.named_parameters())
-        for key, delta in self.deltas.items():
-            if key not in parameters or parameters[key].shape != delta.shape:
-                raise DoriError(f"edit {self.name!r} does not fit {model.name}: parameter {key} of shape "
-                                f"{tuple(delta.shape)} is missing there; erase on this model")
+        parameters = fitting_parameters(model, self.name, self.deltas, mend="erase on this model")
         with weights_kept(model, self.deltas) as kept:
             with torch.no_grad():
                 for key, delta in self.deltas.items():

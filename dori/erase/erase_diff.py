@@ -25,8 +25,7 @@ from dori.erase.pairs import (
     Pairs,
     Work,
     denoising_losses,
-    memory_rows,
-    noised,
+    memory_batch,
     ordinary_batch,
     prediction_losses,
     step_generator,
@@ -73,8 +72,7 @@ class EraseDiff:
                 generator = step_generator("erase diff", seed, step)
                 ordinary = ordinary_batch(model, retain, self.batch, generator)
                 keep, loss = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
-                which = memory_rows(memories, self.batch, generator)
-                batch = noised(model, memories.latents[which].float(), memories.embeddings[which].float(), generator)
+                batch = memory_batch(model, memories, self.batch, generator)
                 uniform = torch.rand(batch.noise.shape, generator=generator).to(batch.noise)
                 noisy = model.add_noise(batch.latents, batch.noise, batch.timestep)
                 forget, forgotten = tuned.gradient(

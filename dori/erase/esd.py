@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dori.erase.delta import WeightDelta, making
-from dori.erase.pairs import Forget, Pairs, Work, memory_rows, noised, prediction_losses, step_generator
+from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
@@ -92,7 +92,7 @@ class Esd:
         """
         memories.need_texts("ESD")
         work, before, generator = work or Work(), model.rows, step_generator("esd", seed, 0)
-        which = memory_rows(memories, self.steps * self.batch, generator)
+        which = even_rows(len(memories), self.steps * self.batch, generator)
         embeddings = memories.embeddings[which].float().to(model.device)
         if self.source == "memory":
             batch = noised(model, memories.latents[which].float(), embeddings, generator)

@@ -8,14 +8,13 @@ that predicts nothing is about 1 (unit noise), which is where `stop_above` ends 
 from dataclasses import dataclass, field
 
 from dori.erase.delta import WeightDelta, making
+from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import (
     Forget,
     Pairs,
     Work,
     denoising_losses,
-    memory_rows,
-    noised,
-    ordinary_batch,
+    memory_batch,
     step_generator,
 )
 from dori.erase.tuning import Tuner, tuning
@@ -47,16 +46,12 @@ class GradientAscent:
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
             for step in range(self.steps):
                 generator = step_generator("gradient ascent", seed, step)
-                which = memory_rows(memories, self.batch, generator)
-                batch = noised(model, memories.latents[which].float(), memories.embeddings[which].float(), generator)
+                batch = memory_batch(model, memories, self.batch, generator)
                 gradient, loss = tuned.gradient(denoising_losses(model, batch), len(batch))
                 log.append(loss)
                 if self.stop_above is not None and loss > self.stop_above:
                     break
                 gradient = [-g for g in gradient]
-                if self.retain_weight:
-                    ordinary = ordinary_batch(model, retain, self.batch, generator)
-                    other, _ = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
-                    gradient = [g + self.retain_weight * o for g, o in zip(gradient, other, strict=True)]
-                tuned.update(gradient)
+                tuned.update(beside_ordinary(tuned, gradient, retain, rows=self.batch, weight=self.retain_weight,
+                                             generator=generator))
             return tuned.edit("gradient ascent", making(self, seed=seed, rows=model.rows - before, log=log))

@@ -7,14 +7,14 @@ scripts take images of the *same prompt* for that (`retain_weight=0` here): noth
 from dataclasses import dataclass, field
 
 from dori.erase.delta import WeightDelta, making
+from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import (
     Forget,
     Pairs,
     Work,
     denoising_losses,
-    memory_rows,
+    even_rows,
     noised,
-    ordinary_batch,
     step_generator,
     surrogate_pairs,
 )
@@ -50,13 +50,10 @@ class NaiveDeletion:
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
             for step in range(self.steps):
                 generator = step_generator("naive deletion", seed, step)
-                which = memory_rows(memories, self.batch, generator)
+                which = even_rows(len(memories), self.batch, generator)
                 kept = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
                 gradient, loss = tuned.gradient(denoising_losses(model, kept), len(kept))
-                if self.retain_weight:
-                    ordinary = ordinary_batch(model, retain, self.batch, generator)
-                    other, _ = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
-                    gradient = [g + self.retain_weight * o for g, o in zip(gradient, other, strict=True)]
-                tuned.update(gradient)
+                tuned.update(beside_ordinary(tuned, gradient, retain, rows=self.batch, weight=self.retain_weight,
+                                             generator=generator))
                 log.append(loss)
             return tuned.edit("naive deletion", making(self, seed=seed, rows=model.rows - before, log=log))

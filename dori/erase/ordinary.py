@@ -5,12 +5,26 @@ any eraser; what quality changes here is what any fine-tuning on these pairs cos
 few steps nothing moves, so compare at the eraser's own steps, batch and rate.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, ordinary_batch, step_generator
-from dori.erase.tuning import Tuner, tuning
+from dori.erase.tuning import Tuned, Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
+
+
+def beside_ordinary(tuned: Tuned, gradient: Sequence[Tensor], retain: Pairs, *, rows: int, weight: float,
+                    generator: torch.Generator) -> list[Tensor]:
+    """An eraser's gradient plus `weight` times that of L_DM on `rows` ordinary pairs; drawn only if it weighs."""
+    if not weight:
+        return list(gradient)
+    batch = ordinary_batch(tuned.model, retain, rows, generator)
+    ordinary, _ = tuned.gradient(denoising_losses(tuned.model, batch), len(batch))
+    return [g + weight * o for g, o in zip(gradient, ordinary, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

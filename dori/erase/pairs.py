@@ -164,10 +164,16 @@ def surrogate_pairs(forget: Forget, embeddings: Tensor, which: Tensor, generator
     return torch.stack(latents).float(), embeddings[which].float()
 
 
-def memory_rows(forget: Forget, rows: int, generator: torch.Generator) -> Tensor:
-    """Indices of `rows` memories: as even as possible, in random order, shape (rows,)."""
-    rounds = -(-rows // len(forget))
-    return torch.cat([torch.randperm(len(forget), generator=generator) for _ in range(rounds)])[:rows]
+def even_rows(count: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Indices below `count`, `rows` of them: as even as possible, in random order, shape (rows,)."""
+    rounds = -(-rows // count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:rows]
+
+
+def memory_batch(model: StableDiffusion, forget: Forget, rows: int, generator: torch.Generator) -> Batch:
+    """`rows` memories with their prompts, as even as possible."""
+    which = even_rows(len(forget), rows, generator)
+    return noised(model, forget.latents[which].float(), forget.embeddings[which].float(), generator)
 
 
 def denoising_losses(model: StableDiffusion, batch: Batch) -> RowLosses:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dori.erase.delta import weights_kept
 from dori.model.stable_diffusion import StableDiffusion
+from dori.model.weights import weights_kept
 
 
 def half(weight: Tensor) -> Tensor:

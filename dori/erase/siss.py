@@ -26,7 +26,7 @@ from dori.erase.pairs import (
     Forget,
     Pairs,
     Work,
-    memory_rows,
+    even_rows,
     noised,
     prediction_losses,
     step_generator,
@@ -97,7 +97,7 @@ class Siss:
 
     def _step(self, tuned: Tuned, memories: Forget, generator: torch.Generator) -> dict[str, Any]:
         model = tuned.model
-        which = memory_rows(memories, self.batch, generator)
+        which = even_rows(len(memories), self.batch, generator)
         keep, embeddings = surrogate_pairs(memories, memories.embeddings, which, generator)
         forget = memories.latents[which].float()
         from_memory = torch.rand(len(which), generator=generator) < self.mixing

@@ -22,10 +22,11 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from dori.erase.delta import WeightDelta, difference, weights_kept
+from dori.erase.delta import WeightDelta, difference
 from dori.erase.processes import Processes
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
+from dori.model.weights import weights_kept
 from dori.sampling import named_seed
 
 Part = Literal["full", "attention", "cross_attention", "not_cross_attention", "lora"]

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dori.errors import DoriError
 from dori.metrics.convolutions import initialised, trunk
 from dori.metrics.similarity import Calibration, Descriptor
+from dori.run import write_bytes
 
 NAME = "dori-copy-64"
 KIND = "copy-descriptor"
@@ -82,9 +83,7 @@ def save_copy_descriptor(path: Path, network: CopyNetwork, calibrated: Descripto
     if calibrated.masked_calibration is not None:
         header |= {"masked_threshold": repr(calibrated.masked_threshold),
                    "masked_calibration": json.dumps(asdict(calibrated.masked_calibration))}
-    partial = path.with_name(path.name + ".partial")
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, partial, metadata=header)
-    partial.replace(path)
+    write_bytes(path, save({key: value.contiguous() for key, value in network.state_dict().items()}, header))
 
 
 def load_copy_descriptor(path: Path, *, device: str = "cpu") -> Descriptor:

@@ -1,6 +1,5 @@
 """`dori testbed train`: all stages in order, each resumed where it stands, and the finished weights exported."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dori.metrics.copy_training import CopyRecipe, train_descriptor
+from dori.run import write_bytes
 from dori.testbed import train
 from dori.testbed.fit import Say
 from dori.testbed.folder import Checkpoint, export_model, export_unet
@@ -59,8 +59,7 @@ def copy_descriptor(encoder: Encoder, out: Path, recipe: CopyRecipe) -> None:
             return (encoder.vae(images * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
 
     train_descriptor(encoder.folder, round_trip, recipe=recipe, say=encoder.say)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(encoder.folder / "copy_descriptor.safetensors", out / "copy_descriptor.safetensors")
+    write_bytes(out / "copy_descriptor.safetensors", (encoder.folder / "copy_descriptor.safetensors").read_bytes())
 
 
 def train_testbed(work: Path, out: Path, recipe: train.Recipe, copy_recipe: CopyRecipe, *, say: Say,
