@@ -28,8 +28,11 @@ def efficientnet_lite0(path: Path) -> EfficientNetModel:
     """The published weights in the library's EfficientNet, whose squeeze-and-excitation (Lite has none) is set to 1."""
     published = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (published as a pickle)
     published = {key: value for key, value in published.items() if not key.startswith("_fc")}
-    network = EfficientNetModel(EfficientNetConfig(width_coefficient=1.0, depth_coefficient=1.0, hidden_act="relu6",
-                                                   hidden_dim=1280, image_size=224)).eval()
+    network = EfficientNetModel(
+        EfficientNetConfig(
+            width_coefficient=1.0, depth_coefficient=1.0, hidden_act="relu6", hidden_dim=1280, image_size=224
+        )
+    ).eval()
     own = network.state_dict()
     names = [name for name in own if "squeeze_excite" not in name]
     if [own[name].shape for name in names] != [value.shape for value in published.values()]:
@@ -59,8 +62,12 @@ def whitened(network: EfficientNetModel, images: Tensor, *, dimensions: int = 25
     def describe(batch: Tensor) -> Tensor:
         return functional.normalize((features(network, batch) - mean) @ white)
 
-    return Descriptor(f"efficientnet-lite0 whitened to {dimensions}", "224 x 224, ImageNet mean and deviation",
-                      describe, threshold=float("nan"))
+    return Descriptor(
+        f"efficientnet-lite0 whitened to {dimensions}",
+        "224 x 224, ImageNet mean and deviation",
+        describe,
+        threshold=float("nan"),
+    )
 
 
 def main() -> None:

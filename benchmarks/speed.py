@@ -36,8 +36,10 @@ def line(name: str, ours: list[float], baseline: list[float], rows: int) -> str:
     """One row of the table: rows a second of both, ratio of medians, spread of the paired ratios."""
     ratios = sorted(b / o for o, b in zip(ours, baseline, strict=True))
     middle = statistics.median(baseline) / statistics.median(ours)
-    return (f"{name:<58} {rows / statistics.median(ours):8.0f} {rows / statistics.median(baseline):8.0f} "
-            f"{middle:6.2f}  [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
+    return (
+        f"{name:<58} {rows / statistics.median(ours):8.0f} {rows / statistics.median(baseline):8.0f} "
+        f"{middle:6.2f}  [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+    )
 
 
 def bare_step(model: StableDiffusion, rows: int) -> Callable[[], None]:
@@ -78,8 +80,10 @@ def sampling(model: StableDiffusion, repeats: int) -> str:
     """Eight seeds with both guidance halves in one call against single rows."""
     embedding, noise = model.encode(["a picture of a fox"] * 8), initial_noise(model, range(8))
     ours = seconds(lambda: sample(model, embedding, noise, steps=4), repeats)
-    single = seconds(lambda: [sample(model, embedding[i : i + 1], noise[i : i + 1], steps=4, rows_per_call=2)
-                              for i in range(8)], repeats)
+    single = seconds(
+        lambda: [sample(model, embedding[i : i + 1], noise[i : i + 1], steps=4, rows_per_call=2) for i in range(8)],
+        repeats,
+    )
     return line("sampling, 8 seeds and both halves in one call / one by one", ours, single, 8 * 2 * 4)
 
 

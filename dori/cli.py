@@ -63,12 +63,14 @@ def _cosine(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dori", description="Find, break and remove memorized training images in text-to-image models.")
+        prog="dori", description="Find, break and remove memorized training images in text-to-image models."
+    )
     parser.add_argument("--version", action="version", version=f"dori {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    audit = commands.add_parser("audit", help="what of these images is in the model, and what do pruning and DoRI do",
-                                description=AUDIT_HELP)
+    audit = commands.add_parser(
+        "audit", help="what of these images is in the model, and what do pruning and DoRI do", description=AUDIT_HELP
+    )
     audit.add_argument("model", metavar="MODEL")
     audit.add_argument("--memories", type=Path, metavar="FOLDER", help="images believed to be in the model")
     audit.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
@@ -76,21 +78,40 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     audit.add_argument("--preset", choices=("quick", "paper"), default="quick")
     for group in ("memories", "controls"):
-        audit.add_argument(f"--limit-{group}", type=_count, metavar="N",
-                           help=f"audit at most so many {group}, spread over all (default: the preset's)")
-    audit.add_argument("--edit", type=Path, action="append", default=[], metavar="FILE",
-                       help="audit under this edit too, a file that Dori wrote; may be repeated")
+        audit.add_argument(
+            f"--limit-{group}",
+            type=_count,
+            metavar="N",
+            help=f"audit at most so many {group}, spread over all (default: the preset's)",
+        )
+    audit.add_argument(
+        "--edit",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="audit under this edit too, a file that Dori wrote; may be repeated",
+    )
     audit.add_argument("--nemo", choices=("paper", "as_released"), default="paper", help="NeMo's variant")
     audit.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
     audit.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
     audit.add_argument("--half", action="store_true", help="run the U-Net in half precision")
-    audit.add_argument("--clip", type=Path, metavar="FOLDER",
-                       help="a CLIP as transformers saves it, for alignment and quality (the testbed has its own)")
+    audit.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="a CLIP as transformers saves it, for alignment and quality (the testbed has its own)",
+    )
     audit.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
-    audit.add_argument("--sscd-preprocessing", default="skew_320", metavar="NAME",
-                       help="skew_320 (default), small_288 or crop_224")
-    audit.add_argument("--threshold", type=_cosine, metavar="COSINE",
-                       help="similarity that counts as a copy (default: the descriptor's)")
+    audit.add_argument(
+        "--sscd-preprocessing", default="skew_320", metavar="NAME", help="skew_320 (default), small_288 or crop_224"
+    )
+    audit.add_argument(
+        "--threshold",
+        type=_cosine,
+        metavar="COSINE",
+        help="similarity that counts as a copy (default: the descriptor's)",
+    )
     audit.add_argument("--redact", action="store_true", help="blur the training images in the report")
     audit.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if any MR of memories is higher")
 
@@ -98,8 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--redact", action="store_true", help="blur the training images")
 
-    locality = commands.add_parser("locality", help="where a memory lives, and whether that differs from chance",
-                                   description=AUDIT_HELP)
+    locality = commands.add_parser(
+        "locality", help="where a memory lives, and whether that differs from chance", description=AUDIT_HELP
+    )
     locality.add_argument("model", metavar="MODEL")
     locality.add_argument("--memories", type=Path, metavar="FOLDER", help="images believed to be in the model")
     locality.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for reference")
@@ -109,10 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     locality.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
     locality.add_argument("--half", action="store_true", help="run the U-Net in half precision")
     locality.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
-    locality.add_argument("--sscd-preprocessing", default="skew_320", metavar="NAME",
-                          help="skew_320 (default), small_288 or crop_224")
-    locality.add_argument("--threshold", type=_cosine, metavar="COSINE",
-                          help="similarity that counts as a copy (default: the descriptor's)")
+    locality.add_argument(
+        "--sscd-preprocessing", default="skew_320", metavar="NAME", help="skew_320 (default), small_288 or crop_224"
+    )
+    locality.add_argument(
+        "--threshold",
+        type=_cosine,
+        metavar="COSINE",
+        help="similarity that counts as a copy (default: the descriptor's)",
+    )
     locality.add_argument("--redact", action="store_true", help="blur the training images on the page")
     locality.set_defaults(controls=None, clip=None)
 
@@ -121,8 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="what changed between two runs")
     compare.add_argument("before", type=Path, metavar="RUN")
     compare.add_argument("after", type=Path, metavar="RUN")
-    compare.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if the second run's worst MR is "
-                         "higher")
+    compare.add_argument(
+        "--fail-above", type=_share, metavar="MR", help="exit with 1 if the second run's worst MR is higher"
+    )
 
     testbed = commands.add_parser("testbed", help="the embedded model with planted memories")
     verbs = testbed.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -136,11 +164,15 @@ def _parser() -> argparse.ArgumentParser:
 
     sscd = commands.add_parser("sscd", help="the SSCD copy descriptor")
     convert = sscd.add_subparsers(dest="verb", required=True, metavar="VERB").add_parser(
-        "convert", help="convert a state dict of the published weights into safetensors, once")
+        "convert", help="convert a state dict of the published weights into safetensors, once"
+    )
     convert.add_argument("source", type=Path, metavar="FILE.pt")
     convert.add_argument("target", type=Path, metavar="FILE.safetensors")
-    convert.add_argument("--name", metavar="NAME", help="which weights these are, such as sscd_disc_mixup or "
-                         "sscd_disc_blur (default: the file's name)")
+    convert.add_argument(
+        "--name",
+        metavar="NAME",
+        help="which weights these are, such as sscd_disc_mixup or sscd_disc_blur (default: the file's name)",
+    )
     return parser
 
 
@@ -153,29 +185,57 @@ def _add_erase(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     erase.add_argument("--memories", type=Path, metavar="FOLDER", help="images to erase")
     erase.add_argument("--retain", type=Path, metavar="FOLDER", help="ordinary images with texts")
     erase.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
-    erase.add_argument("--twin", action="append", default=[], metavar="MODEL",
-                       help="a model like this one that never saw the memories; judges only; may be repeated")
+    erase.add_argument(
+        "--twin",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a model like this one that never saw the memories; judges only; may be repeated",
+    )
     erase.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     erase.add_argument("--preset", choices=("quick", "full"), default="quick")
     erase.add_argument("--eraser", choices=ERASERS, default="adversarial")
-    erase.add_argument("--table", choices=("erasers", "ablations"),
-                       help="instead of one erasure: every eraser, or every arm of the ablation, under every attack")
-    erase.add_argument("--split", choices=("all", "tune", "test"), default="all",
-                       help="every other memory, to tune settings on or to test them (default all)")
+    erase.add_argument(
+        "--table",
+        choices=("erasers", "ablations"),
+        help="instead of one erasure: every eraser, or every arm of the ablation, under every attack",
+    )
+    erase.add_argument(
+        "--split",
+        choices=("all", "tune", "test"),
+        default="all",
+        help="every other memory, to tune settings on or to test them (default all)",
+    )
     erase.add_argument("--limit", type=_count, metavar="N", help="at most so many memories and as many controls")
-    erase.add_argument("--rate-scale", type=_factor, metavar="X", help="factor on all learning rates, which are those "
-                       "published for Stable Diffusion (default 1; 20 for the testbed)")
+    erase.add_argument(
+        "--rate-scale",
+        type=_factor,
+        metavar="X",
+        help="factor on all learning rates, which are those "
+        "published for Stable Diffusion (default 1; 20 for the testbed)",
+    )
     erase.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
     erase.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
-    erase.add_argument("--save-model", type=Path, metavar="PATH", help="write the erased model too: a folder, or a "
-                       ".safetensors file if MODEL is one")
+    erase.add_argument(
+        "--save-model",
+        type=Path,
+        metavar="PATH",
+        help="write the erased model too: a folder, or a .safetensors file if MODEL is one",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; exit 0, 1 (a limit was exceeded) or 2 (bad input)."""
     arguments = _parser().parse_args(argv)
-    commands = {"audit": _audit, "report": _report, "compare": _compare, "locality": _locality, "erase": _erase,
-                "testbed": _testbed, "sscd": _sscd}
+    commands = {
+        "audit": _audit,
+        "report": _report,
+        "compare": _compare,
+        "locality": _locality,
+        "erase": _erase,
+        "testbed": _testbed,
+        "sscd": _sscd,
+    }
     try:
         status = commands[arguments.command](arguments)
     except DoriError as error:
@@ -205,8 +265,10 @@ def _audit(arguments: argparse.Namespace) -> int:
         if arguments.model != "testbed":
             raise DoriError("an audit needs images to look for; give --memories FOLDER")
         if arguments.controls or arguments.ordinary or arguments.half or arguments.device != "cpu":
-            raise DoriError("without --memories the testbed is audited on its own images, in float32 on the CPU; leave "
-                            "out --controls, --ordinary, --device and --half, or give --memories FOLDER")
+            raise DoriError(
+                "without --memories the testbed is audited on its own images, in float32 on the CPU; leave "
+                "out --controls, --ordinary, --device and --half, or give --memories FOLDER"
+            )
     _quiet()  # first: some advice comes while the libraries are imported
     from dori.audit.loop import audit
     from dori.compare import worst_mr
@@ -217,8 +279,12 @@ def _audit(arguments: argparse.Namespace) -> int:
     run = Run(arguments.out, say=say)
     with run.locked():
         subjects, judge = _audited(arguments, plan)
-        _announce(subjects, plan, [edit.name for edit in given],
-                  limited=bool(arguments.limit_memories or arguments.limit_controls))
+        _announce(
+            subjects,
+            plan,
+            [edit.name for edit in given],
+            limited=bool(arguments.limit_memories or arguments.limit_controls),
+        )
         found = audit(subjects, plan=plan, judge=judge, run=run, given=given, say=say)
         write_text(arguments.out / "audit.json", found.to_json())
         write_text(arguments.out / "report.html", render(found, arguments.out, redact=arguments.redact))
@@ -234,9 +300,13 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
 
     plan = PRESETS[arguments.preset]()
     nemo = None if plan.nemo is None else dataclasses.replace(plan.nemo, variant=arguments.nemo)
-    return dataclasses.replace(plan, seed=arguments.seed, nemo=nemo,
-                               memories=arguments.limit_memories or plan.memories,
-                               controls=arguments.limit_controls or plan.controls)
+    return dataclasses.replace(
+        plan,
+        seed=arguments.seed,
+        nemo=nemo,
+        memories=arguments.limit_memories or plan.memories,
+        controls=arguments.limit_controls or plan.controls,
+    )
 
 
 def _given(files: Sequence[Path]) -> "list[Edit]":
@@ -262,8 +332,10 @@ def _announce(subjects: "Subjects", plan: "Plan", given: Sequence[str], *, limit
         say(f"auditing {counts} ({why})")
     rows = planned_rows(subjects, plan, given)
     forward, both = speed(subjects.model)
-    say(f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} forward and backward, "
-        f"about {duration(planned_seconds(rows, forward=forward, both=both))} on this machine without what is stored")
+    say(
+        f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} forward and backward, "
+        f"about {duration(planned_seconds(rows, forward=forward, both=both))} on this machine without what is stored"
+    )
 
 
 def _over(rate: float, limit: float | None) -> int:
@@ -284,9 +356,14 @@ def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Ju
     else:
         from dori.audit.folders import folder_subjects
 
-        subjects, judge = folder_subjects(arguments.model, memories=arguments.memories,
-                                          controls=arguments.controls, ordinary=arguments.ordinary,
-                                          device=arguments.device, half=arguments.half)
+        subjects, judge = folder_subjects(
+            arguments.model,
+            memories=arguments.memories,
+            controls=arguments.controls,
+            ordinary=arguments.ordinary,
+            device=arguments.device,
+            half=arguments.half,
+        )
     if arguments.clip is not None:
         from dori.audit.folders import load_clip
 
@@ -294,11 +371,14 @@ def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Ju
     if arguments.sscd is not None:
         from dori.metrics.sscd import load_sscd
 
-        judge = dataclasses.replace(judge, descriptor=load_sscd(
-            arguments.sscd, preprocessing=arguments.sscd_preprocessing, device=arguments.device))
+        judge = dataclasses.replace(
+            judge,
+            descriptor=load_sscd(arguments.sscd, preprocessing=arguments.sscd_preprocessing, device=arguments.device),
+        )
     if arguments.threshold is not None:
-        judge = dataclasses.replace(judge, descriptor=dataclasses.replace(
-            judge.descriptor, threshold=arguments.threshold, calibration=None))
+        judge = dataclasses.replace(
+            judge, descriptor=dataclasses.replace(judge.descriptor, threshold=arguments.threshold, calibration=None)
+        )
     return subjects, judge
 
 
@@ -307,8 +387,10 @@ def _locality(arguments: argparse.Namespace) -> int:
         if arguments.model != "testbed":
             raise DoriError("locality needs images to look for; give --memories FOLDER")
         if arguments.ordinary or arguments.half or arguments.device != "cpu":
-            raise DoriError("without --memories the testbed is analysed with its own images, in float32 on the CPU; "
-                            "leave out --ordinary, --device and --half, or give --memories FOLDER")
+            raise DoriError(
+                "without --memories the testbed is analysed with its own images, in float32 on the CPU; "
+                "leave out --ordinary, --device and --half, or give --memories FOLDER"
+            )
     _quiet()
     import dataclasses
 
@@ -349,11 +431,26 @@ def _erase(arguments: argparse.Namespace) -> int:
     _quiet()
     from dori.erase.command import Request, erase
 
-    lines = erase(Request(
-        arguments.model, arguments.out, memories=arguments.memories, retain=arguments.retain,
-        controls=arguments.controls, twins=tuple(arguments.twin), preset=arguments.preset, eraser=arguments.eraser,
-        table=arguments.table, split=arguments.split, limit=arguments.limit, rate_scale=arguments.rate_scale,
-        seed=arguments.seed, device=arguments.device, save_model=arguments.save_model), say)
+    lines = erase(
+        Request(
+            arguments.model,
+            arguments.out,
+            memories=arguments.memories,
+            retain=arguments.retain,
+            controls=arguments.controls,
+            twins=tuple(arguments.twin),
+            preset=arguments.preset,
+            eraser=arguments.eraser,
+            table=arguments.table,
+            split=arguments.split,
+            limit=arguments.limit,
+            rate_scale=arguments.rate_scale,
+            seed=arguments.seed,
+            device=arguments.device,
+            save_model=arguments.save_model,
+        ),
+        say,
+    )
     for line in lines:
         print(line)
     return 0

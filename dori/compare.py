@@ -11,17 +11,7 @@ from typing import Any
 from dori.errors import DoriError
 from dori.findings import Audit
 from dori.judgement import rule_of
-from dori.report.tables import (
-    CONTROLS,
-    Row,
-    Way,
-    number,
-    population_of,
-    rate,
-    table,
-    threshold_of,
-    way_of,
-)
+from dori.report.tables import CONTROLS, Row, Way, number, population_of, rate, table, threshold_of, way_of
 from dori.stats import Estimate
 
 SHOWN = 40
@@ -102,11 +92,16 @@ def worst_mr(audit: Audit) -> float:
     Raises:
         DoriError: no memory was judged under the audited model, or there is no threshold.
     """
-    rates = [row.replication.rate.value for row in table(audit)
-             if row.population != CONTROLS and row.way.model == audit.model]
+    rates = [
+        row.replication.rate.value
+        for row in table(audit)
+        if row.population != CONTROLS and row.way.model == audit.model
+    ]
     if not rates:
-        raise DoriError(f"the audit of {audit.model} judged no memory, so there is no MR to hold against a limit; "
-                        "audit with memories")
+        raise DoriError(
+            f"the audit of {audit.model} judged no memory, so there is no MR to hold against a limit; "
+            "audit with memories"
+        )
     return max(rates)
 
 
@@ -118,18 +113,27 @@ def compare(a: Audit, b: Audit) -> Comparison:
     """
     ids = [{finding.id for finding in audit.findings} for audit in (a, b)]
     pixels = [{subject.id: subject.sha256 for subject in audit.subjects} for audit in (a, b)]
-    altered = {one for one in ids[0] & ids[1]
-               if (old := pixels[0].get(one)) and (new := pixels[1].get(one)) and old != new}
+    altered = {
+        one for one in ids[0] & ids[1] if (old := pixels[0].get(one)) and (new := pixels[1].get(one)) and old != new
+    }
     shared = (ids[0] & ids[1]) - altered
     if not shared:
-        raise DoriError(f"the audits of {a.model} and {b.model} have no image in common, so nothing can be compared; "
-                        "audit both with the same memories")
+        raise DoriError(
+            f"the audits of {a.model} and {b.model} have no image in common, so nothing can be compared; "
+            "audit both with the same memories"
+        )
     before, after = (replace(audit, findings=tuple(f for f in audit.findings if f.id in shared)) for audit in (a, b))
     rates, incomparable = tuple(_rates(_by_role(before), _by_role(after))), _incomparable(a, b)
     return Comparison(
-        models=(a.model, b.model), incomparable=incomparable, shared=len(shared), altered=tuple(sorted(altered)),
-        missing=tuple(sorted(ids[0] ^ ids[1])), settings=tuple(_changes(_described(a), _described(b))), rates=rates,
-        flips=() if incomparable else tuple(_flips(before, after, rates)))
+        models=(a.model, b.model),
+        incomparable=incomparable,
+        shared=len(shared),
+        altered=tuple(sorted(altered)),
+        missing=tuple(sorted(ids[0] ^ ids[1])),
+        settings=tuple(_changes(_described(a), _described(b))),
+        rates=rates,
+        flips=() if incomparable else tuple(_flips(before, after, rates)),
+    )
 
 
 def _incomparable(a: Audit, b: Audit) -> str:
@@ -138,18 +142,26 @@ def _incomparable(a: Audit, b: Audit) -> str:
         "preprocessing": [audit.descriptor.get("preprocessing") for audit in (a, b)],
         "descriptor's weights": [audit.descriptor.get("fingerprint") for audit in (a, b)],
         "threshold": [threshold_of(a), threshold_of(b)],
-        "masked threshold": [rule_of(a).masked, rule_of(b).masked]}
+        "masked threshold": [rule_of(a).masked, rule_of(b).masked],
+    }
     differing = [name for name, (before, after) in parts.items() if before != after]
     if not differing:
         return ""
-    return (f"The numbers of these two audits are not comparable: {' and '.join(differing)} differ"
-            f"{'s' if len(differing) == 1 and not differing[0].endswith('s') else ''}.")
+    return (
+        f"The numbers of these two audits are not comparable: {' and '.join(differing)} differ"
+        f"{'s' if len(differing) == 1 and not differing[0].endswith('s') else ''}."
+    )
 
 
 def _described(audit: Audit) -> dict[str, Any]:
     edits = {f"edits.{edit.name}{'.' + edit.scope if edit.scope else ''}": {"size": edit.size} for edit in audit.edits}
-    return {"descriptor": dict(audit.descriptor), "settings": dict(audit.settings), "twins": list(audit.twins),
-            "versions": audit.provenance.get("versions", {}), **edits}
+    return {
+        "descriptor": dict(audit.descriptor),
+        "settings": dict(audit.settings),
+        "twins": list(audit.twins),
+        "versions": audit.provenance.get("versions", {}),
+        **edits,
+    }
 
 
 def _leaves(value: Any, name: str) -> Iterable[tuple[str, Any]]:
@@ -187,8 +199,12 @@ def _rates(a: Mapping[_Role, Mapping[int, Row]], b: Mapping[_Role, Mapping[int, 
         steps = [max(both)] if both else [max(rows) for rows in (before, after) if rows]
         for step in steps:
             ours, theirs = before.get(step), after.get(step)
-            yield RateChange(role[0], Way(*role[1:], step), None if ours is None else ours.replication.rate,
-                             None if theirs is None else theirs.replication.rate)
+            yield RateChange(
+                role[0],
+                Way(*role[1:], step),
+                None if ours is None else ours.replication.rate,
+                None if theirs is None else theirs.replication.rate,
+            )
 
 
 def _flips(a: Audit, b: Audit, rates: Iterable[RateChange]) -> Iterable[Flip]:
@@ -221,16 +237,21 @@ def to_text(comparison: Comparison) -> str:
     if comparison.missing or comparison.altered:
         lines.append(f"Compared are the {comparison.shared} images that both judged.")
     lines += ["", "Changed settings" if comparison.settings else "No setting changed."]
-    lines += [f"  {change.name}: {_short(change.before)} -> {_short(change.after)}"
-              for change in comparison.settings[:SHOWN]]
+    lines += [
+        f"  {change.name}: {_short(change.before)} -> {_short(change.after)}" for change in comparison.settings[:SHOWN]
+    ]
     lines += _more(len(comparison.settings))
-    lines += ["", "MR by edit and way of asking"] + [f"  {_named(change.population, change.way)}: {_moved(change)}"
-                                                     for change in comparison.rates]
+    lines += ["", "MR by edit and way of asking"] + [
+        f"  {_named(change.population, change.way)}: {_moved(change)}" for change in comparison.rates
+    ]
     if not comparison.incomparable:
         lines += ["", "Images whose verdict turned" if comparison.flips else "No image's verdict turned."]
-        lines += [f"  {flip.id} ({_named(flip.population, flip.way)}): "
-                  f"{'now comes back' if flip.came_back_after else 'no longer comes back'}, {number(flip.before)} -> "
-                  f"{number(flip.after)}" for flip in comparison.flips[:SHOWN]]
+        lines += [
+            f"  {flip.id} ({_named(flip.population, flip.way)}): "
+            f"{'now comes back' if flip.came_back_after else 'no longer comes back'}, {number(flip.before)} -> "
+            f"{number(flip.after)}"
+            for flip in comparison.flips[:SHOWN]
+        ]
         lines += _more(len(comparison.flips))
     return "\n".join(line.translate(CONTROL_CHARACTERS) for line in lines) + "\n"
 

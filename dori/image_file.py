@@ -23,8 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PIXELS = 50_000_000
 FILE_BYTES = 200_000_000
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, OverflowError, LookupError, TypeError, struct.error,
-           zlib.error)
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, OverflowError, LookupError, TypeError, struct.error, zlib.error)
 
 
 def size(path: Path) -> tuple[int, int]:

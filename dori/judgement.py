@@ -64,8 +64,10 @@ def rule_of(audit: Audit) -> Rule:
     """
     threshold = _number(audit.descriptor.get("threshold"))
     if threshold is None:
-        raise DoriError("the audit's descriptor has no threshold, so nothing can be called a replication; "
-                        "calibrate the descriptor and run the audit again")
+        raise DoriError(
+            "the audit's descriptor has no threshold, so nothing can be called a replication; "
+            "calibrate the descriptor and run the audit again"
+        )
     return Rule(threshold, _number(audit.descriptor.get("masked_threshold")))
 
 

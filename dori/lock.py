@@ -36,8 +36,10 @@ def locked(path: Path, *, say: Callable[[str], None]) -> Iterator[None]:
         owner = _owner(path)
         if owner is not None:
             if _may_live(owner):
-                raise DoriError(f"{path.parent} is in use by process {owner.get('pid')} on {owner.get('host')}; wait "
-                                f"for it, choose another folder, or, if it is gone, delete {path}")
+                raise DoriError(
+                    f"{path.parent} is in use by process {owner.get('pid')} on {owner.get('host')}; wait "
+                    f"for it, choose another folder, or, if it is gone, delete {path}"
+                )
             say(f"{path.parent}: the process that worked here was killed, taking over")
         _create(path, me, over=owner is not None)
     try:
@@ -54,11 +56,13 @@ def _create(path: Path, me: dict[str, Any], *, over: bool) -> None:
         with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
             json.dump(me, file)
     except FileExistsError:
-        raise DoriError(f"{path.parent} was taken by another process this moment; wait for it or choose another "
-                        "folder") from None
+        raise DoriError(
+            f"{path.parent} was taken by another process this moment; wait for it or choose another folder"
+        ) from None
     except OSError as error:
-        raise DoriError(f"{path} cannot be written ({error.strerror}); choose a folder that you may write and that "
-                        "has space left") from None
+        raise DoriError(
+            f"{path} cannot be written ({error.strerror}); choose a folder that you may write and that has space left"
+        ) from None
 
 
 @contextmanager

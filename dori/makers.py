@@ -12,8 +12,17 @@ from pathlib import Path
 import dori
 
 # What shows figures, or says how far they are, cannot change them; and what trains the testbed shows in its weights.
-NO_FIGURES = ("report/", "locality/page/", "cli.py", "__main__.py", "compare.py", "errors.py", "lock.py", "progress.py",
-              *(f"testbed/{name}.py" for name in ("networks", "pipeline", "pool", "train", "vocabulary")))
+NO_FIGURES = (
+    "report/",
+    "locality/page/",
+    "cli.py",
+    "__main__.py",
+    "compare.py",
+    "errors.py",
+    "lock.py",
+    "progress.py",
+    *(f"testbed/{name}.py" for name in ("networks", "pipeline", "pool", "train", "vocabulary")),
+)
 
 
 @cache
@@ -35,6 +44,9 @@ def makers(device: str) -> dict[str, str]:
 
 def others(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """In words which makers were other ones: "other code and torch 2.12 (now 2.13)"; empty if none was."""
-    found = ["other code" if name == "code" else f"{name} {before.get(name, 'unknown')} (now {value})"
-             for name, value in now.items() if before.get(name) != value]
+    found = [
+        "other code" if name == "code" else f"{name} {before.get(name, 'unknown')} (now {value})"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)

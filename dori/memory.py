@@ -70,11 +70,14 @@ class Memory:
             hint = f"did you mean {near[0]!r}" if near else f"use one of {', '.join(KINDS)}"
             raise DoriError(f"kind {self.kind!r:.60} of {self.id!r} is unknown; {hint}")
         if self.dose is not None and not _is_dose(self.dose):
-            raise DoriError(f"dose {self.dose!r:.60} of {self.id!r} is no number of at least 0; write one or leave "
-                            "it out")
+            raise DoriError(
+                f"dose {self.dose!r:.60} of {self.id!r} is no number of at least 0; write one or leave it out"
+            )
         if self.varying_box is not None and not _is_box(self.varying_box):
-            raise DoriError(f"varying_box {self.varying_box!r:.60} of {self.id!r} is no box; write left, top, right, "
-                            "bottom as whole pixels with 0 <= left < right and 0 <= top < bottom")
+            raise DoriError(
+                f"varying_box {self.varying_box!r:.60} of {self.id!r} is no box; write left, top, right, "
+                "bottom as whole pixels with 0 <= left < right and 0 <= top < bottom"
+            )
 
 
 def read_memories(folder: Path, *, default_kind: str = "verbatim") -> tuple[Memory, ...]:
@@ -100,7 +103,7 @@ def read_memories(folder: Path, *, default_kind: str = "verbatim") -> tuple[Memo
     found = []
     for where, memory in entries:
         if memory.id in seen:
-            raise DoriError(f"{where}: id {memory.id!r} is taken by {seen[memory.id]}; give each its own \"id\"")
+            raise DoriError(f'{where}: id {memory.id!r} is taken by {seen[memory.id]}; give each its own "id"')
         seen[memory.id] = where
         found.append(memory)
     if not found:
@@ -131,8 +134,10 @@ def write_memories(folder: Path, memories: Iterable[tuple[Memory, Tensor]]) -> t
     lines, written = list[str](), list[Memory]()
     for memory, image in memories:
         if not FILE_STEM.fullmatch(memory.id) or memory.id in {other.id for other in written}:
-            raise DoriError(f"id {memory.id!r} cannot name a file of its own in {folder}; use letters, digits, dots, "
-                            "dashes and underscores, and each id once")
+            raise DoriError(
+                f"id {memory.id!r} cannot name a file of its own in {folder}; use letters, digits, dots, "
+                "dashes and underscores, and each id once"
+            )
         memory = replace(memory, image=folder / f"{memory.id}.png")
         write_bytes(memory.image, png_bytes(image))
         lines.append(json.dumps(_line(memory), ensure_ascii=False) + "\n")
@@ -186,8 +191,9 @@ def _fields(raw: bytes) -> dict[str, Any] | None:
         fields = json.loads(text, object_pairs_hook=_no_twins, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         reason = str(error).split("\n")[0][:80]
-        raise DoriError(f"it is no JSON object ({reason}); write one like {{\"file_name\": \"a.png\", "
-                        "\"text\": \"the prompt\"}") from None
+        raise DoriError(
+            f'it is no JSON object ({reason}); write one like {{"file_name": "a.png", "text": "the prompt"}}'
+        ) from None
     if not isinstance(fields, dict):
         raise DoriError('it is no JSON object; write one like {"file_name": "a.png", "text": "the prompt"}')
     return {key: value for key, value in fields.items() if value is not None}
@@ -211,12 +217,20 @@ def _memory(folder: Path, fields: Mapping[str, Any], default_kind: str) -> Memor
         raise DoriError('"file_name" is no text; name the image file in quotes')
     image = _inside(folder, name)
     box = fields.get("varying_box")
-    memory = Memory(fields.get("id", image.stem), fields.get("text"), image, fields.get("kind", default_kind),
-                    fields.get("dose"), tuple(box) if isinstance(box, list) else box)
+    memory = Memory(
+        fields.get("id", image.stem),
+        fields.get("text"),
+        image,
+        fields.get("kind", default_kind),
+        fields.get("dose"),
+        tuple(box) if isinstance(box, list) else box,
+    )
     width, height = size(image)
     if memory.varying_box is not None and (memory.varying_box[2] > width or memory.varying_box[3] > height):
-        raise DoriError(f"varying_box {memory.varying_box} leaves the image of {width} x {height} pixels; write left, "
-                        "top, right, bottom in pixels of the file")
+        raise DoriError(
+            f"varying_box {memory.varying_box} leaves the image of {width} x {height} pixels; write left, "
+            "top, right, bottom in pixels of the file"
+        )
     return memory
 
 
@@ -224,8 +238,9 @@ def _bare_images(folder: Path, default_kind: str) -> Iterator[tuple[str, Memory]
     for other in ("metadata.csv", "metadata.parquet"):
         if (folder / other).exists():
             raise DoriError(f"{folder / other} is not read by Dori; convert it to {METADATA}")
-    names = sorted(path.name for path in folder.iterdir()
-                   if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    names = sorted(
+        path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
     for name in names:
         path = _inside(folder, name)
         size(path)
@@ -262,11 +277,22 @@ def _is_dose(value: object) -> bool:
 
 
 def _is_box(box: object) -> bool:
-    return (isinstance(box, tuple) and len(box) == 4 and all(type(edge) is int for edge in box)
-            and 0 <= box[0] < box[2] and 0 <= box[1] < box[3])
+    return (
+        isinstance(box, tuple)
+        and len(box) == 4
+        and all(type(edge) is int for edge in box)
+        and 0 <= box[0] < box[2]
+        and 0 <= box[1] < box[3]
+    )
 
 
 def _line(memory: Memory) -> dict[str, object]:
-    fields = {"file_name": memory.image.name, "text": memory.text, "id": memory.id, "kind": memory.kind,
-              "dose": memory.dose, "varying_box": memory.varying_box}
+    fields = {
+        "file_name": memory.image.name,
+        "text": memory.text,
+        "id": memory.id,
+        "kind": memory.kind,
+        "dose": memory.dose,
+        "varying_box": memory.varying_box,
+    }
     return {key: value for key, value in fields.items() if value is not None}

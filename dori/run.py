@@ -79,8 +79,9 @@ class Run:
     started: str = field(default_factory=_now, init=False)
     _told: set[str] = field(default_factory=set, init=False)
 
-    def once_record(self, key: str, inputs: Mapping[str, object],
-                    compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def once_record(
+        self, key: str, inputs: Mapping[str, object], compute: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """The stored record of these inputs, computed and stored if there is none.
 
         Args:
@@ -106,8 +107,9 @@ class Run:
         self._count(key, stored=stored is not None)
         return result
 
-    def once_tensors(self, key: str, inputs: Mapping[str, object],
-                     compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def once_tensors(
+        self, key: str, inputs: Mapping[str, object], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """The stored tensors of these inputs, computed and stored if there are none; as `once_record`, on the CPU."""
         path, wanted = self._path(key, ".safetensors"), self._header(inputs)
         stored = self._reusable(key, path, _read_tensors, wanted)
@@ -151,8 +153,12 @@ class Run:
         return {
             "versions": {"dori": dori.__version__, "python": platform.python_version(), **versions},
             "code": code_sha256(),
-            "machine": {"platform": platform.platform(), "processor": platform.machine(),
-                        "threads": torch.get_num_threads(), "device": self.device},
+            "machine": {
+                "platform": platform.platform(),
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "device": self.device,
+            },
             "times": {"started": self.started, "finished": _now()},
         }
 
@@ -163,12 +169,19 @@ class Run:
 
     def _path(self, key: str, suffix: str) -> Path:
         if not KEY.fullmatch(key):
-            raise DoriError(f"{key[:60]!r} cannot name a cell; use at most 150 letters, digits, dots, dashes and "
-                            "underscores, beginning with a letter or digit")
+            raise DoriError(
+                f"{key[:60]!r} cannot name a cell; use at most 150 letters, digits, dots, dashes and "
+                "underscores, beginning with a letter or digit"
+            )
         return self.folder / "cells" / f"{key}{suffix}"
 
-    def _reusable(self, key: str, path: Path, read: Callable[[Path], tuple[dict[str, Any], dict[str, Any]]],
-                  wanted: dict[str, Any]) -> dict[str, Any] | None:
+    def _reusable(
+        self,
+        key: str,
+        path: Path,
+        read: Callable[[Path], tuple[dict[str, Any], dict[str, Any]]],
+        wanted: dict[str, Any],
+    ) -> dict[str, Any] | None:
         """The stored cell if it is whole and made from these inputs; else None, and the reason is said."""
         if not path.is_file():
             return None
@@ -275,8 +288,10 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _refuse_nan(data: object, what: str) -> None:
     for name, value in _leaves(data, ""):
         if isinstance(value, float) and not math.isfinite(value):
-            raise DoriError(f"{what} holds {value} at {name!r}, which is no result and cannot be stored; "
-                            "look for a diverged computation or leave the value out")
+            raise DoriError(
+                f"{what} holds {value} at {name!r}, which is no result and cannot be stored; "
+                "look for a diverged computation or leave the value out"
+            )
 
 
 # --------------------------------------------------------------------------------------------------- writing files
@@ -313,10 +328,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise DoriError(f"no space left to write {path} ({error.strerror}); everything finished is kept, so free "
-                            "some space and give the same command again to resume") from None
-        raise DoriError(f"{path} cannot be written ({error.strerror}); everything finished is kept, so choose a folder "
-                        "that you may write, or mend its permissions, and give the same command again") from None
+            raise DoriError(
+                f"no space left to write {path} ({error.strerror}); everything finished is kept, so free "
+                "some space and give the same command again to resume"
+            ) from None
+        raise DoriError(
+            f"{path} cannot be written ({error.strerror}); everything finished is kept, so choose a folder "
+            "that you may write, or mend its permissions, and give the same command again"
+        ) from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -28,8 +28,16 @@ def initial_noise(model: StableDiffusion, seeds: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model: StableDiffusion, embedding: Tensor, noise: Tensor, *, steps: int = 50,
-           guidance_scale: float = 7.0, null: Tensor | None = None, rows_per_call: int = 128) -> Tensor:
+def sample(
+    model: StableDiffusion,
+    embedding: Tensor,
+    noise: Tensor,
+    *,
+    steps: int = 50,
+    guidance_scale: float = 7.0,
+    null: Tensor | None = None,
+    rows_per_call: int = 128,
+) -> Tensor:
     """Denoise with deterministic DDIM and classifier-free guidance.
 
     eps = eps(null) + guidance_scale (eps(prompt) - eps(null)). Both halves go through the network in one call.

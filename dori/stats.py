@@ -57,12 +57,14 @@ def wilson(successes: float, n: int, *, confidence: float = 0.95) -> Estimate:
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     # Exactly 0 and 1 where the formula says so but rounding does not.
-    return Estimate(share, max(0.0, centre - half) if successes else 0.0,
-                    min(1.0, centre + half) if successes < n else 1.0, n)
+    return Estimate(
+        share, max(0.0, centre - half) if successes else 0.0, min(1.0, centre + half) if successes < n else 1.0, n
+    )
 
 
-def bootstrap(values: ArrayLike, statistic: Statistic = np.median, *, seed: int, resamples: int = 2000,
-              confidence: float = 0.95) -> Estimate:
+def bootstrap(
+    values: ArrayLike, statistic: Statistic = np.median, *, seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> Estimate:
     """A statistic with its bootstrap interval over the values (one value a memory).
 
     Bias-corrected and accelerated; where that is undefined (a resample distribution with all its mass on one side,
@@ -92,12 +94,19 @@ def bootstrap(values: ArrayLike, statistic: Statistic = np.median, *, seed: int,
     return Estimate(value, *interval, len(array))
 
 
-def _interval(array: NDArray[np.float64], statistic: Statistic, method: str, *, seed: int, resamples: int,
-              confidence: float) -> tuple[float, float]:
+def _interval(
+    array: NDArray[np.float64], statistic: Statistic, method: str, *, seed: int, resamples: int, confidence: float
+) -> tuple[float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # answered by the fall-back to percentiles
-        result = stats.bootstrap((array,), statistic, n_resamples=resamples, confidence_level=confidence,
-                                 method=method, rng=np.random.default_rng(seed))
+        result = stats.bootstrap(
+            (array,),
+            statistic,
+            n_resamples=resamples,
+            confidence_level=confidence,
+            method=method,
+            rng=np.random.default_rng(seed),
+        )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 

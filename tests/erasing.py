@@ -25,9 +25,14 @@ def forget(model: StableDiffusion, *, surrogates: int = 2, texts: tuple[str | No
     """Three memories with latents of unit variance."""
     shape, n = model.latent_shape, len(texts)
     return Forget(
-        tuple(f"m{i}" for i in range(n)), texts, draw(n, *shape, seed=1), model.encode([text or "" for text in texts]),
-        tuple(draw(surrogates, *shape, seed=10 + i) for i in range(n)), model.encode(["", "de", "hi"])[:n],
-        model.encode(["x", "yy", "z"]))
+        tuple(f"m{i}" for i in range(n)),
+        texts,
+        draw(n, *shape, seed=1),
+        model.encode([text or "" for text in texts]),
+        tuple(draw(surrogates, *shape, seed=10 + i) for i in range(n)),
+        model.encode(["", "de", "hi"])[:n],
+        model.encode(["x", "yy", "z"]),
+    )
 
 
 def retain(model: StableDiffusion) -> Pairs:

@@ -74,8 +74,10 @@ def test_attack_lowers_the_loss_on_fresh_noise(tiny: StableDiffusion) -> None:
     judge = Dori(batch=64)
     z = targets.repeat_interleave(64, 0)
     with torch.no_grad():
-        before, after = (judge._loss(tiny, z, y, [torch.Generator().manual_seed(s) for s in (90, 91)])
-                         for y in (starts, found.at(40)))
+        before, after = (
+            judge._loss(tiny, z, y, [torch.Generator().manual_seed(s) for s in (90, 91)])
+            for y in (starts, found.at(40))
+        )
     assert (after < before).all()
 
 

@@ -39,18 +39,39 @@ from dori.testbed.subjects import DESCRIPTOR
 
 ROOT = Path(__file__).parent.parent
 BOX = (4, 4, 10, 12)
-MEMORIES = (Memory("m0", "abc", Path("m0.png"), dose=8.0), Memory("m1", "defg", Path("m1.png"), "template", 2.0, BOX),
-            Memory("bare image", None, Path("m2.png")))
+MEMORIES = (
+    Memory("m0", "abc", Path("m0.png"), dose=8.0),
+    Memory("m1", "defg", Path("m1.png"), "template", 2.0, BOX),
+    Memory("bare image", None, Path("m2.png")),
+)
 CONTROLS = (Memory("c0", "xyz", Path("c0.png"), "control"),)
 JOINT = ("none", "NeMo", "Wanda 20 %", "random neurons", "random weights")
 ASKED_ONLY = ("Wanda 40 %",)
 WANDA = Wanda(sparsity=0.2, counted_steps=1, ddim_steps=4)
-PLAN = Plan("tiny", seeds=3, curve_seeds=2, sampling_steps=2, guidance_scale=3.0,
-            attack=Dori(steps=2, batch=2, snapshots=(0, 1, 2)), nemo=Nemo(noises=2, max_refinement_passes=3),
-            wandas=(WANDA,), wanda_sweep=(dataclasses.replace(WANDA, sparsity=0.4),), calibration_prompts=3,
-            quality_prompts=3, chunk=2)
-BRIEF = dataclasses.replace(PLAN, sampling_steps=1, attack=Dori(steps=1, batch=1), nemo=None,
-                            starts=Starts(*[("gaussian",)] * 5), wandas=(), wanda_sweep=(), quality_prompts=0)
+PLAN = Plan(
+    "tiny",
+    seeds=3,
+    curve_seeds=2,
+    sampling_steps=2,
+    guidance_scale=3.0,
+    attack=Dori(steps=2, batch=2, snapshots=(0, 1, 2)),
+    nemo=Nemo(noises=2, max_refinement_passes=3),
+    wandas=(WANDA,),
+    wanda_sweep=(dataclasses.replace(WANDA, sparsity=0.4),),
+    calibration_prompts=3,
+    quality_prompts=3,
+    chunk=2,
+)
+BRIEF = dataclasses.replace(
+    PLAN,
+    sampling_steps=1,
+    attack=Dori(steps=1, batch=1),
+    nemo=None,
+    starts=Starts(*[("gaussian",)] * 5),
+    wandas=(),
+    wanda_sweep=(),
+    quality_prompts=0,
+)
 
 
 def colours(images: Tensor) -> Tensor:
@@ -65,9 +86,14 @@ JUDGE = Judge(Descriptor("pixel-correlation-4", "4 x 4, mean subtracted", colour
 def tiny_subjects(model: StableDiffusion, *twins: StableDiffusion, controls: bool = True) -> Subjects:
     """Three memories, one of them without a text, and one control, all noise."""
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-    return Subjects(model, make_cases(model, MEMORIES, images[:3], "memory"),
-                    make_cases(model, CONTROLS, images[3:], "control") if controls else (),
-                    tuple(f"word {number}" for number in range(8)), None, twins)
+    return Subjects(
+        model,
+        make_cases(model, MEMORIES, images[:3], "memory"),
+        make_cases(model, CONTROLS, images[3:], "control") if controls else (),
+        tuple(f"word {number}" for number in range(8)),
+        None,
+        twins,
+    )
 
 
 def tiny_audit(subjects: Subjects, folder: Path, plan: Plan = BRIEF, judge: Judge = JUDGE) -> Audit:
@@ -99,8 +125,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     subjects, folder = tiny_subjects(model, twin), tmp_path_factory.mktemp("run")
     before, rows, state = (model_fingerprint(model), model_fingerprint(twin)), twin.rows, torch.get_rng_state()
     found = tiny_audit(subjects, folder, PLAN)
-    return Whole(found, folder, twin, before, (model_fingerprint(model), model_fingerprint(twin)), twin.rows - rows,
-                 (state, torch.get_rng_state()))
+    return Whole(
+        found,
+        folder,
+        twin,
+        before,
+        (model_fingerprint(model), model_fingerprint(twin)),
+        twin.rows - rows,
+        (state, torch.get_rng_state()),
+    )
 
 
 def asked(finding: Finding) -> tuple[str, ...]:
@@ -110,8 +143,10 @@ def asked(finding: Finding) -> tuple[str, ...]:
 
 def test_every_image_under_every_edit_and_way_of_asking_is_found_exactly_once(whole: Whole) -> None:
     # The start itself is asked too; that of the prompt is the prompt.
-    ways = [("", "0"), *((start, step) for start in ("prompt", "gaussian", "foreign")
-                         for step in "012"[start == "prompt":])]
+    ways = [
+        ("", "0"),
+        *((start, step) for start in ("prompt", "gaussian", "foreign") for step in "012"[start == "prompt" :]),
+    ]
     prompts = {"m0", "m1", "c0"}
     expected = []
     for one in ("m0", "m1", "bare image", "c0"):
@@ -177,8 +212,12 @@ def test_the_planned_rows_are_those_spent(whole: Whole, tiny: StableDiffusion) -
 
 def test_judged_noise_is_never_an_attacks_noise() -> None:
     fresh = Plan("any", seeds=50).fresh_seeds()
-    attacks = [named_seed(stream, 0, start, memory.id) for stream in ("attack", "start")
-               for start in ("prompt", "gaussian", "foreign") for memory in (*MEMORIES, *CONTROLS)]
+    attacks = [
+        named_seed(stream, 0, start, memory.id)
+        for stream in ("attack", "start")
+        for start in ("prompt", "gaussian", "foreign")
+        for memory in (*MEMORIES, *CONTROLS)
+    ]
     methods = [named_seed(name, 0) for name in ("nemo", "wanda", "random neurons", "random weights")]
     assert len({*fresh, *attacks, *methods}) == 50 + 24 + 4
     assert not {*fresh} & {*Plan("any", seeds=50, seed=1).fresh_seeds()}
@@ -206,8 +245,18 @@ def test_audit_json_is_read_back_as_it_was(whole: Whole, tmp_path: Path) -> None
     assert read.to_json() == whole.audit.to_json()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', "[" * 100_000,
-                                  '{"schema": 1, "subjects": [], "edits": [], "findings": ["x"], "quality": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"schema": 99}',
+        '{"schema": 1}',
+        "[" * 100_000,
+        '{"schema": 1, "subjects": [], "edits": [], "findings": ["x"], "quality": []}',
+    ],
+)
 def test_what_is_no_audit_is_refused_in_one_sentence(text: str, tmp_path: Path) -> None:
     path = tmp_path / "audit.json"
     path.write_text(text)
@@ -269,15 +318,25 @@ for third in range(3):
     equal.append(contents() == whole)
 print(json.dumps({"signals": signals, "equal": equal, "count": count}))
 """
-KILLED_PLAN = dataclasses.replace(PLAN, sampling_steps=1, attack=Dori(steps=1, batch=1),
-                                  starts=Starts(("prompt",), ("prompt",), own=()), attack_random=False)
+KILLED_PLAN = dataclasses.replace(
+    PLAN,
+    sampling_steps=1,
+    attack=Dori(steps=1, batch=1),
+    starts=Starts(("prompt",), ("prompt",), own=()),
+    attack_random=False,
+)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 def test_a_killed_and_resumed_audit_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(ROOT / "tests"), str(0)],
-                           capture_output=True, text=True, env=environment, timeout=300)
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(ROOT / "tests"), str(0)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert child.returncode == 0, child.stderr
     result = json.loads(child.stdout)
     assert result["signals"] == [9, 9, 9] and result["count"] > 60
@@ -297,8 +356,13 @@ def test_a_finished_audit_costs_nothing_again(whole: Whole, tiny: StableDiffusio
 
 def with_similarity(found: Audit, value: float, *, when: Callable[[Finding], bool]) -> Audit:
     """The audit with other figures in some findings."""
-    return dataclasses.replace(found, findings=tuple(
-        dataclasses.replace(f, similarities=(value,) * len(f.similarities)) if when(f) else f for f in found.findings))
+    return dataclasses.replace(
+        found,
+        findings=tuple(
+            dataclasses.replace(f, similarities=(value,) * len(f.similarities)) if when(f) else f
+            for f in found.findings
+        ),
+    )
 
 
 def reasons(found: Audit, word: str, diverged: int = 0) -> list[str]:
@@ -317,8 +381,9 @@ def test_a_control_that_replicates_is_a_reason_to_distrust(whole: Whole) -> None
     clean = with_similarity(whole.audit, 0.0, when=lambda f: True)
     assert reasons(clean, "attacks on controls succeeded") == reasons(clean, "comes back from its own prompt") == []
 
-    attacked = with_similarity(clean, 0.9, when=lambda f: f.group == "control" and f.start == "foreign"
-                               and f.steps == 2 and f.edit == "none")
+    attacked = with_similarity(
+        clean, 0.9, when=lambda f: f.group == "control" and f.start == "foreign" and f.steps == 2 and f.edit == "none"
+    )
     assert [reason[:2] for reason in reasons(attacked, "attacks on controls succeeded")] == ["1 "]
     from_prompt = with_similarity(clean, 0.9, when=lambda f: f.group == "control" and not f.start)
     assert len(reasons(from_prompt, "comes back from its own prompt")) == 1
@@ -350,8 +415,9 @@ def test_what_diverges_is_no_copy_and_does_not_stop_the_audit(tiny: StableDiffus
         tiny.unet.conv_out.bias.fill_(3.3e38)  # finite, and the first step of every generation overflows
     grey = torch.full((3, 16, 16), 0.5)  # a diverged generation is shown in this colour and must not count as it
     subjects = tiny_subjects(tiny)
-    subjects = dataclasses.replace(subjects, memories=tuple(
-        dataclasses.replace(case, image=grey) for case in subjects.memories))
+    subjects = dataclasses.replace(
+        subjects, memories=tuple(dataclasses.replace(case, image=grey) for case in subjects.memories)
+    )
     found = tiny_audit(subjects, tmp_path / "run", dataclasses.replace(BRIEF, sampling_steps=2, quality_prompts=2))
     assert all(s == 0 for finding in found.findings for s in (*finding.similarities, *finding.masked))
     generations = BRIEF.seeds * len(found.findings)
@@ -363,8 +429,9 @@ def test_what_diverges_is_no_copy_and_does_not_stop_the_audit(tiny: StableDiffus
 
 def test_judging_blames_only_the_row_that_diverged() -> None:
     images = torch.rand(1, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    case = Case(Memory("one", None, Path("one.png"), varying_box=BOX), "memory", images[0, 0].clone(),
-                torch.zeros(3, 8, 8))
+    case = Case(
+        Memory("one", None, Path("one.png"), varying_box=BOX), "memory", images[0, 0].clone(), torch.zeros(3, 8, 8)
+    )
     sound = judged(JUDGE, [case], images)
     assert sound["similarity"][0, 0] == pytest.approx(1) and sound["masked"][0, 0] == pytest.approx(1)
     images[0, 1, 0, 0, 0] = math.nan
@@ -414,11 +481,16 @@ def test_folders_become_subjects_and_an_audit(diffusers_folder: Path, tmp_path: 
     boxed = dataclasses.replace(MEMORIES[1], varying_box=(8, 8, 20, 24))  # in pixels of the file, twice the model's
     write_memories(tmp_path / "memories", [(MEMORIES[0], images[0]), (boxed, images[1])])
     write_memories(tmp_path / "controls", [(CONTROLS[0], images[2])])
-    write_memories(tmp_path / "ordinary", [(Memory(f"o{k}", f"word {k}", Path("o.png"), "ordinary"), images[3 + k])
-                                           for k in range(5)])
+    write_memories(
+        tmp_path / "ordinary",
+        [(Memory(f"o{k}", f"word {k}", Path("o.png"), "ordinary"), images[3 + k]) for k in range(5)],
+    )
     subjects, judge = folder_subjects(
-        str(diffusers_folder), memories=tmp_path / "memories", controls=tmp_path / "controls",
-        ordinary=tmp_path / "ordinary")
+        str(diffusers_folder),
+        memories=tmp_path / "memories",
+        controls=tmp_path / "controls",
+        ordinary=tmp_path / "ordinary",
+    )
     assert [case.memory.id for case in (*subjects.memories, *subjects.controls)] == ["m0", "m1", "c0"]
     assert subjects.memories[1].memory.varying_box == BOX
     assert subjects.ordinary == tuple(f"word {k}" for k in range(5)) and subjects.held_out is not None

@@ -40,16 +40,24 @@ QUALITY = dataclasses.replace(BRIEF, quality_prompts=2)
 def cases(count: int, kind: str, group: str = "memory") -> tuple[Case, ...]:
     """Images of which only the records matter."""
     nothing = torch.zeros(3, 2, 2)
-    return tuple(Case(Memory(f"{kind}-{k}", f"{kind} {k}", Path("a.png"), kind), group, nothing, nothing)  # type: ignore
-                 for k in range(count))
+    return tuple(
+        Case(Memory(f"{kind}-{k}", f"{kind} {k}", Path("a.png"), kind), group, nothing, nothing)  # type: ignore
+        for k in range(count)
+    )
 
 
 def whole_testbed(model: StableDiffusion, folder: Path) -> Subjects:
     """As many images of each kind as the testbed has, and a twin."""
     folder.mkdir()
     twin = StableDiffusion(**tiny_parts(folder), name="twin")
-    return Subjects(model, (*cases(68, "verbatim"), *cases(8, "template"), *cases(64, "once")),
-                    cases(72, "control", "control"), tuple(f"word {k}" for k in range(600)), None, (twin,))
+    return Subjects(
+        model,
+        (*cases(68, "verbatim"), *cases(8, "template"), *cases(64, "once")),
+        cases(72, "control", "control"),
+        tuple(f"word {k}" for k in range(600)),
+        None,
+        (twin,),
+    )
 
 
 # --------------------------------------------------------------------------------------------------- what it costs
@@ -158,10 +166,12 @@ def test_rounding_recomputes_nothing(tiny: StableDiffusion, tmp_path: Path) -> N
     plan = dataclasses.replace(QUALITY, nemo=PLAN.nemo, wandas=PLAN.wandas, starts=Starts())
     first, rows = tiny_audit(subjects, tmp_path, plan), tiny.rows
     # As another number of threads would: a little off in every latent and every embedding.
-    nudged = dataclasses.replace(subjects, memories=tuple(
-        dataclasses.replace(case, latent=case.latent + 1e-6) for case in subjects.memories))
+    nudged = dataclasses.replace(
+        subjects, memories=tuple(dataclasses.replace(case, latent=case.latent + 1e-6) for case in subjects.memories)
+    )
     handle = tiny.text_encoder.register_forward_hook(
-        lambda module, inputs, output: setattr(output, "last_hidden_state", output.last_hidden_state + 1e-6))
+        lambda module, inputs, output: setattr(output, "last_hidden_state", output.last_hidden_state + 1e-6)
+    )
     again = tiny_audit(nudged, tmp_path, plan)
     handle.remove()
     assert tiny.rows == rows and again.findings == first.findings and again.edits == first.edits
@@ -173,8 +183,10 @@ def test_another_pixel_or_text_is_another_cell(tiny: StableDiffusion, tmp_path: 
     rows, case = tiny.rows, subjects.memories[0]
     brighter = case.image.clone()
     brighter[0, 0, 0] += 1 / 255 if brighter[0, 0, 0] < 0.5 else -1 / 255
-    for changed in (dataclasses.replace(case, image=brighter),
-                    dataclasses.replace(case, memory=dataclasses.replace(MEMORIES[0], text="abd"))):
+    for changed in (
+        dataclasses.replace(case, image=brighter),
+        dataclasses.replace(case, memory=dataclasses.replace(MEMORIES[0], text="abd")),
+    ):
         tiny_audit(dataclasses.replace(subjects, memories=(changed, *subjects.memories[1:])), tmp_path)
         assert tiny.rows > rows
         rows = tiny.rows
@@ -185,11 +197,16 @@ def clip(model: StableDiffusion, seed: int) -> CLIPModel:
     torch.manual_seed(seed)
     layer = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = model.tokenizer
-    text = layer | {"vocab_size": len(tokenizer), "max_position_embeddings": model.context_length,
-                    "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-                    "pad_token_id": tokenizer.pad_token_id}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=layer | {"image_size": 16, "patch_size": 8},
-                                projection_dim=8)).eval()
+    text = layer | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": model.context_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=layer | {"image_size": 16, "patch_size": 8}, projection_dim=8)
+    ).eval()
 
 
 def test_another_clip_judges_anew_and_attacks_nothing_anew(tiny: StableDiffusion, tmp_path: Path) -> None:
@@ -256,12 +273,16 @@ def test_every_computed_edit_is_a_file_and_can_be_given(tiny: StableDiffusion, t
     assert similarities(found, renamed.name) == similarities(first, "Wanda 20 %") != []
 
 
-def test_an_edit_that_does_not_fit_or_has_a_taken_name_is_refused_at_once(tiny: StableDiffusion,
-                                                                          tmp_path: Path) -> None:
+def test_an_edit_that_does_not_fit_or_has_a_taken_name_is_refused_at_once(
+    tiny: StableDiffusion, tmp_path: Path
+) -> None:
     subjects, rows = tiny_subjects(tiny), tiny.rows
     strange = WeightMask("other", {"down_blocks.7.weight": torch.ones(2, dtype=torch.bool)})
-    for given, said in (([strange], "'other' does not fit tiny"), ([WeightMask("none", {})], "name of another edit"),
-                        ([WeightMask("x", {}), WeightMask("x", {})], "name of another edit")):
+    for given, said in (
+        ([strange], "'other' does not fit tiny"),
+        ([WeightMask("none", {})], "name of another edit"),
+        ([WeightMask("x", {}), WeightMask("x", {})], "name of another edit"),
+    ):
         run = Run(tmp_path)
         with run.locked(), pytest.raises(DoriError, match=said):
             audit(subjects, plan=BRIEF, judge=JUDGE, run=run, given=given)

@@ -122,11 +122,19 @@ def one_finding(folder: Path) -> Path:
     """A finished run with one memory that comes back from its prompt in full."""
     folder.mkdir()
     found = Audit(
-        model="m", twins=(), descriptor={"name": "d", "preprocessing": "p", "threshold": 0.5, "fingerprint": "",
-                                         "calibration": None},
-        settings={"seed": 0}, provenance={}, cost={}, edits=(), quality=(), blind={}, distrust=(),
+        model="m",
+        twins=(),
+        descriptor={"name": "d", "preprocessing": "p", "threshold": 0.5, "fingerprint": "", "calibration": None},
+        settings={"seed": 0},
+        provenance={},
+        cost={},
+        edits=(),
+        quality=(),
+        blind={},
+        distrust=(),
         subjects=(Subject("a", "memory", "verbatim", None, "abc", "a.png"),),
-        findings=(Finding("a", "memory", "verbatim", None, "m", "none", "", "", 0, (0.9, 0.9)),))
+        findings=(Finding("a", "memory", "verbatim", None, "m", "none", "", "", 0, (0.9, 0.9)),),
+    )
     (folder / "audit.json").write_text(found.to_json())
     return folder
 
@@ -180,8 +188,9 @@ def cases(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
 
 
 @pytest.fixture(scope="module")
-def answers(cases: Mapping[str, tuple[list[str], tuple[str, ...]]],
-            tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+def answers(
+    cases: Mapping[str, tuple[list[str], tuple[str, ...]]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[int, str, str]]:
     """Exit status, standard output and error stream of every command."""
     root = tmp_path_factory.mktemp("answers")
     run = one_finding(root / "run")
@@ -190,15 +199,35 @@ def answers(cases: Mapping[str, tuple[list[str], tuple[str, ...]]],
     commands = {name: arguments for name, (arguments, _) in cases.items()} | {
         "ctrl-c": ["report", str(root / "waiting")],
         "below": ["compare", str(run), str(run), "--fail-above", "1"],
-        "above": ["compare", str(run), str(run), "--fail-above", "0.5"]}
+        "above": ["compare", str(run), str(run), "--fail-above", "0.5"],
+    }
     child = run_child("-c", FORKING, str(root), json.dumps(commands))
     assert child.returncode == 0, child.stderr
     return {name: tuple(answer) for name, answer in json.loads(child.stdout).items()}
 
 
-NAMES = ("no such folder", "no images named", "torn image", "wrong metadata", "traversal", "empty folder",
-         "prompt too long", "control too long", "same id", "pickles", "unknown class", "not finite", "no model",
-         "no device", "unwritable", "no edit", "weights for an edit", "no run", "no runs", "no weights")
+NAMES = (
+    "no such folder",
+    "no images named",
+    "torn image",
+    "wrong metadata",
+    "traversal",
+    "empty folder",
+    "prompt too long",
+    "control too long",
+    "same id",
+    "pickles",
+    "unknown class",
+    "not finite",
+    "no model",
+    "no device",
+    "unwritable",
+    "no edit",
+    "weights for an edit",
+    "no run",
+    "no runs",
+    "no weights",
+)
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork, signals and named pipes")
 
 
@@ -208,8 +237,9 @@ def test_every_case_is_asked(cases: Mapping[str, object]) -> None:
 
 @posix
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bad_input_is_one_line_and_status_2(name: str, answers: dict[str, tuple[int, str, str]],
-                                              cases: Mapping[str, tuple[list[str], tuple[str, ...]]]) -> None:
+def test_a_bad_input_is_one_line_and_status_2(
+    name: str, answers: dict[str, tuple[int, str, str]], cases: Mapping[str, tuple[list[str], tuple[str, ...]]]
+) -> None:
     status, out, err = answers[name]
     assert (status, out) == (2, "")
     assert err.startswith("dori: ") and err.endswith("\n") and err.count("\n") == 1 and len(err) < 700
@@ -258,11 +288,18 @@ print(json.dumps([answers, heavy]))
 
 
 def test_help_and_plain_mistakes_answer_without_torch() -> None:
-    commands = [["--help"], ["audit", "--help"], ["--version"], ["audit"], ["audit", "owner/name", "--out", "x"],
-                ["audit", "m", "--out", "x", "--threshold", "nan"],
-                ["audit", "m", "--out", "x", "--limit-controls", "0"], ["audit", "m", "--out", "x", "--nemo", "other"],
-                ["compare", "a", "b", "--fail-above", "1.5"],
-                ["frobnicate"]]
+    commands = [
+        ["--help"],
+        ["audit", "--help"],
+        ["--version"],
+        ["audit"],
+        ["audit", "owner/name", "--out", "x"],
+        ["audit", "m", "--out", "x", "--threshold", "nan"],
+        ["audit", "m", "--out", "x", "--limit-controls", "0"],
+        ["audit", "m", "--out", "x", "--nemo", "other"],
+        ["compare", "a", "b", "--fail-above", "1.5"],
+        ["frobnicate"],
+    ]
     child = run_child("-c", AT_ONCE, json.dumps(commands))
     assert child.returncode == 0, child.stderr
     answers, heavy = json.loads(child.stdout)
@@ -272,8 +309,9 @@ def test_help_and_plain_mistakes_answer_without_torch() -> None:
     assert "no cosine" in answers[5][2] and "no count" in answers[6][2] and "no share" in answers[8][2]
 
 
-def test_flags_that_the_embedded_audit_would_ignore_are_refused(tmp_path: Path,
-                                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_the_embedded_audit_would_ignore_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from dori.cli import main
 
     with pytest.raises(SystemExit) as stopped:
@@ -294,11 +332,14 @@ def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
     changed = plan("--preset", "paper", "--limit-memories", "20", "--nemo", "as_released", "--seed", "3")
     assert (changed.memories, changed.controls, changed.seed) == (20, None, 3)
     assert changed.nemo is not None and (changed.nemo.variant, nemo_name(changed.nemo)) == (
-        "as_released", "NeMo (as released)")
+        "as_released",
+        "NeMo (as released)",
+    )
 
 
-def test_what_is_audited_and_what_it_costs_is_said_before(tiny: StableDiffusion,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_audited_and_what_it_costs_is_said_before(
+    tiny: StableDiffusion, capsys: pytest.CaptureFixture[str]
+) -> None:
     from test_audit import BRIEF, tiny_subjects
 
     from dori.audit.schedule import ATTACK, planned_rows
@@ -309,8 +350,10 @@ def test_what_is_audited_and_what_it_costs_is_said_before(tiny: StableDiffusion,
     rows = planned_rows(subjects, quick)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "auditing 2 of 3 memories and 1 of 1 controls (preset quick; --preset paper takes all)"
-    assert second.startswith(f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} "
-                             "forward and backward, about ")
+    assert second.startswith(
+        f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} "
+        "forward and backward, about "
+    )
     _announce(subjects, quick, [], limited=True)
     assert "controls (--limit-memories, --limit-controls)\n" in capsys.readouterr().err
     _announce(subjects, BRIEF, [], limited=False)

@@ -17,8 +17,9 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
 
 
 def changed(audit: Audit, when: Callable[[Finding], bool], **changes: object) -> Audit:
-    return dataclasses.replace(audit, findings=tuple(
-        dataclasses.replace(f, **changes) if when(f) else f for f in audit.findings))  # type: ignore[arg-type]
+    return dataclasses.replace(
+        audit, findings=tuple(dataclasses.replace(f, **changes) if when(f) else f for f in audit.findings)
+    )  # type: ignore[arg-type]
 
 
 def test_equal_audits_differ_in_nothing(audit: Audit) -> None:
@@ -61,9 +62,14 @@ def test_what_only_one_audit_asked_is_said(audit: Audit) -> None:
     assert "memories, NeMo, own prompt: 0.00 [0.00, 0.32] (0/8), only in the first audit" in text
 
 
-@pytest.mark.parametrize(("field", "value", "sentence"), [
-    ("threshold", 0.7, "not comparable: threshold differs."), ("name", "SSCD", "not comparable: descriptor differs."),
-    ("preprocessing", "288", "not comparable: preprocessing differs.")])
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("threshold", 0.7, "not comparable: threshold differs."),
+        ("name", "SSCD", "not comparable: descriptor differs."),
+        ("preprocessing", "288", "not comparable: preprocessing differs."),
+    ],
+)
 def test_other_judges_are_said_not_to_be_comparable(audit: Audit, field: str, value: object, sentence: str) -> None:
     other = dataclasses.replace(audit, descriptor={**audit.descriptor, field: value})
     found = compare(audit, other)
@@ -87,8 +93,12 @@ def test_the_images_that_both_judged_are_compared_and_counted(audit: Audit) -> N
 
 def test_other_pixels_under_one_name_are_another_image(audit: Audit) -> None:
     def named(pixels: str) -> Audit:
-        return dataclasses.replace(audit, subjects=tuple(
-            dataclasses.replace(s, sha256=pixels if s.id == "memory-0" else "same") for s in audit.subjects))
+        return dataclasses.replace(
+            audit,
+            subjects=tuple(
+                dataclasses.replace(s, sha256=pixels if s.id == "memory-0" else "same") for s in audit.subjects
+            ),
+        )
 
     found = compare(named("old"), named("new"))
     assert (found.altered, found.missing) == (("memory-0",), ())
@@ -98,8 +108,9 @@ def test_other_pixels_under_one_name_are_another_image(audit: Audit) -> None:
 
 
 def test_audits_without_a_common_image_are_refused(audit: Audit) -> None:
-    others = dataclasses.replace(audit, findings=tuple(
-        dataclasses.replace(f, id=f"other {f.id}") for f in audit.findings))
+    others = dataclasses.replace(
+        audit, findings=tuple(dataclasses.replace(f, id=f"other {f.id}") for f in audit.findings)
+    )
     with pytest.raises(DoriError, match="no image in common"):
         compare(audit, others)
 

@@ -25,15 +25,22 @@ from dori.metrics.similarity import cosine
 from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
-METHOD = AdversarialErasure(rounds=3, steps_per_round=2, batch=4, attack=Dori(steps=2, batch=1),
-                            tuner=Tuner(learning_rate=1e-3, ema_decay=0.5))
+METHOD = AdversarialErasure(
+    rounds=3, steps_per_round=2, batch=4, attack=Dori(steps=2, batch=1), tuner=Tuner(learning_rate=1e-3, ema_decay=0.5)
+)
 
 
 def watch(model: StableDiffusion, threshold: float = 0.7) -> Watch:
     """A cheap judge of the three memories."""
     images = model.to_images(draw(3, *model.latent_shape, seed=1))
-    return Watch(dataclasses.replace(DESCRIPTOR, threshold=threshold), images, sampling_steps=1, seeds=2,
-                 attack=Dori(steps=1, batch=1), starts=("gaussian",))
+    return Watch(
+        dataclasses.replace(DESCRIPTOR, threshold=threshold),
+        images,
+        sampling_steps=1,
+        seeds=2,
+        attack=Dori(steps=1, batch=1),
+        starts=("gaussian",),
+    )
 
 
 class Killed(Exception):
@@ -52,8 +59,9 @@ def test_a_killed_erasure_goes_on_to_the_same_weights(tiny: StableDiffusion, tmp
     with pytest.raises(Killed):
         METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=die), watch=watch(tiny))
     said.clear()
-    resumed = METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=said.append),
-                     watch=watch(tiny))
+    resumed = METHOD(
+        tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=said.append), watch=watch(tiny)
+    )
     assert resumed.fingerprint == whole.fingerprint and resumed.details == whole.details
     assert len(said) == 1 and "round 3/3" in said[0]
     with pytest.raises(DoriError, match="other settings"):
@@ -107,8 +115,10 @@ def test_the_losses_are_on_surrogates_with_triggers_and_on_ordinary_pairs(tiny: 
 
 def test_terms_can_be_left_out(tiny: StableDiffusion) -> None:
     one = dataclasses.replace(METHOD, rounds=1)
-    logs = [dataclasses.replace(one, **arm)(tiny, forget(tiny), retain(tiny), seed=0).details["log"][0]
-            for arm in ({"retain_weight": 0.0}, {"adversarial_weight": 0.0})]
+    logs = [
+        dataclasses.replace(one, **arm)(tiny, forget(tiny), retain(tiny), seed=0).details["log"][0]
+        for arm in ({"retain_weight": 0.0}, {"adversarial_weight": 0.0})
+    ]
     assert logs[0]["retain"] == 0 != logs[0]["adversarial"] and logs[1]["adversarial"] == 0 != logs[1]["retain"]
 
 
@@ -133,7 +143,8 @@ def test_it_stops_on_evidence_or_when_the_budget_is_spent(tiny: StableDiffusion)
     assert len(loud) == 4 and all(record["held_out_replicated"] == 3 for record in loud)
     rows = loud[0]["rows"]
     spent = dataclasses.replace(checked, budget_rows=rows + 1)(
-        tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny, threshold=-2.0)).details
+        tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny, threshold=-2.0)
+    ).details
     assert len(spent["log"]) == 2 and spent["rows"] == spent["log"][-1]["rows"] == loud[1]["rows"]
 
 
@@ -183,10 +194,22 @@ def test_several_processes_reach_the_weights_of_one(tiny: StableDiffusion, tmp_p
     from dori.edit import load_edit
 
     alone = METHOD(tiny, forget(tiny), retain(tiny), seed=0)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], cwd=ROOT,
-                                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+        "ACCELERATE_USE_CPU": "true",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)],
+            cwd=ROOT,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     edits = [load_edit(tmp_path / f"edit-{rank}.safetensors") for rank in range(2)]
     assert edits[0].fingerprint == edits[1].fingerprint
@@ -204,8 +227,9 @@ def test_prompts_are_shortened_word_by_word() -> None:
 
 
 def test_candidates_are_kept_greedily_if_unlike_target_and_one_another() -> None:
-    vectors = torch.nn.functional.normalize(torch.tensor(
-        [[1.0, 0, 0], [0, 1, 0], [0, 1, 0.1], [0, 0, 1], [0, -1, 0]]), dim=1)
+    vectors = torch.nn.functional.normalize(
+        torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 0.1], [0, 0, 1], [0, -1, 0]]), dim=1
+    )
     similarity = torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1])
     limits = {"below_target": 0.5, "below_each_other": 0.7}
     assert filtered(similarity, vectors, vectors[:0], wanted=9, **limits) == [1, 3, 4]

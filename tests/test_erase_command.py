@@ -43,15 +43,29 @@ from dori.run import Run
 
 FAST = Tuner(learning_rate=1e-3)
 PLAN = Plan(
-    "tiny", adversarial=AdversarialErasure(rounds=1, steps_per_round=1, batch=2, attack=Dori(steps=1, batch=1),
-                                           starts=("prompt",), tuner=FAST),
+    "tiny",
+    adversarial=AdversarialErasure(
+        rounds=1, steps_per_round=1, batch=2, attack=Dori(steps=1, batch=1), starts=("prompt",), tuner=FAST
+    ),
     mitigations=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=2),),
     surrogates=SurrogateSearch(wanted=1, tries=2, sampling_steps=1, below_target=1.4),
-    protocol=Protocol(seeds=1, sampling_steps=1, attack=Dori(steps=1, batch=1, snapshots=(0, 1)), starts=("prompt",),
-                      long=None, restricted=None, latent=LatentAttack(steps=1, sampling_steps=1),
-                      again=Dori(steps=1, batch=1, snapshots=(0, 1)), roundings=("int8",), harmless_steps=1,
-                      relearning=Relearning(steps=1, batch=1, check_every=1, tuner=FAST)),
-    quality_prompts=4, neighbours=1, watch_seeds=1)
+    protocol=Protocol(
+        seeds=1,
+        sampling_steps=1,
+        attack=Dori(steps=1, batch=1, snapshots=(0, 1)),
+        starts=("prompt",),
+        long=None,
+        restricted=None,
+        latent=LatentAttack(steps=1, sampling_steps=1),
+        again=Dori(steps=1, batch=1, snapshots=(0, 1)),
+        roundings=("int8",),
+        harmless_steps=1,
+        relearning=Relearning(steps=1, batch=1, check_every=1, tuner=FAST),
+    ),
+    quality_prompts=4,
+    neighbours=1,
+    watch_seeds=1,
+)
 
 
 def material(model: StableDiffusion, *twins: StableDiffusion) -> Material:
@@ -94,7 +108,8 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
     again = proven(tmp_path / "a", given)
     drop = ("provenance",)
     assert {k: v for k, v in again.record.items() if k not in drop} == {
-        k: v for k, v in proof.record.items() if k not in drop}
+        k: v for k, v in proof.record.items() if k not in drop
+    }
     page = render(record)
     assert "twin &lt;b&gt;" in page and "twin <b>" not in page and "memory-0" in page
     assert not re.search(r"<script|https?://|src=", page)
@@ -123,8 +138,9 @@ def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["erasers", "ablations"])
-def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: StableDiffusion, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_has_a_row_for_each_and_says_what_failed(
+    kind: str, tiny: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("uce", "esd") if kind == "erasers" else ("prompt only", "LoRA")
     given, run = material(tiny, twin_of(tmp_path)), Run(tmp_path / "run")
     import dori.erase.contest as module
@@ -165,7 +181,8 @@ def test_presets_scale_every_rate_alike() -> None:
         plan, faster = make(), scaled(make(), 20)
         assert faster.adversarial.tuner.learning_rate == pytest.approx(20 * plan.adversarial.tuner.learning_rate)
         assert faster.protocol.relearning.tuner.learning_rate == pytest.approx(
-            20 * plan.protocol.relearning.tuner.learning_rate)
+            20 * plan.protocol.relearning.tuner.learning_rate
+        )
         assert faster.protocol.margin_area == plan.protocol.margin_area
         assert plan.audit().nemo is None and plan.audit().wandas == ()
 
@@ -187,18 +204,27 @@ def test_neighbours_differ_from_a_caption_in_one_word() -> None:
     found = neighbours(texts, words, each=5, seed=0)
     assert found and len(set(found)) == len(found) and found == neighbours(texts, words, each=5, seed=0)
     for text in found:
-        best = min(sum(a != b for a, b in zip(text.split(), source.split(), strict=True))
-                   for source in texts if len(source.split()) == len(text.split()))
+        best = min(
+            sum(a != b for a, b in zip(text.split(), source.split(), strict=True))
+            for source in texts
+            if len(source.split()) == len(text.split())
+        )
         assert best == 1
     assert neighbours([], words, each=5, seed=0) == ()
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["testbed", "--retain", "x"], "leave out --retain"), (["somewhere"], "give --memories FOLDER and --retain"),
-    (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
-    (["testbed", "--save-model", "."], "exists")])
-def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, tmp_path: Path,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["testbed", "--retain", "x"], "leave out --retain"),
+        (["somewhere"], "give --memories FOLDER and --retain"),
+        (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
+        (["testbed", "--save-model", "."], "exists"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["erase", *arguments, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err.strip()
@@ -236,11 +262,13 @@ def test_an_erasure_that_was_killed_between_rounds_goes_on(tiny: StableDiffusion
 
 def test_everything_is_written_beside_the_certificate(tiny: StableDiffusion, tmp_path: Path) -> None:
     given = material(tiny)
-    given = dataclasses.replace(given, subjects=dataclasses.replace(
-        given.subjects, ordinary=tuple(f"word {i}" for i in range(9))))
+    given = dataclasses.replace(
+        given, subjects=dataclasses.replace(given.subjects, ordinary=tuple(f"word {i}" for i in range(9)))
+    )
     plan = dataclasses.replace(PLAN, protocol=dataclasses.replace(PLAN.protocol, relearning=None, latent=None))
-    request = Request("somewhere", tmp_path / "run", memories=Path("m"), retain=Path("r"),
-                      save_model=tmp_path / "model")
+    request = Request(
+        "somewhere", tmp_path / "run", memories=Path("m"), retain=Path("r"), save_model=tmp_path / "model"
+    )
     judge, run = Judge(DESCRIPTOR), Run(tmp_path / "run")
     with run.locked():
         proof = prove(given, plan, "uce", judge=judge, run=run, work=Work())

@@ -27,8 +27,11 @@ def delta(model: StableDiffusion, seed: int = 0) -> WeightDelta:
     """A random change of two weights."""
     names = [name for name, _ in model.unet.named_parameters()][:2]
     shapes = dict(model.unet.named_parameters())
-    return WeightDelta("mine", {name: 0.1 * draw(*shapes[name].shape, seed=seed + i) for i, name in enumerate(names)},
-                       {"steps": 3, "log": [0.5]})
+    return WeightDelta(
+        "mine",
+        {name: 0.1 * draw(*shapes[name].shape, seed=seed + i) for i, name in enumerate(names)},
+        {"steps": 3, "log": [0.5]},
+    )
 
 
 def test_a_delta_is_added_and_taken_off_bit_for_bit_also_after_an_exception(tiny: StableDiffusion) -> None:
@@ -119,18 +122,34 @@ def test_an_erased_model_opens_as_a_diffusers_folder(tiny: StableDiffusion, tmp_
 def published_names(model: StableDiffusion) -> dict[str, str]:
     """The single-file name of each U-Net weight of the tiny model, written down by SD's own layout."""
     prefixes = {
-        "conv_in.": "input_blocks.0.0.", "time_embedding.linear_1.": "time_embed.0.",
-        "time_embedding.linear_2.": "time_embed.2.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
-        "down_blocks.0.resnets.0.": "input_blocks.1.0.", "down_blocks.0.attentions.0.": "input_blocks.1.1.",
-        "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.", "down_blocks.1.resnets.0.": "input_blocks.3.0.",
-        "mid_block.resnets.0.": "middle_block.0.", "mid_block.attentions.0.": "middle_block.1.",
+        "conv_in.": "input_blocks.0.0.",
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
+        "down_blocks.0.resnets.0.": "input_blocks.1.0.",
+        "down_blocks.0.attentions.0.": "input_blocks.1.1.",
+        "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
+        "down_blocks.1.resnets.0.": "input_blocks.3.0.",
+        "mid_block.resnets.0.": "middle_block.0.",
+        "mid_block.attentions.0.": "middle_block.1.",
         "mid_block.resnets.1.": "middle_block.2.",
-        "up_blocks.0.resnets.0.": "output_blocks.0.0.", "up_blocks.0.resnets.1.": "output_blocks.1.0.",
+        "up_blocks.0.resnets.0.": "output_blocks.0.0.",
+        "up_blocks.0.resnets.1.": "output_blocks.1.0.",
         "up_blocks.0.upsamplers.0.conv.": "output_blocks.1.1.conv.",
-        "up_blocks.1.resnets.0.": "output_blocks.2.0.", "up_blocks.1.attentions.0.": "output_blocks.2.1.",
-        "up_blocks.1.resnets.1.": "output_blocks.3.0.", "up_blocks.1.attentions.1.": "output_blocks.3.1."}
-    inner = {"norm1.": "in_layers.0.", "conv1.": "in_layers.2.", "time_emb_proj.": "emb_layers.1.",
-             "norm2.": "out_layers.0.", "conv2.": "out_layers.3.", "conv_shortcut.": "skip_connection."}
+        "up_blocks.1.resnets.0.": "output_blocks.2.0.",
+        "up_blocks.1.attentions.0.": "output_blocks.2.1.",
+        "up_blocks.1.resnets.1.": "output_blocks.3.0.",
+        "up_blocks.1.attentions.1.": "output_blocks.3.1.",
+    }
+    inner = {
+        "norm1.": "in_layers.0.",
+        "conv1.": "in_layers.2.",
+        "time_emb_proj.": "emb_layers.1.",
+        "norm2.": "out_layers.0.",
+        "conv2.": "out_layers.3.",
+        "conv_shortcut.": "skip_connection.",
+    }
     found = {}
     for name, _ in model.unet.named_parameters():
         old, new = next((old, new) for old, new in prefixes.items() if name.startswith(old))
@@ -162,8 +181,9 @@ def test_a_single_file_keeps_its_layout(tiny: StableDiffusion, tmp_path: Path) -
 
 def batch_losses(model: StableDiffusion):  # noqa: ANN201
     """Losses of six fixed rows."""
-    batch = noised(model, draw(6, *model.latent_shape, seed=3), model.encode(list("abcdef")),
-                   torch.Generator().manual_seed(4))
+    batch = noised(
+        model, draw(6, *model.latent_shape, seed=3), model.encode(list("abcdef")), torch.Generator().manual_seed(4)
+    )
     return denoising_losses(model, batch), batch
 
 
@@ -231,13 +251,18 @@ def test_only_the_chosen_part_moves(part: str, tiny: StableDiffusion) -> None:
     wanted = set(chosen(tiny, part))  # type: ignore[arg-type]
     assert moved and moved <= wanted
     assert {".attn2." in name for name in wanted} == {
-        "attention": {True, False}, "cross_attention": {True}, "not_cross_attention": {False},
-        "lora": {True, False}}[part]
+        "attention": {True, False},
+        "cross_attention": {True},
+        "not_cross_attention": {False},
+        "lora": {True, False},
+    }[part]
     if part == "lora":
         with tuning(tiny, method.tuner) as tuned:
             tuned.update([torch.ones_like(weight) for weight in tuned.weights.values()])
-            change = tuned.result()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"] - tuned.base[
-                "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+            change = (
+                tuned.result()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+                - tuned.base["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+            )
         assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) <= method.tuner.rank
 
 
@@ -275,6 +300,7 @@ def test_a_half_precision_model_is_not_trained(tiny: StableDiffusion) -> None:
 
 def test_other_predictions_open_too(tmp_path: Path) -> None:
     model = StableDiffusion(**tiny_parts(tmp_path, "v_prediction"), name="v")
-    edit = OrdinaryTraining(steps=1, batch=2, tuner=Tuner(learning_rate=1e-3))(model, forget(model), retain(model),
-                                                                              seed=0)
+    edit = OrdinaryTraining(steps=1, batch=2, tuner=Tuner(learning_rate=1e-3))(
+        model, forget(model), retain(model), seed=0
+    )
     assert edit.size > 0

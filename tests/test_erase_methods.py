@@ -27,13 +27,17 @@ from dori.model.stable_diffusion import StableDiffusion
 
 FAST = Tuner(learning_rate=1e-3, rows_per_call=3)
 ERASERS: dict[str, Any] = {
-    "ordinary": OrdinaryTraining(steps=2, batch=4, tuner=FAST), "naive": NaiveDeletion(steps=2, batch=4, tuner=FAST),
+    "ordinary": OrdinaryTraining(steps=2, batch=4, tuner=FAST),
+    "naive": NaiveDeletion(steps=2, batch=4, tuner=FAST),
     "ascent": GradientAscent(steps=2, batch=4, stop_above=None, tuner=FAST),
-    "erase_diff": EraseDiff(steps=2, batch=4, tuner=FAST), "siss": Siss(steps=2, batch=4, tuner=FAST),
+    "erase_diff": EraseDiff(steps=2, batch=4, tuner=FAST),
+    "siss": Siss(steps=2, batch=4, tuner=FAST),
     "siss_as_released": as_released(1000),
     "esd": Esd(steps=3, sampling_steps=3, tuner=Tuner(learning_rate=1e-3, part="cross_attention")),
-    "concept_ablation": ConceptAblation(steps=2, batch=2, tuner=FAST), "uce": Uce(),
-    "adversarial": AdversarialErasure(rounds=2, steps_per_round=2, batch=4, attack=Dori(steps=1, batch=1), tuner=FAST)}
+    "concept_ablation": ConceptAblation(steps=2, batch=2, tuner=FAST),
+    "uce": Uce(),
+    "adversarial": AdversarialErasure(rounds=2, steps_per_round=2, batch=4, attack=Dori(steps=1, batch=1), tuner=FAST),
+}
 ERASERS["siss_as_released"] = Siss(steps=2, batch=4, timesteps=as_released(1000).timesteps, tuner=FAST)
 every_eraser = pytest.mark.parametrize("eraser", ERASERS.values(), ids=ERASERS.keys())
 Eraser = Callable[..., WeightDelta]
@@ -111,8 +115,12 @@ def test_siss_weights_are_the_density_ratios() -> None:
     w_x, w_a = importance_weights(noisy, keep, memory, abar, mixing=0.3)
     for i in range(6):
         spread = (1 - abar[i]) * torch.eye(2).double()
-        q = [torch.distributions.MultivariateNormal(abar[i].sqrt() * z[i].flatten(), spread)
-             .log_prob(noisy[i].flatten()).exp() for z in (keep, memory)]
+        q = [
+            torch.distributions.MultivariateNormal(abar[i].sqrt() * z[i].flatten(), spread)
+            .log_prob(noisy[i].flatten())
+            .exp()
+            for z in (keep, memory)
+        ]
         mixture = 0.7 * q[0] + 0.3 * q[1]
         assert w_x[i] == pytest.approx(float(q[0] / mixture), rel=1e-9)
         assert w_a[i] == pytest.approx(float(q[1] / mixture), rel=1e-9)
@@ -201,8 +209,11 @@ def test_uce_solves_its_normal_equations() -> None:
     found = closed_form(w, c, a, p, **settings)
     w, c, a, p = (x.double() for x in (w, c, a, p))
     variable = found.clone().requires_grad_()
-    objective = (2.0 * (c @ variable.T - a @ w.T).square().sum() + 0.3 * (p @ (variable - w).T).square().sum()
-                 + 0.5 * (variable - w).square().sum())
+    objective = (
+        2.0 * (c @ variable.T - a @ w.T).square().sum()
+        + 0.3 * (p @ (variable - w).T).square().sum()
+        + 0.5 * (variable - w).square().sum()
+    )
     (gradient,) = torch.autograd.grad(objective, variable)
     assert float(gradient.abs().max()) < 1e-10
     strong = closed_form(w, c[:1], a[:1], p[:0], ridge=1e-9, erase_scale=1.0, preserve_scale=1.0)
@@ -226,8 +237,7 @@ def test_concept_ablation_learns_the_anchors_prediction(tiny: StableDiffusion) -
     slow = ConceptAblation(steps=24, batch=6, prior_weight=0.0, tuner=Tuner(learning_rate=3e-3))
     log = slow(tiny, memories, retain(tiny), seed=0).details["log"]
     assert sum(log[-6:]) < 0.7 * sum(log[:6])
-    same = ConceptAblation(steps=1, batch=6, prior_weight=0.0)(
-        tiny, forget_with_own_anchor(tiny), retain(tiny), seed=0)
+    same = ConceptAblation(steps=1, batch=6, prior_weight=0.0)(tiny, forget_with_own_anchor(tiny), retain(tiny), seed=0)
     assert same.details["log"][0] < 1e-10  # anchor and target alike: nothing to learn
 
 
@@ -242,5 +252,3 @@ def forget_with_own_anchor(model: StableDiffusion):  # noqa: ANN201
 def test_naive_deletion_lowers_the_surrogates_loss(tiny: StableDiffusion) -> None:
     log = NaiveDeletion(steps=24, batch=6, tuner=FAST)(tiny, forget(tiny), retain(tiny), seed=0).details["log"]
     assert sum(log[-8:]) < sum(log[:8])
-
-

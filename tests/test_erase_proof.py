@@ -24,10 +24,18 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run
 
 SHORT = Protocol(
-    seeds=2, sampling_steps=1, guidance_scale=2.0, attack=Dori(steps=2, batch=1, snapshots=(0, 1, 2)),
-    starts=("prompt", "foreign"), long=Dori(steps=3, batch=1), restricted=Dori(steps=1, batch=1, free_positions=(1,)),
-    latent=LatentAttack(steps=1, sampling_steps=1), again=Dori(steps=1, batch=1, snapshots=(0, 1)),
-    relearning=Relearning(steps=2, batch=1, check_every=1, tuner=Tuner(learning_rate=1e-3)), chunk=2)
+    seeds=2,
+    sampling_steps=1,
+    guidance_scale=2.0,
+    attack=Dori(steps=2, batch=1, snapshots=(0, 1, 2)),
+    starts=("prompt", "foreign"),
+    long=Dori(steps=3, batch=1),
+    restricted=Dori(steps=1, batch=1, free_positions=(1,)),
+    latent=LatentAttack(steps=1, sampling_steps=1),
+    again=Dori(steps=1, batch=1, snapshots=(0, 1)),
+    relearning=Relearning(steps=2, batch=1, check_every=1, tuner=Tuner(learning_rate=1e-3)),
+    chunk=2,
+)
 
 
 def battery(folder: Path) -> Battery:
@@ -49,8 +57,13 @@ def test_every_state_is_asked_in_every_way_and_nothing_is_left_behind(tiny: Stab
     assert model_fingerprint(tiny) == before
     assert {path.stem for path in (tmp_path / "cells").iterdir()} == set(planned)
     ways = {(o.way, o.start, o.steps) for o in found if o.way != "relearn"}
-    assert ways == {("prompt", "", 0), ("long", "prompt", 3), ("restricted", "prompt", 1), ("latent", "", 1),
-                    *(("dori", start, step) for start in ("prompt", "foreign") for step in (0, 1, 2))}
+    assert ways == {
+        ("prompt", "", 0),
+        ("long", "prompt", 3),
+        ("restricted", "prompt", 1),
+        ("latent", "", 1),
+        *(("dori", start, step) for start in ("prompt", "foreign") for step in (0, 1, 2)),
+    }
     assert {(o.id, o.group) for o in found} == {(c.memory.id, c.group) for c in images}
     assert all((o.position is not None) == (o.way == "latent") for o in found)
     looks = [o for o in found if o.way == "relearn" and o.id == "memory-0"]
@@ -80,33 +93,49 @@ def test_images_without_a_text_are_asked_from_other_starts(tiny: StableDiffusion
 
 def test_templates_are_judged_blind_to_what_varies(tiny: StableDiffusion, tmp_path: Path) -> None:
     case = cases(tiny, 1)[0]
-    template = dataclasses.replace(case, memory=dataclasses.replace(case.memory, kind="template",
-                                                                    varying_box=(2, 2, 9, 9)))
+    template = dataclasses.replace(
+        case, memory=dataclasses.replace(case.memory, kind="template", varying_box=(2, 2, 9, 9))
+    )
     judge = battery(tmp_path)
     judge = dataclasses.replace(judge, judge=Judge(dataclasses.replace(DESCRIPTOR, masked_threshold=0.9)))
-    whole, masked = (judge.measure(State(name, tiny, whole=False), [one])[0]
-                     for name, one in (("a", case), ("b", template)))
+    whole, masked = (
+        judge.measure(State(name, tiny, whole=False), [one])[0] for name, one in (("a", case), ("b", template))
+    )
     assert (whole.threshold, masked.threshold) == (0.7, 0.9) and whole.similarities != masked.similarities
 
 
 # ------------------------------------------------------------------------------------------------ numbers and verdict
 
 
-def curve(one: str, state: str, values: list[float], *, group: str = "memory", steps: tuple[int, ...] = (0, 50, 150),
-          restart: int = 0) -> list[Outcome]:
+def curve(
+    one: str,
+    state: str,
+    values: list[float],
+    *,
+    group: str = "memory",
+    steps: tuple[int, ...] = (0, 50, 150),
+    restart: int = 0,
+) -> list[Outcome]:
     """An attack curve."""
-    return [Outcome(one, group, state, "dori", "prompt", restart, step, (value,), 0.7)  # type: ignore[arg-type]
-            for step, value in zip(steps, values, strict=True)]
+    return [
+        Outcome(one, group, state, "dori", "prompt", restart, step, (value,), 0.7)  # type: ignore[arg-type]
+        for step, value in zip(steps, values, strict=True)
+    ]
 
 
 def test_areas_and_steps_are_counted_by_hand() -> None:
-    found = [*curve("a", "s", [0.0, 0.5, 0.7]), *curve("a", "s", [0.2, 0.7, 0.9], restart=1),
-             *curve("b", "other", [1, 1, 1])]
+    found = [
+        *curve("a", "s", [0.0, 0.5, 0.7]),
+        *curve("a", "s", [0.2, 0.7, 0.9], restart=1),
+        *curve("b", "other", [1, 1, 1]),
+    ]
     first, second = (0.25 * 50 + 0.6 * 100) / 150, (0.45 * 50 + 0.8 * 100) / 150
     assert areas(found, "s") == {"a": pytest.approx((first + second) / 2)}
     assert areas(found, "s", only=frozenset({("prompt", 0), ("prompt", 50)})) == {"a": pytest.approx((0.25 + 0.45) / 2)}
-    looks = [Outcome("a", "memory", "s", "relearn", "", 0, step, (value, value), 0.7)
-             for step, value in ((0, 0.1), (5, 0.71), (10, 0.6))]
+    looks = [
+        Outcome("a", "memory", "s", "relearn", "", 0, step, (value, value), 0.7)
+        for step, value in ((0, 0.1), (5, 0.71), (10, 0.6))
+    ]
     looks += [Outcome("b", "memory", "s", "relearn", "", 0, step, (0.7,), 0.7) for step in (0, 60)]
     assert relearning_steps(looks, "s", unreached=65) == {"a": 5.0, "b": 65.0}
     rate = back(found, "s", "memory", "dori", at_most=150)
@@ -126,8 +155,10 @@ def population(state: str, memory: Values, control: Values, count: int = 12) -> 
             one = f"{group}-{i}"
             found.append(Outcome(one, group, state, "prompt", "", 0, 0, (prompt + shake[0],), 0.7))
             found += curve(one, state, [prompt + shake[0], at_50 + shake[1], at_150 + shake[2]], group=group)
-            found += [Outcome(one, group, state, "relearn", "", 0, step, (1.0 if step >= learn else 0.0,), 0.7)
-                      for step in range(0, 61, 5)]
+            found += [
+                Outcome(one, group, state, "relearn", "", 0, step, (1.0 if step >= learn else 0.0,), 0.7)
+                for step in range(0, 61, 5)
+            ]
     return found
 
 
@@ -136,8 +167,15 @@ def unseen(state: str, index: int) -> tuple[float, float, float, float]:
     return 0.1, 0.3, 0.5, 30 + 5 * (index % 3)
 
 
-def judged_as(erased: Values, *, original: Values | None = None, twins: bool = True, restarts: int = 1,
-              blind: float = 0.5, altered: Values | None = None) -> tuple[str, tuple[str, ...]]:
+def judged_as(
+    erased: Values,
+    *,
+    original: Values | None = None,
+    twins: bool = True,
+    restarts: int = 1,
+    blind: float = 0.5,
+    altered: Values | None = None,
+) -> tuple[str, tuple[str, ...]]:
     """The verdict on made-up outcomes."""
     stored: Values = lambda state, index: (0.9, 0.95, 0.95, 0)  # noqa: E731
     found = population("original", original or stored, unseen) + population("erased", erased, unseen)

@@ -49,8 +49,13 @@ def test_its_size_at_the_margin_is_the_level(side: int, shape: str) -> None:
     rate = claims / runs
     assert rate < 0.05 + 4 * (0.05 * 0.95 / runs) ** 0.5
     if shape == "normal":  # and not far below: it is a test of that size, not one that never claims
-        power = sum(equivalence("x", rng.normal(0, 0.2, 32), rng.normal(0, 0.2, 32), margin=margin).shown
-                    for _ in range(100)) / 100
+        power = (
+            sum(
+                equivalence("x", rng.normal(0, 0.2, 32), rng.normal(0, 0.2, 32), margin=margin).shown
+                for _ in range(100)
+            )
+            / 100
+        )
         assert power > 0.95 and rate > 0.02
 
 

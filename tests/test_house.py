@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dori"
 SOURCES = sorted(path for folder in ("dori", "tests") for path in (ROOT / folder).rglob("*.py"))
-LINES = 450
+LINES = 500
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "tools", "base"}
 # Folders of one machine; "~" and "/tmp" are everyone's. Assembled, so that this file does not name them itself.
 MACHINE = re.compile(rb"(?<![\w.-])/(?:" + b"|".join([b"work", b"root", b"home", b"Users", b"mnt"]) + rb")/")
@@ -61,28 +61,41 @@ def tree_of_readme() -> set[str]:
 
 
 def test_no_file_is_longer_than_a_sitting() -> None:
-    long = {named(path): count for path in SOURCES
-            if (count := len(path.read_text(encoding="utf-8").splitlines())) > LINES}
+    long = {
+        named(path): count for path in SOURCES if (count := len(path.read_text(encoding="utf-8").splitlines())) > LINES
+    }
     assert long == {}
 
 
 def test_no_module_is_a_drawer_for_anything() -> None:
-    assert [named(path) for path in PACKAGE.rglob("*") if path.stem.lower() in VAGUE
-            and "data" not in path.parts] == []
+    assert [named(path) for path in PACKAGE.rglob("*") if path.stem.lower() in VAGUE and "data" not in path.parts] == []
 
 
 def test_no_class_of_the_package_inherits_through_another() -> None:
-    bases = {node.name: {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
-             for path in PACKAGE.rglob("*.py") for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)}
-    deep = {name: inner for name, direct in bases.items()
-            for base in direct & set(bases) if (inner := bases[base] & set(bases))}
+    bases = {
+        node.name: {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef)
+    }
+    deep = {
+        name: inner
+        for name, direct in bases.items()
+        for base in direct & set(bases)
+        if (inner := bases[base] & set(bases))
+    }
     assert deep == {}
 
 
 def test_everything_public_says_what_it_is() -> None:
-    silent = [f"{named(path)}: {node.name}" for path in PACKAGE.rglob("*.py") for node in tree(path).body
-              if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-              and not ast.get_docstring(node)]
+    silent = [
+        f"{named(path)}: {node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
     silent += [named(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
     assert silent == []
 

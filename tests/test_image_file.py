@@ -30,6 +30,7 @@ def encoded(pixels: np.ndarray, kind: str, **settings: object) -> bytes:
 
 def claim(width: int, height: int) -> bytes:
     """A small PNG file whose header claims any size."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -54,7 +55,7 @@ def test_the_central_square_is_cut_out(tmp_path: Path, height: int, width: int) 
     pixels = noise(height, width)
     (tmp_path / "a.png").write_bytes(encoded(pixels, "PNG"))
     top, left = (height - 16) // 2, (width - 16) // 2
-    expected = torch.from_numpy(pixels[top:top + 16, left:left + 16]).permute(2, 0, 1) / 255
+    expected = torch.from_numpy(pixels[top : top + 16, left : left + 16]).permute(2, 0, 1) / 255
     assert torch.equal(load_image(tmp_path / "a.png", 16), expected)
 
 
@@ -125,8 +126,9 @@ def test_a_file_cut_off_anywhere_is_refused_or_has_every_pixel(tmp_path: Path, k
     assert refused >= 0.95 * (len(whole) // 7)
 
 
-@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (10_000, 10_000), (7_072, 7_072), (2**31 - 1, 1),
-                                               (50_000_001, 1)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(30_000, 30_000), (10_000, 10_000), (7_072, 7_072), (2**31 - 1, 1), (50_000_001, 1)]
+)
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, width: int, height: int) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(claim(width, height))

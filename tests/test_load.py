@@ -19,8 +19,11 @@ from dori.model.load import load_model, model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
-UNET, VAE, TEXT = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-                   "text_encoder/model.safetensors")
+UNET, VAE, TEXT = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 
 def save_tiny(folder: Path, **settings: object) -> Path:
@@ -29,8 +32,9 @@ def save_tiny(folder: Path, **settings: object) -> Path:
     words.mkdir(parents=True)
     parts = tiny_parts(words)
     parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config, steps_offset=1)  # pipelines insist on it
-    pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
-                                       requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
     pipeline.save_pretrained(folder / "model", **settings)
     return folder / "model"
 
@@ -97,8 +101,11 @@ def test_fingerprints_name_what_is_loaded_and_not_its_file(saved: Path, folder: 
     assert len(list((sharded / "unet").glob("*-of-*.safetensors"))) > 1
     assert model_fingerprint(load_model(str(sharded))) == expected
     found = {expected, model_fingerprint(load_model(str(saved), dtype=torch.bfloat16))}
-    for path, name in ((UNET, "conv_in.bias"), (VAE, "decoder.conv_in.bias"),
-                       (TEXT, "text_model.final_layer_norm.bias")):
+    for path, name in (
+        (UNET, "conv_in.bias"),
+        (VAE, "decoder.conv_in.bias"),
+        (TEXT, "text_model.final_layer_norm.bias"),
+    ):
         tensors = load_file(folder / path)
         key = name if name in tensors else name.removeprefix("text_model.")
         edit_weights(folder / path, lambda tensors, key=key: tensors[key][0].add_(1))
@@ -107,9 +114,12 @@ def test_fingerprints_name_what_is_loaded_and_not_its_file(saved: Path, folder: 
         edit_json(folder / "scheduler" / "scheduler_config.json", **change)
         found.add(model_fingerprint(load_model(str(folder))))
     # Settings of which the weights' shapes say nothing.
-    for part, change in (("unet/config.json", {"attention_head_dim": 4}), ("unet/config.json", {"norm_eps": 1e-4}),
-                         ("text_encoder/config.json", {"num_attention_heads": 4}),
-                         ("vae/config.json", {"scaling_factor": 0.5})):
+    for part, change in (
+        ("unet/config.json", {"attention_head_dim": 4}),
+        ("unet/config.json", {"norm_eps": 1e-4}),
+        ("text_encoder/config.json", {"num_attention_heads": 4}),
+        ("vae/config.json", {"scaling_factor": 0.5}),
+    ):
         edit_json(folder / part, **change)
         found.add(model_fingerprint(load_model(str(folder))))
     assert len(found) == 12
@@ -145,16 +155,22 @@ def test_a_pipeline_that_names_anything_else_is_refused(folder: Path, name: str)
 
 
 def test_the_parts_of_published_checkpoints_that_dori_does_not_need_are_left_alone(folder: Path) -> None:
-    edit_json(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-              feature_extractor=["transformers", "CLIPImageProcessor"], requires_safety_checker=True,
-              tokenizer=["transformers", "CLIPTokenizerFast"], scheduler=["diffusers", "PNDMScheduler"])
+    edit_json(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        requires_safety_checker=True,
+        tokenizer=["transformers", "CLIPTokenizerFast"],
+        scheduler=["diffusers", "PNDMScheduler"],
+    )
     assert load_model(str(folder)).timesteps == 1000
 
 
 def spoil_index(text: str | bytes) -> Callable[[Path], None]:
     """Replace model_index.json."""
-    return lambda folder: (folder / "model_index.json").write_bytes(
-        text if isinstance(text, bytes) else text.encode()) and None
+    return lambda folder: (
+        (folder / "model_index.json").write_bytes(text if isinstance(text, bytes) else text.encode()) and None
+    )
 
 
 def spoil_pickle(folder: Path) -> None:
@@ -165,12 +181,15 @@ def spoil_pickle(folder: Path) -> None:
 
 def spoil_shards(name: str) -> Callable[[Path], None]:
     """A shard list that points to another file."""
+
     def change(folder: Path) -> None:
         torch.save(load_file(folder / UNET), folder / "unet" / "diffusion_pytorch_model.bin")
         shutil.copy(folder / UNET, folder / "other.safetensors")
-        (folder / f"{UNET}.index.json").write_text(json.dumps(
-            {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / UNET), name)}))
+        (folder / f"{UNET}.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / UNET), name)})
+        )
         (folder / UNET).unlink()
+
     return change
 
 
@@ -182,54 +201,96 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index no text": (spoil_index(b"\xff\xfe"), "is no JSON"),
     "no vae": (lambda folder: shutil.rmtree(folder / "vae"), "has no folder vae"),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "has no folder tokenizer"),
-    "no words": (lambda folder: [path.unlink() for path in (folder / "tokenizer").iterdir()],
-                 "neither tokenizer.json nor vocab.json"),
-    "torn words of the tokenizer": (lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text('{"a": 1}'),
-                                    "tokenizer cannot be opened"),
-    "no scheduler": (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(),
-                     "scheduler cannot be opened"),
+    "no words": (
+        lambda folder: [path.unlink() for path in (folder / "tokenizer").iterdir()],
+        "neither tokenizer.json nor vocab.json",
+    ),
+    "torn words of the tokenizer": (
+        lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text('{"a": 1}'),
+        "tokenizer cannot be opened",
+    ),
+    "no scheduler": (
+        lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(),
+        "scheduler cannot be opened",
+    ),
     "no config": (lambda folder: (folder / "unet" / "config.json").unlink(), "unet cannot be opened"),
-    "no weights": (lambda folder: (folder / VAE).unlink(),
-                   "has no vae/diffusion_pytorch_model.safetensors; weights under another name"),
+    "no weights": (
+        lambda folder: (folder / VAE).unlink(),
+        "has no vae/diffusion_pytorch_model.safetensors; weights under another name",
+    ),
     "pickles only": (spoil_pickle, "can run code; convert it once"),
     "shards are pickles": (spoil_shards("diffusion_pytorch_model.bin"), "that are no safetensors beside it"),
     "shards elsewhere": (spoil_shards("../other.safetensors"), "that are no safetensors beside it"),
-    "shards no list": (lambda folder: (folder / f"{UNET}.index.json").write_text('{"weight_map": [1]}'),
-                       "that are no safetensors beside it"),
-    "shards missing": (spoil_shards("diffusion_pytorch_model-00001-of-00002.safetensors"),
-                       "has no unet/diffusion_pytorch_model-00001-of-00002.safetensors"),
-    "torn weights": (lambda folder: (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-9]),
-                     "unet cannot be opened"),
+    "shards no list": (
+        lambda folder: (folder / f"{UNET}.index.json").write_text('{"weight_map": [1]}'),
+        "that are no safetensors beside it",
+    ),
+    "shards missing": (
+        spoil_shards("diffusion_pytorch_model-00001-of-00002.safetensors"),
+        "has no unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    ),
+    "torn weights": (
+        lambda folder: (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-9]),
+        "unet cannot be opened",
+    ),
     "torn text encoder": (lambda folder: (folder / TEXT).write_bytes(b"\xff" * 99), "text_encoder cannot be opened"),
-    "git-lfs pointer": (lambda folder: (folder / UNET).write_text("version https://git-lfs.github.com/spec/v1\n"),
-                        "unet cannot be opened"),
-    "NaN": (lambda folder: edit_weights(folder / UNET, lambda tensors: tensors["conv_in.bias"].fill_(torch.nan)),
-            "unet holds a weight that is not finite (conv_in.bias)"),
-    "infinity": (lambda folder: edit_weights(folder / VAE, lambda tensors: tensors["quant_conv.bias"].fill_(torch.inf)),
-                 "vae holds a weight that is not finite"),
-    "a weight missing": (lambda folder: edit_weights(folder / UNET, lambda tensors: tensors.pop("conv_in.bias")),
-                         "unet lacks 1 weights that its configuration asks for (conv_in.bias)"),
-    "a weight too many": (lambda folder: edit_weights(folder / UNET, lambda tensors: tensors.update(
-        {"extra.weight": torch.ones(1)})), "extra.weight"),
-    "another shape": (lambda folder: edit_weights(folder / UNET, lambda tensors: tensors.update(
-        {"conv_in.bias": torch.ones(3)})), "conv_in"),
-    "text of another width": (lambda folder: edit_json(folder / "text_encoder" / "config.json", hidden_size=32),
-                              "text_encoder"),
-    "code in a part": (lambda folder: edit_json(folder / "text_encoder" / "config.json", auto_map={"AutoModel": "e.E"}),
-                       "has auto_map in text_encoder/config.json"),
-    "code in the tokenizer": (lambda folder: edit_json(folder / "tokenizer" / "tokenizer_config.json",
-                                                       auto_map={"AutoTokenizer": ["e.E", None]}),
-                              "has auto_map in tokenizer/tokenizer_config.json"),
-    "quantised": (lambda folder: edit_json(folder / "unet" / "config.json",
-                                           quantization_config={"quant_method": "gguf"}),
-                  "has quantization_config in unet/config.json"),
-    "adapter": (lambda folder: (folder / "text_encoder" / "adapter_config.json").write_text(
-        '{"base_model_name_or_path": "owner/evil"}'), "has an adapter in text_encoder"),
-    "unknown prediction": (lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json",
-                                                    prediction_type="sample"), "'sample' is not supported"),
+    "git-lfs pointer": (
+        lambda folder: (folder / UNET).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "unet cannot be opened",
+    ),
+    "NaN": (
+        lambda folder: edit_weights(folder / UNET, lambda tensors: tensors["conv_in.bias"].fill_(torch.nan)),
+        "unet holds a weight that is not finite (conv_in.bias)",
+    ),
+    "infinity": (
+        lambda folder: edit_weights(folder / VAE, lambda tensors: tensors["quant_conv.bias"].fill_(torch.inf)),
+        "vae holds a weight that is not finite",
+    ),
+    "a weight missing": (
+        lambda folder: edit_weights(folder / UNET, lambda tensors: tensors.pop("conv_in.bias")),
+        "unet lacks 1 weights that its configuration asks for (conv_in.bias)",
+    ),
+    "a weight too many": (
+        lambda folder: edit_weights(folder / UNET, lambda tensors: tensors.update({"extra.weight": torch.ones(1)})),
+        "extra.weight",
+    ),
+    "another shape": (
+        lambda folder: edit_weights(folder / UNET, lambda tensors: tensors.update({"conv_in.bias": torch.ones(3)})),
+        "conv_in",
+    ),
+    "text of another width": (
+        lambda folder: edit_json(folder / "text_encoder" / "config.json", hidden_size=32),
+        "text_encoder",
+    ),
+    "code in a part": (
+        lambda folder: edit_json(folder / "text_encoder" / "config.json", auto_map={"AutoModel": "e.E"}),
+        "has auto_map in text_encoder/config.json",
+    ),
+    "code in the tokenizer": (
+        lambda folder: edit_json(
+            folder / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["e.E", None]}
+        ),
+        "has auto_map in tokenizer/tokenizer_config.json",
+    ),
+    "quantised": (
+        lambda folder: edit_json(folder / "unet" / "config.json", quantization_config={"quant_method": "gguf"}),
+        "has quantization_config in unet/config.json",
+    ),
+    "adapter": (
+        lambda folder: (folder / "text_encoder" / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "owner/evil"}'
+        ),
+        "has an adapter in text_encoder",
+    ),
+    "unknown prediction": (
+        lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="sample"),
+        "'sample' is not supported",
+    ),
     "size of two": (lambda folder: edit_json(folder / "unet" / "config.json", sample_size=[8, 12]), "sample_size"),
-    "absurd config": (lambda folder: edit_json(folder / "unet" / "config.json", block_out_channels="x"),
-                      "unet cannot be opened"),
+    "absurd config": (
+        lambda folder: edit_json(folder / "unet" / "config.json", block_out_channels="x"),
+        "unet cannot be opened",
+    ),
 }
 
 
@@ -243,9 +304,11 @@ def test_a_damaged_or_hostile_folder_is_one_sentence(folder: Path, name: str) ->
 
 def test_parts_that_do_not_belong_together_are_refused(saved: Path, tmp_path: Path) -> None:
     parts = tiny_parts(tmp_path)
-    for change, sentence in (({"cross_attention_dim": 24}, "gives 16 numbers a token and the U-Net reads 24"),
-                             ({"in_channels": 7}, "the VAE gives 3 channels, the U-Net reads 7"),
-                             ({"class_embed_type": "timestep"}, "a further condition")):
+    for change, sentence in (
+        ({"cross_attention_dim": 24}, "gives 16 numbers a token and the U-Net reads 24"),
+        ({"in_channels": 7}, "the VAE gives 3 channels, the U-Net reads 7"),
+        ({"class_embed_type": "timestep"}, "a further condition"),
+    ):
         copy = Path(shutil.copytree(saved, tmp_path / sentence[:12]))
         UNet2DConditionModel.from_config(parts["unet"].config, **change).save_pretrained(copy / "unet")
         assert sentence in refusal(copy)
@@ -288,23 +351,52 @@ def in_cache(cache: Path, repository: str, folder: Path) -> None:
 def single_file(folder: Path) -> dict[str, torch.Tensor]:
     """The tiny model's weights under the names of the original Stable Diffusion code, written out by hand."""
     unet = {
-        "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
-        "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
-        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
-        "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2", "up_blocks.0.resnets.0": "output_blocks.0.0",
-        "up_blocks.0.resnets.1": "output_blocks.1.0", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
-        "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.attentions.0": "output_blocks.2.1",
-        "up_blocks.1.resnets.1": "output_blocks.3.0", "up_blocks.1.attentions.1": "output_blocks.3.1"}
-    resnet = {".norm1": ".in_layers.0", ".conv1": ".in_layers.2", ".time_emb_proj": ".emb_layers.1",
-              ".norm2": ".out_layers.0", ".conv2": ".out_layers.3", ".conv_shortcut": ".skip_connection"}
-    vae = {"down_blocks.0.resnets": "down.0.block", "down_blocks.1.resnets": "down.1.block",
-           "down_blocks.0.downsamplers.0": "down.0.downsample", "up_blocks.0.resnets": "up.1.block",
-           "up_blocks.1.resnets": "up.0.block", "up_blocks.0.upsamplers.0": "up.1.upsample",
-           "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
-           "mid_block.attentions.0": "mid.attn_1", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
-           "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.0.attentions.0": "input_blocks.1.1",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+        "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+        "up_blocks.1.resnets.0": "output_blocks.2.0",
+        "up_blocks.1.attentions.0": "output_blocks.2.1",
+        "up_blocks.1.resnets.1": "output_blocks.3.0",
+        "up_blocks.1.attentions.1": "output_blocks.3.1",
+    }
+    resnet = {
+        ".norm1": ".in_layers.0",
+        ".conv1": ".in_layers.2",
+        ".time_emb_proj": ".emb_layers.1",
+        ".norm2": ".out_layers.0",
+        ".conv2": ".out_layers.3",
+        ".conv_shortcut": ".skip_connection",
+    }
+    vae = {
+        "down_blocks.0.resnets": "down.0.block",
+        "down_blocks.1.resnets": "down.1.block",
+        "down_blocks.0.downsamplers.0": "down.0.downsample",
+        "up_blocks.0.resnets": "up.1.block",
+        "up_blocks.1.resnets": "up.0.block",
+        "up_blocks.0.upsamplers.0": "up.1.upsample",
+        "mid_block.resnets.0": "mid.block_1",
+        "mid_block.resnets.1": "mid.block_2",
+        "mid_block.attentions.0": "mid.attn_1",
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
     found = {}
     for name, value in load_file(folder / UNET).items():
         prefix = max((old for old in unet if name.startswith(old + ".")), key=len)
@@ -331,15 +423,29 @@ def test_folder_hub_id_and_single_file_are_one_model_without_network_or_pickle(s
     in_cache(cache, "owner/evil", evil)
     weights = single_file(saved)
     save_file(weights, tmp_path / "whole.safetensors")
-    for name in ("model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.bias",
-                 "cond_stage_model.transformer.text_model.final_layer_norm.bias"):
+    for name in (
+        "model.diffusion_model.out.2.bias",
+        "first_stage_model.decoder.conv_out.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+    ):
         save_file({key: value for key, value in weights.items() if key != name}, tmp_path / f"{name[:5]}.safetensors")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_CACHE": str(cache),
-                                "HF_HUB_OFFLINE": "1"}
-    specs = [str(saved), "owner/tiny", str(tmp_path / "whole.safetensors"), "owner/absent", "owner/evil",
-             *(str(tmp_path / f"{part}.safetensors") for part in ("model", "first", "cond_"))]
-    child = subprocess.run([sys.executable, "-c", QUIET, *specs], env=environment, capture_output=True, text=True,
-                           timeout=600, check=False)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+    }
+    specs = [
+        str(saved),
+        "owner/tiny",
+        str(tmp_path / "whole.safetensors"),
+        "owner/absent",
+        "owner/evil",
+        *(str(tmp_path / f"{part}.safetensors") for part in ("model", "first", "cond_")),
+    ]
+    child = subprocess.run(
+        [sys.executable, "-c", QUIET, *specs], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert child.returncode == 0, child.stderr
     result = json.loads(child.stdout.splitlines()[-1])
     assert result["events"] == []

@@ -250,13 +250,15 @@ def test_the_excess_lies_where_the_planted_model_was_changed_and_nowhere_else(ti
 
 def test_a_mask_covers_what_lies_in_it_and_a_random_one_its_density(tiny: StableDiffusion) -> None:
     names = [f"{name}.weight" for name in tiny.layers("feed_forward", EVERYWHERE)]
-    energy = {name: draw(*dict(tiny.unet.named_parameters())[name].shape, seed=k).square()
-              for k, name in enumerate(names)}
+    energy = {
+        name: draw(*dict(tiny.unet.named_parameters())[name].shape, seed=k).square() for k, name in enumerate(names)
+    }
     mask = {name: masks(1, *energy[name].shape, share=0.2, seed=k)[0] for k, name in enumerate(names)}
     slow = sum(float(value) for name in names for value in energy[name][mask[name]])
     assert coverage(energy, mask) == pytest.approx(slow / sum(float(energy[name].sum()) for name in names), rel=1e-12)
-    draws = [coverage(energy, {name: random_like(mask[name][None], seed=seed)[0] for name in names})
-             for seed in range(200)]
+    draws = [
+        coverage(energy, {name: random_like(mask[name][None], seed=seed)[0] for name in names}) for seed in range(200)
+    ]
     assert sum(draws) / 200 == pytest.approx(density(mask), rel=0.03)
     assert coverage(energies(tiny, tiny), mask) != coverage(energies(tiny, tiny), mask)  # NaN: nothing changed
 

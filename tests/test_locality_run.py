@@ -27,15 +27,36 @@ from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run
 
-MEMORIES = tuple(Memory(f"m{k}", None if k == 2 else "abcde"[k:], Path(f"m{k}.png"), dose=float(2**k))
-                 for k in range(3))
+MEMORIES = tuple(
+    Memory(f"m{k}", None if k == 2 else "abcde"[k:], Path(f"m{k}.png"), dose=float(2**k)) for k in range(3)
+)
 PLAN = Plan(
-    "tiny", memories=2, gaussian=3, foreign=2, attack=Dori(steps=1, batch=1), seeds=2, sampling_steps=2,
-    guidance_scale=2.0, line_pairs=2, line_shares=(0.5,), ball_centres=2, ball_directions=1, ball_radii=(0.1, 1.0),
-    probe_seeds=1, activation_steps=(0, 1), activation_noises=1, set_size=5,
-    nemo=Nemo(noises=2, max_refinement_passes=2), wandas=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=4),),
-    ceiling=2, ceiling_seeds=2, calibration_prompts=3,
-    causal=Causal(memories=1, triggers=2, fresh=1, joined_fresh=1, quality_prompts=2), patch_seeds=1, chunk=3)
+    "tiny",
+    memories=2,
+    gaussian=3,
+    foreign=2,
+    attack=Dori(steps=1, batch=1),
+    seeds=2,
+    sampling_steps=2,
+    guidance_scale=2.0,
+    line_pairs=2,
+    line_shares=(0.5,),
+    ball_centres=2,
+    ball_directions=1,
+    ball_radii=(0.1, 1.0),
+    probe_seeds=1,
+    activation_steps=(0, 1),
+    activation_noises=1,
+    set_size=5,
+    nemo=Nemo(noises=2, max_refinement_passes=2),
+    wandas=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=4),),
+    ceiling=2,
+    ceiling_seeds=2,
+    calibration_prompts=3,
+    causal=Causal(memories=1, triggers=2, fresh=1, joined_fresh=1, quality_prompts=2),
+    patch_seeds=1,
+    chunk=3,
+)
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -52,8 +73,14 @@ def judge(threshold: float) -> Judge:
 def tiny_subjects(model: StableDiffusion, *twins: StableDiffusion) -> Subjects:
     """Three memories, the last one without a text."""
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-    return Subjects(model, make_cases(model, MEMORIES, images, "memory"), (),
-                    tuple(f"word {number}" for number in range(13)), None, twins)
+    return Subjects(
+        model,
+        make_cases(model, MEMORIES, images, "memory"),
+        (),
+        tuple(f"word {number}" for number in range(13)),
+        None,
+        twins,
+    )
 
 
 def tiny_run(subjects: Subjects, folder: Path, *, plan: Plan = PLAN, threshold: float = -1.5) -> Locality:
@@ -107,15 +134,30 @@ def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
     for memory in ("m0", "m2"):
         for method in ("NeMo", "Wanda 20 %"):
             groups = {o.group for o in found.overlaps if o.method == method and o.memory in (memory, "")}
-            assert groups == {"triggers", "triggers, gaussian", "triggers, foreign", "other noises",
-                              "memorized prompts", "ordinary prompts", "random", "random, simulated"}
+            assert groups == {
+                "triggers",
+                "triggers, gaussian",
+                "triggers, foreign",
+                "other noises",
+                "memorized prompts",
+                "ordinary prompts",
+                "random",
+                "random, simulated",
+            }
         groups = {a.group for a in found.activities if a.memory in (memory, "")}
         assert {"triggers", "other noises", "memorized prompts", "ordinary prompts", "gaussian starts"} <= groups
     layers = found.settings["layers"]
     assert {a.layer for a in found.activities} == {*layers["attention_value"], *layers["feed_forward"]}
     measured = {m.name for m in found.measures if m.memory in ("m0", "")}
-    assert {"between triggers", "between their starts", "between their moves, gaussian", "moved, prompt",
-            "between ordinary prompts", "between memorized prompts", "common share of the moves, foreign"} <= measured
+    assert {
+        "between triggers",
+        "between their starts",
+        "between their moves, gaussian",
+        "moved, prompt",
+        "between ordinary prompts",
+        "between memorized prompts",
+        "common share of the moves, foreign",
+    } <= measured
     assert {c.layer for c in found.covers if c.method == "NeMo"} > {"all"}
     assert all(0 <= c.density <= 1 and c.twins is not None for c in found.covers)
     assert found.changes[0].floor is not None
@@ -210,7 +252,14 @@ def test_the_presets_fit_their_time(tiny: StableDiffusion) -> None:
 
     for name, limit_s in (("quick", 600), ("full", 12 * 3600)):
         plan = PRESETS[name]()
-        sizes = Sizes(tuple((f"m{k}", True) for k in range(plan.memories)), min(68, plan.set_size), plan.set_size,
-                      plan.foreign, plan.calibration_prompts, 32, 2)
+        sizes = Sizes(
+            tuple((f"m{k}", True) for k in range(plan.memories)),
+            min(68, plan.set_size),
+            plan.set_size,
+            plan.foreign,
+            plan.calibration_prompts,
+            32,
+            2,
+        )
         total = by_stage(planned(plan, sizes, ("NeMo", *(f"Wanda {k}" for k in range(len(plan.wandas))))))
         assert sum(rows.seconds_s(55, 120) for rows in total.values()) < 0.9 * limit_s

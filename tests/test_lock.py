@@ -76,8 +76,9 @@ def test_a_second_user_in_the_same_process_is_refused(tmp_path: Path) -> None:
 
 @posix
 def test_a_living_process_keeps_others_out_and_a_killed_one_does_not(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                          text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(DoriError, match=f"in use by process {holder.pid} on "), Run(tmp_path).locked():
             pass
@@ -94,8 +95,16 @@ def test_a_living_process_keeps_others_out_and_a_killed_one_does_not(tmp_path: P
 @posix
 def test_a_lock_of_a_dead_reused_or_torn_number_is_taken_over(tmp_path: Path) -> None:
     host = platform.node()
-    stale = [{"host": host, "pid": dead_pid(), "started": 1}, {"host": host, "pid": 2**40}, {"host": host, "pid": "x"},
-             {"host": host, "pid": -1}, "", '{"host": "', "[]", "\x00"]
+    stale = [
+        {"host": host, "pid": dead_pid(), "started": 1},
+        {"host": host, "pid": 2**40},
+        {"host": host, "pid": "x"},
+        {"host": host, "pid": -1},
+        "",
+        '{"host": "',
+        "[]",
+        "\x00",
+    ]
     if Path("/proc/self/stat").exists():
         stale.append({"host": host, "pid": os.getpid(), "started": 1})  # our number, another process
     for owner in stale:
@@ -116,7 +125,13 @@ def test_a_lock_of_another_host_is_respected(tmp_path: Path) -> None:
 @posix
 def test_of_many_heirs_one_gets_in(tmp_path: Path) -> None:
     stale = json.dumps({"host": platform.node(), "pid": dead_pid(), "started": 1})
-    child = subprocess.run([sys.executable, "-c", HEIRS, str(tmp_path), stale], env=ENVIRONMENT, capture_output=True,
-                           text=True, timeout=600, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", HEIRS, str(tmp_path), stale],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
     assert sorted(child.stdout.split()) == ["in"] + ["refused"] * 5
     assert not (tmp_path / "lock").exists()

@@ -25,8 +25,10 @@ def folder_of(folder: Path, *lines: object) -> Path:
     """A folder with a.png, b.jpg, sub/c.webp and these metadata lines (text, bytes or JSON-able)."""
     for name in ("a.png", "b.jpg", "sub/c.webp"):
         picture(folder / name)
-    raw = [line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
-           for line in lines]
+    raw = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
     (folder / "metadata.jsonl").write_bytes(b"\n".join(raw))
     return folder
 
@@ -44,22 +46,35 @@ def refusal(folder: Path) -> str:
 
 def test_metadata_is_read_in_its_order_with_defaults(tmp_path: Path) -> None:
     folder = folder_of(
-        tmp_path, b"\xef\xbb\xbf" + json.dumps({"file_name": "sub/c.webp", "text": "Zo\u00eb"}).encode(), "", "  \r",
-        {"file_name": "a.png", "id": "x y", "kind": "template", "dose": 0.25, "varying_box": [0, 1, 8, 6],
-         "text": None, "another column": [1]},
-        {"file_name": "b.jpg", "text": "", "dose": 0, "kind": None})
+        tmp_path,
+        b"\xef\xbb\xbf" + json.dumps({"file_name": "sub/c.webp", "text": "Zo\u00eb"}).encode(),
+        "",
+        "  \r",
+        {
+            "file_name": "a.png",
+            "id": "x y",
+            "kind": "template",
+            "dose": 0.25,
+            "varying_box": [0, 1, 8, 6],
+            "text": None,
+            "another column": [1],
+        },
+        {"file_name": "b.jpg", "text": "", "dose": 0, "kind": None},
+    )
     assert read_memories(folder, default_kind="ordinary") == (
         Memory("c", "Zo\u00eb", folder / "sub/c.webp", "ordinary"),
         Memory("x y", None, folder / "a.png", "template", 0.25, (0, 1, 8, 6)),
-        Memory("b", "", folder / "b.jpg", "ordinary", 0))
+        Memory("b", "", folder / "b.jpg", "ordinary", 0),
+    )
 
 
 def test_a_folder_of_images_alone_is_read_by_name_without_texts(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpeg", "c.webp", ".hidden.png", "sub/d.png"):
         picture(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    assert read_memories(tmp_path) == tuple(Memory(Path(name).stem, None, tmp_path / name)
-                                            for name in ("a.jpeg", "b.PNG", "c.webp"))
+    assert read_memories(tmp_path) == tuple(
+        Memory(Path(name).stem, None, tmp_path / name) for name in ("a.jpeg", "b.PNG", "c.webp")
+    )
 
 
 A = {"file_name": "a.png"}
@@ -186,12 +201,16 @@ def test_links_within_the_folder_and_to_the_folder_are_followed(tmp_path: Path) 
 
 def test_written_memories_are_read_back_with_the_same_pixels(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)) / 255
-    memories = [Memory("a", "Zo\u00eb \u2028 \"x\"", Path("unused"), "template", 0.5, (1, 2, 3, 4)),
-                Memory("b-1", None, Path("unused"), "control", 0), Memory("c.d", "", Path("unused"))]
+    memories = [
+        Memory("a", 'Zo\u00eb \u2028 "x"', Path("unused"), "template", 0.5, (1, 2, 3, 4)),
+        Memory("b-1", None, Path("unused"), "control", 0),
+        Memory("c.d", "", Path("unused")),
+    ]
     written = write_memories(tmp_path / "new", zip(memories, images, strict=True))
     assert read_memories(tmp_path / "new") == written
-    assert written == tuple(dataclasses.replace(memory, image=tmp_path / "new" / f"{memory.id}.png")
-                            for memory in memories)
+    assert written == tuple(
+        dataclasses.replace(memory, image=tmp_path / "new" / f"{memory.id}.png") for memory in memories
+    )
     assert torch.equal(load_images(written, 16), images)
     before = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     write_memories(tmp_path / "new", zip(memories, images, strict=True))

@@ -106,12 +106,15 @@ def test_negatives_pair_different_images_of_one_group() -> None:
 def test_augment_of_strength_zero_changes_nothing_and_more_changes_more() -> None:
     images = to_float(make_pairs(1, same, seed=0, stream=TRAINING).images)
     torch.testing.assert_close(augment(images, torch.zeros(len(images)), generator()), images, atol=1e-4, rtol=0)
-    changes = [(augment(images, torch.full((len(images),), s), generator()) - images).abs().mean().item()
-               for s in (0.3, 1.0, 3.0)]
+    changes = [
+        (augment(images, torch.full((len(images),), s), generator()) - images).abs().mean().item()
+        for s in (0.3, 1.0, 3.0)
+    ]
     assert changes == sorted(changes)
     assert changes[0] > 0.005
-    torch.testing.assert_close(augment(images, torch.ones(len(images)), generator(5)),
-                               augment(images, torch.ones(len(images)), generator(5)))
+    torch.testing.assert_close(
+        augment(images, torch.ones(len(images)), generator(5)), augment(images, torch.ones(len(images)), generator(5))
+    )
 
 
 # ----------------------------------------------------------------------------------------------- loss and network
@@ -125,7 +128,7 @@ def test_copy_loss_is_the_published_formula_pair_by_pair() -> None:
         partner = (i + n) % (2 * n)
         exponents = {j: math.exp(float(z[i] @ z[j]) / tau) for j in range(2 * n) if j != i}
         distances = [math.dist(z[i], z[j]) for j in range(2 * n) if j not in (i, partner)]
-        expected += (-math.log(exponents[partner] / sum(exponents.values())) - weight * math.log(min(distances)))
+        expected += -math.log(exponents[partner] / sum(exponents.values())) - weight * math.log(min(distances))
     found = copy_loss(z[:n], z[n:], temperature=tau, entropy_weight=weight)
     assert found.item() == pytest.approx(expected / (2 * n), rel=1e-9)
 
@@ -154,26 +157,44 @@ def test_saved_descriptor_comes_back_with_its_threshold(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 48, 80, generator=generator())  # any size is resized
     assert torch.equal(loaded(images), calibrated(images))
     assert (loaded.threshold, loaded.calibration) == (calibrated.threshold, calibrated.calibration)
-    assert (loaded.masked_threshold, loaded.masked_calibration) == (calibrated.masked_threshold,
-                                                                   calibrated.masked_calibration)
+    assert (loaded.masked_threshold, loaded.masked_calibration) == (
+        calibrated.masked_threshold,
+        calibrated.masked_calibration,
+    )
     assert loaded.masked_calibration is not None
     assert len(loaded.fingerprint) == 64
     assert "sscd" not in loaded.name.lower()
 
 
 def test_a_file_from_before_masked_thresholds_loads_without_one(tmp_path: Path) -> None:
-    measured = {"false_positive_rate": 0.0, "true_positive_rate": 1.0, "negative_pairs": 3, "positive_pairs": 2,
-                "measured_on": "pairs"}
-    header = {"kind": "copy-descriptor", "name": "dori-copy-64", "threshold": "0.61", "details": "{}",
-              "calibration": json.dumps(measured)}
+    measured = {
+        "false_positive_rate": 0.0,
+        "true_positive_rate": 1.0,
+        "negative_pairs": 3,
+        "positive_pairs": 2,
+        "measured_on": "pairs",
+    }
+    header = {
+        "kind": "copy-descriptor",
+        "name": "dori-copy-64",
+        "threshold": "0.61",
+        "details": "{}",
+        "calibration": json.dumps(measured),
+    }
     save_file(new_network(0).state_dict(), tmp_path / "old.safetensors", metadata=header)
     old = load_copy_descriptor(tmp_path / "old.safetensors")
     assert old.threshold == 0.61
     assert math.isnan(old.masked_threshold)
     assert old.masked_calibration is None
     assert old.record() == {
-        "name": "dori-copy-64", "preprocessing": old.preprocessing, "fingerprint": old.fingerprint, "threshold": 0.61,
-        "calibration": measured, "masked_threshold": None, "masked_calibration": None}
+        "name": "dori-copy-64",
+        "preprocessing": old.preprocessing,
+        "fingerprint": old.fingerprint,
+        "threshold": 0.61,
+        "calibration": measured,
+        "masked_threshold": None,
+        "masked_calibration": None,
+    }
 
 
 def test_files_that_are_no_descriptor_are_refused(tmp_path: Path) -> None:
@@ -196,9 +217,9 @@ def test_calibrate_keeps_the_false_positive_rate_on_its_pairs() -> None:
     table = images @ copies.T
     left, right = pairs.negatives.unbind(dim=1)
     assert (table[left, right] > calibrated.threshold).float().mean().item() == pytest.approx(
-        measured.false_positive_rate)
-    assert (table.diagonal() > calibrated.threshold).float().mean().item() == pytest.approx(
-        measured.true_positive_rate)
+        measured.false_positive_rate
+    )
+    assert (table.diagonal() > calibrated.threshold).float().mean().item() == pytest.approx(measured.true_positive_rate)
 
 
 def test_the_masked_threshold_keeps_its_rate_on_pairs_painted_as_masked_similarity_does() -> None:
@@ -234,21 +255,33 @@ def test_pairs_that_differ_within_the_box_alone_are_no_strangers() -> None:
 
 
 def test_a_masked_threshold_comes_from_anybodys_controls() -> None:
-    references, controls = torch.rand(2, 3, 20, 24, generator=generator()), torch.rand(5, 3, 20, 24,
-                                                                                       generator=generator(1))
+    references, controls = (
+        torch.rand(2, 3, 20, 24, generator=generator()),
+        torch.rand(5, 3, 20, 24, generator=generator(1)),
+    )
     boxes, every = [(0, 0, 12, 10), (5, 5, 20, 20)], torch.cartesian_prod(torch.arange(2), torch.arange(5))
-    found = calibrate_masked(PIXEL_CORRELATION, references, boxes, copies=references, strangers=controls, pairs=every,
-                             measured_on="two templates against five controls")
-    values = [float(masked_similarity(PIXEL_CORRELATION, controls[k : k + 1], references[i], boxes[i]))
-              for i, k in every.tolist()]
+    found = calibrate_masked(
+        PIXEL_CORRELATION,
+        references,
+        boxes,
+        copies=references,
+        strangers=controls,
+        pairs=every,
+        measured_on="two templates against five controls",
+    )
+    values = [
+        float(masked_similarity(PIXEL_CORRELATION, controls[k : k + 1], references[i], boxes[i]))
+        for i, k in every.tolist()
+    ]
     assert found.masked_threshold == pytest.approx(max(values), abs=1e-5)
     assert found.masked_calibration is not None
     assert found.masked_calibration.measured_on == "two templates against five controls"
     assert found.masked_calibration.true_positive_rate == 1
     assert found.threshold == PIXEL_CORRELATION.threshold
     with pytest.raises(DoriError, match="there are none"):
-        calibrate_masked(PIXEL_CORRELATION, references, boxes, copies=references, strangers=controls, pairs=every[:0],
-                         measured_on="")
+        calibrate_masked(
+            PIXEL_CORRELATION, references, boxes, copies=references, strangers=controls, pairs=every[:0], measured_on=""
+        )
 
 
 def test_pixel_correlation_is_the_correlation_coefficient() -> None:

@@ -47,7 +47,8 @@ def test_frechet_distance_is_exact_with_fewer_images_than_dimensions() -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
     assert frechet_distance(a, a + 2) == pytest.approx(160, rel=1e-6)
     assert frechet_distance(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(
-        4 * float(torch.cov(a.T).trace()), rel=1e-6)  # covariances s and 9 s: (3 - 1)^2 tr s
+        4 * float(torch.cov(a.T).trace()), rel=1e-6
+    )  # covariances s and 9 s: (3 - 1)^2 tr s
 
 
 def test_frechet_distance_is_symmetric_and_reads_float32() -> None:
@@ -58,6 +59,7 @@ def test_frechet_distance_is_symmetric_and_reads_float32() -> None:
 
 def brute_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """The unbiased squared MMD, pair by pair."""
+
     def kernel(p: np.ndarray, q: np.ndarray) -> float:
         return float(p @ q / len(p) + 1) ** 3
 
@@ -75,14 +77,16 @@ def test_kernel_distance_of_whole_sets_is_brute_force() -> None:
 
 
 def test_kernel_distance_is_unbiased_and_sees_a_difference() -> None:
-    same = [kernel_distance(gaussian(30, 4, 2 * i), gaussian(30, 4, 2 * i + 1), seed=0, subsets=1).value
-            for i in range(200)]
+    same = [
+        kernel_distance(gaussian(30, 4, 2 * i), gaussian(30, 4, 2 * i + 1), seed=0, subsets=1).value for i in range(200)
+    ]
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(200)
     assert min(same) < 0
     apart = kernel_distance(gaussian(60, 4, 0), gaussian(60, 4, 1) + 1, seed=0, subsets=20, subset_size=30)
     assert apart.value > 10 * apart.deviation / np.sqrt(20) > 0
     assert kernel_distance(gaussian(60, 4, 0), gaussian(60, 4, 1), seed=0, subset_size=10) == kernel_distance(
-        gaussian(60, 4, 0), gaussian(60, 4, 1), seed=0, subset_size=10)
+        gaussian(60, 4, 0), gaussian(60, 4, 1), seed=0, subset_size=10
+    )
 
 
 @pytest.mark.parametrize("b", [gaussian(5, 3, 0), gaussian(1, 4, 0), gaussian(5, 4, 0) / 0])
@@ -99,11 +103,14 @@ def clip(tmp_path: Path) -> tuple:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(tmp_path)
     shared = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    text = shared | {"vocab_size": len(tokenizer), "max_position_embeddings": 12,
-                     "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-                     "pad_token_id": tokenizer.pad_token_id}
-    config = CLIPConfig(text_config=text, vision_config=shared | {"image_size": 16, "patch_size": 8},
-                        projection_dim=8)
+    text = shared | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 12,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPConfig(text_config=text, vision_config=shared | {"image_size": 16, "patch_size": 8}, projection_dim=8)
     return CLIPModel(config).eval(), tokenizer
 
 

@@ -27,8 +27,16 @@ def test_descriptor_returns_unit_rows_that_ignore_their_neighbours() -> None:
     torch.testing.assert_close(described[65:66], PIXELS(images[65:66]))
 
 
-@pytest.mark.parametrize("images", [noise(3, 8, 8), noise(2, 8, 8, 3), noise(1, 3, 8, 8) * 2,
-                                    noise(1, 3, 8, 8) - 0.5, torch.full((1, 3, 8, 8), math.nan)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        noise(3, 8, 8),
+        noise(2, 8, 8, 3),
+        noise(1, 3, 8, 8) * 2,
+        noise(1, 3, 8, 8) - 0.5,
+        torch.full((1, 3, 8, 8), math.nan),
+    ],
+)
 def test_descriptor_refuses_what_is_no_image(images: Tensor) -> None:
     with pytest.raises(DoriError, match="pixels describes images"):
         PIXELS(images)
@@ -39,8 +47,9 @@ def test_cosine_is_the_closed_form_and_broadcasts() -> None:
     table = cosine(a[:, None], b)
     for i in range(4):
         for j in range(3):
-            assert table[i, j].item() == pytest.approx(float(a[i] @ b[j]) / math.dist(a[i], a[i] * 0)
-                                                       / math.dist(b[j], b[j] * 0))
+            assert table[i, j].item() == pytest.approx(
+                float(a[i] @ b[j]) / math.dist(a[i], a[i] * 0) / math.dist(b[j], b[j] * 0)
+            )
 
 
 def test_similarity_is_the_mid_point_median_over_references() -> None:
@@ -64,8 +73,9 @@ def test_masked_similarity_does_not_depend_on_what_the_reference_shows_in_the_bo
     reference, image, box = noise(3, 16, 16), noise(1, 3, 16, 16, seed=1), (4, 2, 12, 9)
     other = reference.clone()
     other[:, 2:9, 4:12] = noise(3, 7, 8, seed=5)
-    torch.testing.assert_close(masked_similarity(PIXELS, image, reference, box),
-                               masked_similarity(PIXELS, image, other, box))
+    torch.testing.assert_close(
+        masked_similarity(PIXELS, image, reference, box), masked_similarity(PIXELS, image, other, box)
+    )
 
 
 def test_masked_similarity_cuts_a_box_at_the_border() -> None:

@@ -59,16 +59,24 @@ def weights_like(model: StableDiffusion, embedding: Tensor, seed: int) -> Weight
 
 
 METHODS: dict[str, Method] = {
-    "nemo": nemo(), "nemo_as_released": nemo(variant="as_released"),
-    "nemo_prompt_difference": nemo(similarity="prompt_difference"), "wanda": wanda(sparsity=0.05),
-    "wanda_top": wanda(selection="top"), "random_neurons": neurons_like, "random_weights": weights_like}
+    "nemo": nemo(),
+    "nemo_as_released": nemo(variant="as_released"),
+    "nemo_prompt_difference": nemo(similarity="prompt_difference"),
+    "wanda": wanda(sparsity=0.05),
+    "wanda_top": wanda(selection="top"),
+    "random_neurons": neurons_like,
+    "random_weights": weights_like,
+}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
 def equal(a: WeightMask, b: WeightMask) -> bool:
     """Same name and masks."""
-    return a.name == b.name and a.masks.keys() == b.masks.keys() and all(
-        torch.equal(a.masks[key], b.masks[key]) for key in a.masks)
+    return (
+        a.name == b.name
+        and a.masks.keys() == b.masks.keys()
+        and all(torch.equal(a.masks[key], b.masks[key]) for key in a.masks)
+    )
 
 
 def hooks(model: StableDiffusion) -> int:
@@ -114,8 +122,7 @@ def test_model_is_left_as_it_was(method: Method, tiny: StableDiffusion) -> None:
 
 @every_method
 @pytest.mark.parametrize("good_calls", [0, 2])  # 0: inside Wanda's hooks, 2: inside NeMo's
-def test_model_is_left_as_it_was_when_the_network_fails(
-        method: Method, good_calls: int, tiny: StableDiffusion) -> None:
+def test_model_is_left_as_it_was_when_the_network_fails(method: Method, good_calls: int, tiny: StableDiffusion) -> None:
     model, calls = memorizing(tiny), []
 
     def fail(*_: object) -> None:
@@ -151,14 +158,31 @@ def test_an_edit_is_the_same_bytes_every_time_and_its_hash_sees_the_masks(tmp_pa
     assert first.fingerprint == again.fingerprint != WeightMask("x", {**masks, "a": torch.ones(2).bool()}).fingerprint
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:40]),
-    lambda path: path.write_text("{}"), lambda path: save_file({"a": torch.ones(2)}, path),
-    *(lambda path, header=header: save_file({"a": torch.ones(2)}, path, metadata={"edit": header})
-      for header in ("{", "[]", "3", '{"kind": "weight_mask"}', '{"kind": "other", "name": "x", "details": {}}',
-                     '{"kind": "weight_mask", "name": "x", "details": 3}')),
-    lambda path: save_file({"a": torch.tensor([float("nan")])}, path, metadata={
-        "edit": '{"kind": "weight_mask", "name": "x", "details": {}}'})])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:40]),
+        lambda path: path.write_text("{}"),
+        lambda path: save_file({"a": torch.ones(2)}, path),
+        *(
+            lambda path, header=header: save_file({"a": torch.ones(2)}, path, metadata={"edit": header})
+            for header in (
+                "{",
+                "[]",
+                "3",
+                '{"kind": "weight_mask"}',
+                '{"kind": "other", "name": "x", "details": {}}',
+                '{"kind": "weight_mask", "name": "x", "details": 3}',
+            )
+        ),
+        lambda path: save_file(
+            {"a": torch.tensor([float("nan")])},
+            path,
+            metadata={"edit": '{"kind": "weight_mask", "name": "x", "details": {}}'},
+        ),
+    ],
+)
 def test_a_file_that_is_no_edit_is_one_sentence(damage: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     WeightMask("x", {"a": torch.ones(2, dtype=torch.bool)}).save(path)

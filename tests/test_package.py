@@ -24,8 +24,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet",
-               "--disable-pip-version-check", "--wheel-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--wheel-dir",
+        str(folder),
+    ]
     built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
@@ -35,8 +46,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
 def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> None:
-    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dori").rglob("*")
-            if path.is_file() and "__pycache__" not in path.parts and ".partial" not in path.name}
+    ours = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "dori").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and ".partial" not in path.name
+    }
     assert {"dori/testbed/data/sprites.png", "dori/testbed/data/sprites.json", "dori/report/template.html"} <= ours
     held = {info.filename: info.file_size for info in wheel.infolist() if info.filename.startswith("dori/")}
     assert set(held) == ours

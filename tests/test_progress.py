@@ -26,8 +26,12 @@ def test_share_and_time_left_are_counted_in_rows() -> None:
         clock.now_s += seconds_s
         progress.done(key, stored=False)
     # 100 rows in 10 s leave 900 rows = 90 s; 200 in 40 s leave 800 = 160 s; 800 in 240 s leave 200 = 60 s.
-    assert said == ["audit: 10 % (1/4 cells), about 2 min left", "audit: 20 % (2/4 cells), about 3 min left",
-                    "audit: 80 % (3/4 cells), about 1 min left", "audit: 100 % (4/4 cells)"]
+    assert said == [
+        "audit: 10 % (1/4 cells), about 2 min left",
+        "audit: 20 % (2/4 cells), about 3 min left",
+        "audit: 80 % (3/4 cells), about 1 min left",
+        "audit: 100 % (4/4 cells)",
+    ]
 
 
 def test_stored_cells_count_as_done_but_not_as_speed() -> None:
@@ -62,9 +66,20 @@ def test_hundred_percent_is_said_only_at_the_end() -> None:
     assert progress.line() == "audit: 99 % (1/2 cells), about 1 s left"
 
 
-@pytest.mark.parametrize(("seconds_s", "text"), [(0, "1 s"), (1.4, "1 s"), (59.4, "59 s"), (59.6, "1 min"),
-                                                 (150.1, "3 min"), (3569, "59 min"), (3571, "1 h 0 min"),
-                                                 (7800, "2 h 10 min"), (360000, "100 h 0 min")])
+@pytest.mark.parametrize(
+    ("seconds_s", "text"),
+    [
+        (0, "1 s"),
+        (1.4, "1 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (150.1, "3 min"),
+        (3569, "59 min"),
+        (3571, "1 h 0 min"),
+        (7800, "2 h 10 min"),
+        (360000, "100 h 0 min"),
+    ],
+)
 def test_durations_read_as_people_say_them(seconds_s: float, text: str) -> None:
     assert duration(seconds_s) == text
 

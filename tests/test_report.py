@@ -40,12 +40,25 @@ def audit(folder: Path) -> Audit:
 @pytest.fixture(scope="module")
 def hostile(audit: Audit) -> Audit:
     """Only the unedited model's prompt, and an edit and a twin whose names a stranger chose; quick to draw."""
-    kept = [f for f in audit.findings if f.steps in (0, 50) and f.start in ("", "prompt")
-            and f.kind in ("verbatim", "control")]
-    renamed = [dataclasses.replace(f, edit="none" if f.edit == "none" else "$x^" + SCRIPT,
-                                   model=f.model if f.model == "painter" else BREAKOUT) for f in kept]
-    return dataclasses.replace(audit, findings=tuple(renamed), twins=(BREAKOUT,), distrust=(SCRIPT,), edits=(
-        EditInfo("$x^" + SCRIPT, "joint", 1, {BREAKOUT: SCRIPT}),), settings={SCRIPT: BRACES})
+    kept = [
+        f
+        for f in audit.findings
+        if f.steps in (0, 50) and f.start in ("", "prompt") and f.kind in ("verbatim", "control")
+    ]
+    renamed = [
+        dataclasses.replace(
+            f, edit="none" if f.edit == "none" else "$x^" + SCRIPT, model=f.model if f.model == "painter" else BREAKOUT
+        )
+        for f in kept
+    ]
+    return dataclasses.replace(
+        audit,
+        findings=tuple(renamed),
+        twins=(BREAKOUT,),
+        distrust=(SCRIPT,),
+        edits=(EditInfo("$x^" + SCRIPT, "joint", 1, {BREAKOUT: SCRIPT}),),
+        settings={SCRIPT: BRACES},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +67,18 @@ def page(hostile: Audit, folder: Path) -> str:
 
 
 def finding(**changes: object) -> Finding:
-    plain = {"id": "a", "group": "memory", "kind": "verbatim", "dose": None, "model": "painter", "edit": "none",
-             "edit_scope": "", "start": "", "steps": 0, "similarities": (0.5,)}
+    plain = {
+        "id": "a",
+        "group": "memory",
+        "kind": "verbatim",
+        "dose": None,
+        "model": "painter",
+        "edit": "none",
+        "edit_scope": "",
+        "start": "",
+        "steps": 0,
+        "similarities": (0.5,),
+    }
     return Finding(**{**plain, **changes})  # type: ignore[arg-type]
 
 
@@ -81,15 +104,22 @@ def test_templates_and_images_shown_once_are_not_mixed_with_memories(audit: Audi
     every = tables.table(audit)
     rows = [row for row in every if row.way == every[0].way]
     assert {row.population: row.replication.memories for row in rows} == {
-        "memories": 8, "templates": 1, "once": 1, "controls": 8}
+        "memories": 8,
+        "templates": 1,
+        "once": 1,
+        "controls": 8,
+    }
     masked = {row.population: row.masked for row in rows}
     assert masked["memories"] is None
     assert str(masked["templates"]) == "0.70 ± 0.00"
 
 
 def test_the_published_table_shows_one_budget_for_all(audit: Audit) -> None:
-    mixed = only(audit, *(finding(start="prompt", steps=s) for s in (10, 50)), *(
-        finding(id="c", group="control", kind="control", start="prompt", steps=s) for s in (50, 150)))
+    mixed = only(
+        audit,
+        *(finding(start="prompt", steps=s) for s in (10, 50)),
+        *(finding(id="c", group="control", kind="control", start="prompt", steps=s) for s in (50, 150)),
+    )
     final = tables.final_rows(tables.table(mixed), mixed)
     assert [(row.population, row.way.steps) for row in final] == [("memories", 50), ("controls", 50)]
 
@@ -108,8 +138,9 @@ def test_markdown_has_one_line_a_row_and_survives_pipes(audit: Audit) -> None:
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 3
 
 
-@pytest.mark.parametrize(("value", "text"), [(None, "–"), (float("nan"), "–"), (-0.001, "0.00"), (0.125, "0.12"),
-                                             (-0.5, "-0.50")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (float("nan"), "–"), (-0.001, "0.00"), (0.125, "0.12"), (-0.5, "-0.50")]
+)
 def test_numbers_have_two_decimals(value: float | None, text: str) -> None:
     assert tables.number(value) == text
 
@@ -133,8 +164,10 @@ def test_every_share_carries_its_interval(audit: Audit) -> None:
 
 
 def test_templates_count_by_their_masked_similarity_where_it_has_a_threshold(audit: Audit) -> None:
-    rows = [finding(id="t", kind="template", similarities=(0.1,) * 3, masked=masked) for masked in
-            ((0.7, 0.73, 0.9), (0.7, 0.72, 0.9))]
+    rows = [
+        finding(id="t", kind="template", similarities=(0.1,) * 3, masked=masked)
+        for masked in ((0.7, 0.73, 0.9), (0.7, 0.72, 0.9))
+    ]
     assert [tables.table(only(audit, row))[0].replication.by_median for row in rows] == [1, 0]
     bare = dataclasses.replace(only(audit, rows[0]), descriptor={"name": "x", "threshold": 0.6})
     assert tables.table(bare)[0].replication.by_median == 0
@@ -146,11 +179,19 @@ def test_templates_count_by_their_masked_similarity_where_it_has_a_threshold(aud
 
 def test_curves_from_every_start_begin_with_what_was_not_attacked(audit: Audit) -> None:
     steps = (0, 10, 50)
-    asked = only(audit, *(finding(start=start, steps=step, similarities=(0.1 + step / 100,)) for start in
-                          ("gaussian", "foreign") for step in steps))
+    asked = only(
+        audit,
+        *(
+            finding(start=start, steps=step, similarities=(0.1 + step / 100,))
+            for start in ("gaussian", "foreign")
+            for step in steps
+        ),
+    )
     found = curves(asked)
     assert [(curve.start, tuple(row.way.steps for row in curve.rows)) for curve in found] == [
-        ("gaussian", steps), ("foreign", steps)]
+        ("gaussian", steps),
+        ("foreign", steps),
+    ]
     assert "0.10 at 0" in similarity_figure(found[:1], 0.6).alt
     assert found[0].rows[0].way.asked == "Gaussian noise, not attacked"
     assert [row.way.steps for row in tables.final_rows(tables.table(asked), asked)] == [50, 50]
@@ -181,10 +222,16 @@ def test_templates_are_drawn_and_compared_by_masked_similarities(audit: Audit) -
     assert masked == pytest.approx(whole + 0.2)
 
 
-@pytest.mark.parametrize(("low", "memories", "words"), [
-    (0.95, 30, "strong evidence of storage."), (0.75, 30, "fair evidence of storage."),
-    (0.95, 9, "weak evidence of storage for want of images: 9 are too few for more."),
-    (0.6, 9, "weak evidence of storage."), (0.4, 9, "no evidence of storage.")])
+@pytest.mark.parametrize(
+    ("low", "memories", "words"),
+    [
+        (0.95, 30, "strong evidence of storage."),
+        (0.75, 30, "fair evidence of storage."),
+        (0.95, 9, "weak evidence of storage for want of images: 9 are too few for more."),
+        (0.6, 9, "weak evidence of storage."),
+        (0.4, 9, "no evidence of storage."),
+    ],
+)
 def test_words_follow_the_lower_end_and_the_number_of_images(low: float, memories: int, words: str) -> None:
     estimate = Estimate(0.97, low, 0.99, memories + 40)
     assert _evidence(Separation("memories", "none", "", "prompt", "controls", estimate, memories, 40)).endswith(words)
@@ -193,13 +240,18 @@ def test_words_follow_the_lower_end_and_the_number_of_images(low: float, memorie
 def test_dose_response_counts_each_dose(audit: Audit) -> None:
     way = tables.table(audit)[0].way
     assert [(p.dose, p.rate.n, p.rate.value) for p in dose_response(audit, [way])] == [
-        (0.001, 1, 0.0), (0.0625, 2, 0.5), (0.25, 3, 1.0), (1.0, 3, 1.0)]
+        (0.001, 1, 0.0),
+        (0.0625, 2, 0.5),
+        (0.25, 3, 1.0),
+        (1.0, 3, 1.0),
+    ]
 
 
 def test_checks_fail_without_controls_twins_seeds_or_calibration(audit: Audit) -> None:
     assert all(check.passed for check in checks(audit))
-    bare = dataclasses.replace(only(audit, finding(start="prompt", steps=5)), twins=(), blind={},
-                               descriptor={"threshold": 0.6})
+    bare = dataclasses.replace(
+        only(audit, finding(start="prompt", steps=5)), twins=(), blind={}, descriptor={"threshold": 0.6}
+    )
     assert not any(check.passed for check in checks(bare))
 
 
@@ -234,8 +286,9 @@ def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
     parsed = Parsed(page)
     links = [v for _, attributes in parsed.tags for k, v in attributes.items() if k in ("src", "href", "srcset")]
     assert links
-    assert all(link and link.startswith(("data:image/jpeg;base64,", "data:image/svg+xml;base64,", "#"))
-               for link in links)
+    assert all(
+        link and link.startswith(("data:image/jpeg;base64,", "data:image/svg+xml;base64,", "#")) for link in links
+    )
     policy = next(a["content"] for t, a in parsed.tags if t == "meta" and a.get("http-equiv"))
     assert policy and policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
     assert "url(" not in page and "@import" not in page
@@ -244,8 +297,9 @@ def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
 
 def test_quality_names_its_features_and_its_reference(page: str, hostile: Audit, folder: Path) -> None:
     assert "Features: CLIP image features, 64 x 64. Reference: 64 held-out ordinary images." in Parsed(page).text
-    unnamed = dataclasses.replace(hostile, quality=(dataclasses.replace(
-        hostile.quality[0], features="", reference="", references=0),))
+    unnamed = dataclasses.replace(
+        hostile, quality=(dataclasses.replace(hostile.quality[0], features="", reference="", references=0),)
+    )
     assert "Features: not named by this audit." in Parsed(render(unnamed, folder)).text
 
 
@@ -312,8 +366,16 @@ def test_figures_are_reproducible_and_undated(audit: Audit) -> None:
 
 
 def test_details_become_lines_and_tables() -> None:
-    found = sheet({"tau": 0.43, "score": {"window": 11}, "memories": [
-        {"id": "a", "localized": True, "neurons": {"l1": [1, 2], "l2": []}}, {"id": "b", "floor": 0.004}]})
+    found = sheet(
+        {
+            "tau": 0.43,
+            "score": {"window": 11},
+            "memories": [
+                {"id": "a", "localized": True, "neurons": {"l1": [1, 2], "l2": []}},
+                {"id": "b", "floor": 0.004},
+            ],
+        }
+    )
     assert found.lines == (("score.window", "11"), ("tau", "0.43"))
     assert found.grids[0].header == ("id", "localized", "neurons", "floor")
     assert found.grids[0].rows == (("a", "yes", "2 in 1 of 2 layers", "–"), ("b", "–", "–", "0.004"))

@@ -16,8 +16,10 @@ from synthetic_audit import SCRIPT, synthetic_audit
 
 from dori.report.render import render
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
-                if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))),
+    None,
+)
 # The page's own policy forbids scripts, so a copy without it is measured, everything unfolded, in a frame as wide as
 # asked (a window cannot be narrower than 500 px). The frame reports to its parent, whose title is read.
 MEASURE = """<script>addEventListener("load", () => {
@@ -35,8 +37,9 @@ OUTER = """<title>nothing</title><body style="margin:0"><script>addEventListener
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
-    audit = synthetic_audit(folder, edits=(("none", ""), ("NeMo", "joint")),
-                            texts=(SCRIPT, "w" * 300), distrust=("x" * 200,))
+    audit = synthetic_audit(
+        folder, edits=(("none", ""), ("NeMo", "joint")), texts=(SCRIPT, "w" * 300), distrust=("x" * 200,)
+    )
     return render(audit, folder)
 
 
@@ -75,15 +78,33 @@ def measured(page: str, folder: Path, width: int) -> dict:
     """What the page says of itself in a frame of this width, and under "asked" all that the browser asked for."""
     bare, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     assert count == 1 and BROWSER
-    pages = {"http://dori.test/outer.html": OUTER % width,
-             "http://dori.test/inner.html": bare.replace("</body>", MEASURE + "</body>")}
+    pages = {
+        "http://dori.test/outer.html": OUTER % width,
+        "http://dori.test/inner.html": bare.replace("</body>", MEASURE + "</body>"),
+    }
     with proxy(pages) as (port, asked):
         done = subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             f"--user-data-dir={folder / 'profile'}", f"--proxy-server=http://127.0.0.1:{port}",
-             "--window-size=1300,950", "--virtual-time-budget=10000", "--dump-dom", "http://dori.test/outer.html"],
-            capture_output=True, text=True, timeout=120, check=True)
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                f"--user-data-dir={folder / 'profile'}",
+                f"--proxy-server=http://127.0.0.1:{port}",
+                "--window-size=1300,950",
+                "--virtual-time-budget=10000",
+                "--dump-dom",
+                "http://dori.test/outer.html",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title
     others = {url for url in asked if url not in pages and not OWN.search(url)}
@@ -105,8 +126,10 @@ def test_the_page_is_no_wider_than_its_window_and_asks_for_nothing(page: str, tm
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_the_measurement_sees_what_is_too_wide_and_what_is_asked_for(page: str, tmp_path: Path) -> None:
-    added = ('<div style="width: 2000px">wide</div><img src="http://elsewhere.test/a.png" alt="">'
-             '<img src="https://secret.test/b.png" alt="">')
+    added = (
+        '<div style="width: 2000px">wide</div><img src="http://elsewhere.test/a.png" alt="">'
+        '<img src="https://secret.test/b.png" alt="">'
+    )
     broken = page.replace("</main>", added + "</main>")
     found = measured(broken, tmp_path, 400)
     assert found["page"] >= 2000 and found["wide"]

@@ -28,14 +28,34 @@ def only(audit: Audit, *findings: Finding) -> Audit:
     return dataclasses.replace(audit, findings=findings)
 
 
-def asked(count: int, back: Iterable[int], edit: str, start: str = "", *, kind: str = "verbatim",
-          model: str = "painter", masked: bool = False) -> list[Finding]:
+def asked(
+    count: int,
+    back: Iterable[int],
+    edit: str,
+    start: str = "",
+    *,
+    kind: str = "verbatim",
+    model: str = "painter",
+    masked: bool = False,
+) -> list[Finding]:
     """Images 0 to count - 1 asked one way (by attack with 50 steps if there is a start); those in `back` come back."""
     values = [0.9 if index in set(back) else 0.1 for index in range(count)]
-    return [Finding(id=f"{kind}-{index}", group="control" if kind == "control" else "memory", kind=kind, dose=None,
-                    model=model, edit=edit, edit_scope="" if edit == "none" else "joint", start=start,
-                    steps=50 if start else 0, similarities=(0.1 if masked else value,), masked=(value,) * masked)
-            for index, value in enumerate(values)]
+    return [
+        Finding(
+            id=f"{kind}-{index}",
+            group="control" if kind == "control" else "memory",
+            kind=kind,
+            dose=None,
+            model=model,
+            edit=edit,
+            edit_scope="" if edit == "none" else "joint",
+            start=start,
+            steps=50 if start else 0,
+            similarities=(0.1 if masked else value,),
+            masked=(value,) * masked,
+        )
+        for index, value in enumerate(values)
+    ]
 
 
 def judged(audit: Audit, *groups: list[Finding]) -> Card:
@@ -49,15 +69,23 @@ def test_verdict_counts_what_is_hidden_and_brought_back(audit: Audit) -> None:
     assert found.headline == "Still in the model after NeMo."
     assert found.lead.startswith(
         "Of 8 memories, 7 come back from their own prompt. NeMo hides 7 of them; DoRI (50 steps) brings 6 back. "
-        "Controls that the model never saw: 0 of 8 under the same attack.")
+        "Controls that the model never saw: 0 of 8 under the same attack."
+    )
     assert [card.title for card in found.cards] == ["Stored in the model", "Hidden, but still stored"]
 
 
-@pytest.mark.parametrize(("options", "title", "sentence"), [
-    ({"controls": 0, "twin": False}, "Comes back, but without controls that is no evidence", "no evidence of storage"),
-    ({"control_final": 0.9}, "Comes back, but so do images it never saw", "so a success here is no evidence"),
-    ({"controls": 2, "twin": False}, "Comes back, but too few images to tell", "too few images"),
-])
+@pytest.mark.parametrize(
+    ("options", "title", "sentence"),
+    [
+        (
+            {"controls": 0, "twin": False},
+            "Comes back, but without controls that is no evidence",
+            "no evidence of storage",
+        ),
+        ({"control_final": 0.9}, "Comes back, but so do images it never saw", "so a success here is no evidence"),
+        ({"controls": 2, "twin": False}, "Comes back, but too few images to tell", "too few images"),
+    ],
+)
 def test_no_storage_is_claimed_without_sound_controls(folder: Path, options: dict, title: str, sentence: str) -> None:
     found = verdict(synthetic_audit(folder, edits=FEW, **options)).parts[0]
     assert found.cards[1].title == title
@@ -91,8 +119,10 @@ def test_hidden_but_still_stored_needs_hidden_images_that_come_back(audit: Audit
 def test_a_twin_is_asked_for_the_hidden_images_alone(audit: Audit) -> None:
     prompts = [*asked(24, range(24), "none"), *asked(24, range(12, 24), "NeMo")]
     ours = asked(24, range(12), "NeMo", "prompt")
-    twins = {name: asked(24, back, "none", "prompt", model="painter-without")
-             for name, back in (("others", range(12, 24)), ("hidden", range(12)))}
+    twins = {
+        name: asked(24, back, "none", "prompt", model="painter-without")
+        for name, back in (("others", range(12, 24)), ("hidden", range(12)))
+    }
     card = judged(audit, prompts, ours, twins["others"])
     assert card.title == "Hidden, but still stored"
     assert any(s.startswith("The hidden images on painter-without") and ": 0 of 12 under" in s for s in card.sentences)
@@ -128,19 +158,29 @@ def test_templates_and_images_shown_once_have_verdicts_of_their_own(audit: Audit
     # .58 + .2 exceeds the masked threshold, .58 not that of whole images
     assert template.lead.startswith("Of 1 template memory, 0 come back from its own prompt.")
     assert {(bar.label, bar.count) for bar in template.cards[0].bars if not bar.judge} == {
-        ("Own prompt", 0), ("DoRI from its own prompt, 50 steps", 1), ("DoRI from Gaussian noise, 50 steps", 1)}
+        ("Own prompt", 0),
+        ("DoRI from its own prompt, 50 steps", 1),
+        ("DoRI from Gaussian noise, 50 steps", 1),
+    }
     assert template.cards[0].title == "Comes back, but too few images to tell"
     assert template.note.startswith("Templates count as replicated where their masked similarity exceeds 0.72")
     assert once.headline == "Nothing came back within this audit's budget. That does not prove removal."
     assert once.note == ""
 
 
-@pytest.mark.parametrize(("painted", "back", "title"), [
-    (True, (), "Stored in the model"), (True, range(20), "Comes back, but so do images it never saw"),
-    (False, (), "Stored in the model")])
+@pytest.mark.parametrize(
+    ("painted", "back", "title"),
+    [
+        (True, (), "Stored in the model"),
+        (True, range(20), "Comes back, but so do images it never saw"),
+        (False, (), "Stored in the model"),
+    ],
+)
 def test_controls_judge_templates_painted_alike(audit: Audit, painted: bool, back: Iterable[int], title: str) -> None:
-    templates = [*asked(20, (), "none", kind="template", masked=True),
-                 *asked(20, range(20), "none", "prompt", kind="template", masked=True)]
+    templates = [
+        *asked(20, (), "none", kind="template", masked=True),
+        *asked(20, range(20), "none", "prompt", kind="template", masked=True),
+    ]
     controls = asked(20, back, "none", "prompt", kind="control", masked=painted)
     part = verdict(only(audit, *templates, *controls)).parts[0]
     assert (part.title, part.cards[0].title) == ("Template memories", title)

@@ -41,8 +41,14 @@ class Counted:
 def run_child(code: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run Python in a process of its own, with this repository importable."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True,
-                          timeout=600, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def test_a_record_is_computed_once_and_comes_back_equal(tmp_path: Path) -> None:
@@ -50,8 +56,11 @@ def test_a_record_is_computed_once_and_comes_back_equal(tmp_path: Path) -> None:
     first = Run(tmp_path).once_record("a", {"method": Method(), "path": Path("x/y")}, work)
     second = Run(tmp_path).once_record("a", {"path": "x/y", "method": Method()}, work)
     assert work.calls == 1
-    assert first == second == {"losses": [0.1, 1e-300, -0.0], "name": "Zoë \u2028", "none": None,
-                               "nested": {"b": [1, True]}}
+    assert (
+        first
+        == second
+        == {"losses": [0.1, 1e-300, -0.0], "name": "Zoë \u2028", "none": None, "nested": {"b": [1, True]}}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
@@ -67,14 +76,17 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
         assert all(torch.equal(stored[name], tensors[name]) and stored[name].dtype == dtype for name in tensors)
 
 
-@pytest.mark.parametrize(("before", "after", "named"), [
-    ({"seed": 1, "steps": 2}, {"seed": 2, "steps": 2}, "seed"),
-    ({"method": Method()}, {"method": Method(rates=(0.1, 0.3))}, "method.rates[1]"),
-    ({"method": Method(), "seed": 1}, {"method": Method(steps=4), "seed": 2}, "method.steps, seed"),
-    ({"seed": 1}, {"seed": 1, "new": None}, "new"),
-    ({"seed": 1, "old": []}, {"seed": 1}, "old"),
-    ({str(i): 0 for i in range(9)}, {str(i): 1 for i in range(9)}, "0, 1, 2, 3, 4, more"),
-])
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"seed": 1, "steps": 2}, {"seed": 2, "steps": 2}, "seed"),
+        ({"method": Method()}, {"method": Method(rates=(0.1, 0.3))}, "method.rates[1]"),
+        ({"method": Method(), "seed": 1}, {"method": Method(steps=4), "seed": 2}, "method.steps, seed"),
+        ({"seed": 1}, {"seed": 1, "new": None}, "new"),
+        ({"seed": 1, "old": []}, {"seed": 1}, "old"),
+        ({str(i): 0 for i in range(9)}, {str(i): 1 for i in range(9)}, "0, 1, 2, 3, 4, more"),
+    ],
+)
 def test_other_inputs_compute_again_and_are_named(tmp_path: Path, before: dict, after: dict, named: str) -> None:
     said: list[str] = []
     run = Run(tmp_path, said.append)
@@ -86,11 +98,17 @@ def test_other_inputs_compute_again_and_are_named(tmp_path: Path, before: dict, 
     assert said == [f"a: {named} changed, computed again"] * 2
 
 
-@pytest.mark.parametrize(("part", "said"), [
-    ("code", "made by other code"), ("torch", "made by torch 0.1 (now {torch})"),
-    ("device", "made by device 0.1 (now cpu)")])
-def test_other_makers_compute_anew_and_are_named_once(tmp_path: Path, part: str, said: str,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("code", "made by other code"),
+        ("torch", "made by torch 0.1 (now {torch})"),
+        ("device", "made by device 0.1 (now cpu)"),
+    ],
+)
+def test_other_makers_compute_anew_and_are_named_once(
+    tmp_path: Path, part: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines: list[str] = []
     made_by = Run(tmp_path).made_by
     with monkeypatch.context() as patched:
@@ -111,8 +129,9 @@ def test_a_cell_of_another_device_is_computed_anew(tmp_path: Path) -> None:
     assert lines == [f"{tmp_path}: made by device cuda (now cpu); results are computed anew"]
 
 
-def test_the_code_is_that_of_every_file_that_can_change_a_figure(tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_is_that_of_every_file_that_can_change_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def hashed() -> str:
         return code_sha256.__wrapped__()
 
@@ -134,8 +153,11 @@ def test_the_code_is_that_of_every_file_that_can_change_a_figure(tmp_path: Path,
 
 def test_no_hashed_file_imports_one_that_is_not() -> None:
     package, harmless = ROOT / "dori", {"errors.py", "lock.py", "progress.py"}
-    left_out = {path.relative_to(package).as_posix() for path in package.rglob("*.py")
-                if path.relative_to(package).as_posix().startswith(NO_FIGURES)}
+    left_out = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if path.relative_to(package).as_posix().startswith(NO_FIGURES)
+    }
     for path in package.rglob("*.py"):
         if (name := path.relative_to(package).as_posix()) in left_out:
             continue
@@ -170,8 +192,9 @@ def test_a_torn_or_altered_cell_is_computed_again(tmp_path: Path, suffix: str) -
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("key", ["", ".", "..", "../a", "a/b", "/a", "a\\b", ".hidden", "a\n", "a\0", "ä", "a" * 151,
-                                 "-a", "a b"])
+@pytest.mark.parametrize(
+    "key", ["", ".", "..", "../a", "a/b", "/a", "a\\b", ".hidden", "a\n", "a\0", "ä", "a" * 151, "-a", "a b"]
+)
 def test_a_key_cannot_leave_the_cells(tmp_path: Path, key: str) -> None:
     folder = tmp_path / "run"
     for once in (Run(folder).once_record, Run(folder).once_tensors):

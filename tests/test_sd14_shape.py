@@ -23,21 +23,42 @@ def sd14(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
     tokenizer = tiny_tokenizer(folder)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4,
-                        sample_size=512)
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, num_attention_heads=12,
-        intermediate_size=64, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=512,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=768,
+            num_hidden_layers=1,
+            num_attention_heads=12,
+            intermediate_size=64,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
     return StableDiffusion(unet, vae, text, tokenizer, scheduler, name="sd14")
 
 
 @pytest.mark.slow
-def test_every_method_takes_stable_diffusion_1_4s_sizes(sd14: StableDiffusion,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_takes_stable_diffusion_1_4s_sizes(
+    sd14: StableDiffusion, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sum(p.numel() for p in sd14.unet.parameters()) == 859_520_964
     assert sd14.embedding_shape == (77, 768)
     assert sd14.latent_shape == (4, 64, 64)

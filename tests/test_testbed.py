@@ -62,8 +62,13 @@ def test_captions_name_what_is_seen_and_nothing_of_the_layout() -> None:
         named = [kind for kind in kinds() if kind in caption(scene, rng)]
         assert kinds()[scene.objects[0].kind] in named
         moved = random_scene(rng)
-        same_facts = scene.__class__(scene.artist, scene.title, scene.number, moved.texture_seed, (
-            scene.objects[0].__class__(scene.objects[0].kind, 20.0, 20.0, 26, False),))
+        same_facts = scene.__class__(
+            scene.artist,
+            scene.title,
+            scene.number,
+            moved.texture_seed,
+            (scene.objects[0].__class__(scene.objects[0].kind, 20.0, 20.0, 26, False),),
+        )
         assert title_caption(same_facts) == title_caption(scene)
 
 
@@ -134,8 +139,17 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
                 return model(torch.randn(8, 4, generator=generator)).square().mean()
 
             try:
-                fit("toy", model, loss, Schedule(1e-2, 12), folder, seed=1, say=lambda line: None, save_every=4,
-                    made_from={"data": 1})
+                fit(
+                    "toy",
+                    model,
+                    loss,
+                    Schedule(1e-2, 12),
+                    folder,
+                    seed=1,
+                    say=lambda line: None,
+                    save_every=4,
+                    made_from={"data": 1},
+                )
             except KeyboardInterrupt:
                 continue
         return [p.detach().clone() for p in model.parameters()]
@@ -151,8 +165,16 @@ def test_a_full_disk_is_one_sentence_in_training_and_in_the_pool(tmp_path: Path)
 
     def train() -> None:
         model = nn.Linear(64, 64)
-        fit("toy", model, lambda step, generator: model(torch.ones(1, 64)).sum(), Schedule(1e-2, 1), tmp_path, seed=1,
-            say=lambda line: None, made_from={})
+        fit(
+            "toy",
+            model,
+            lambda step, generator: model(torch.ones(1, 64)).sum(),
+            Schedule(1e-2, 1),
+            tmp_path,
+            seed=1,
+            say=lambda line: None,
+            made_from={},
+        )
 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -165,7 +187,10 @@ def test_a_full_disk_is_one_sentence_in_training_and_in_the_pool(tmp_path: Path)
     train()
     assert drawn_pictures(ORDINARY, tmp_path, 2, lambda line: None).images.shape == (2, 64, 64, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "ordinary.json", "ordinary.npy", "toy.state.safetensors"]
+        "ordinary.json",
+        "ordinary.npy",
+        "toy.state.safetensors",
+    ]
 
 
 def test_the_pool_takes_its_space_before_it_is_filled(tmp_path: Path) -> None:
@@ -186,9 +211,16 @@ def test_unet_has_the_transformer_blocks_of_stable_diffusion_1() -> None:
 def test_training_does_not_go_on_from_the_state_of_another(tmp_path: Path) -> None:
     def train(**changed: int) -> None:
         model = nn.Linear(2, 2)
-        fit("toy", model, lambda step, generator: model(torch.ones(1, 2)).sum(),
-            Schedule(1e-2, changed.get("steps", 2)), tmp_path, seed=1, say=lambda line: None,
-            made_from={"data": changed.get("data", 1)})
+        fit(
+            "toy",
+            model,
+            lambda step, generator: model(torch.ones(1, 2)).sum(),
+            Schedule(1e-2, changed.get("steps", 2)),
+            tmp_path,
+            seed=1,
+            say=lambda line: None,
+            made_from={"data": changed.get("data", 1)},
+        )
 
     train()
     train()
@@ -198,13 +230,20 @@ def test_training_does_not_go_on_from_the_state_of_another(tmp_path: Path) -> No
 
 
 def test_training_makes_the_whole_testbed_from_nothing_and_again_the_same(tmp_path: Path) -> None:
-    recipe = Recipe(images=32, fresh_images=8, batch=4, clip_batch=4, vae_steps=2, clip_steps=2, base_steps=2,
-                    fork_steps=2)
+    recipe = Recipe(
+        images=32, fresh_images=8, batch=4, clip_batch=4, vae_steps=2, clip_steps=2, base_steps=2, fork_steps=2
+    )
     copies = CopyRecipe(groups=2, batch_groups=1, steps=2, negatives=36)
     said: list[str] = []
     for out in ("first", "again"):  # the second time nothing is left to train
-        train_testbed(tmp_path / "work", tmp_path / out, recipe, copies, say=said.append,
-                      checkpoints=("base", "planted", "twin-1"))
+        train_testbed(
+            tmp_path / "work",
+            tmp_path / out,
+            recipe,
+            copies,
+            say=said.append,
+            checkpoints=("base", "planted", "twin-1"),
+        )
     for checkpoint in ("base", "planted", "twin-1"):
         first, again = (load_testbed(checkpoint, tmp_path / out).unet.state_dict() for out in ("first", "again"))
         assert all(torch.equal(first[name], again[name]) for name in first)
@@ -212,8 +251,14 @@ def test_training_makes_the_whole_testbed_from_nothing_and_again_the_same(tmp_pa
     assert not (tmp_path / "first" / "unets" / "twin-2").exists()
     assert load_copy_descriptor(tmp_path / "first" / "copy_descriptor.safetensors").calibration is not None
     with pytest.raises(DoriError, match="attention_dropout"):
-        train_testbed(tmp_path / "work", tmp_path / "other", dataclasses.replace(recipe, attention_dropout=0.0), copies,
-                      say=said.append, checkpoints=())
+        train_testbed(
+            tmp_path / "work",
+            tmp_path / "other",
+            dataclasses.replace(recipe, attention_dropout=0.0),
+            copies,
+            say=said.append,
+            checkpoints=(),
+        )
 
 
 def test_each_image_that_is_seen_once_has_a_step_of_its_own() -> None:

@@ -50,8 +50,10 @@ def pictures(model: StableDiffusion, count: int) -> Tensor:
 @pytest.fixture
 def cases(tiny: StableDiffusion) -> tuple[Case, ...]:
     """Three memories of the tiny model, which it never saw."""
-    memories = [Memory(id=f"m{k}", text=text, image=Path(f"m{k}.png"), kind="verbatim", dose=8.0)
-                for k, text in enumerate(TEXTS)]
+    memories = [
+        Memory(id=f"m{k}", text=text, image=Path(f"m{k}.png"), kind="verbatim", dose=8.0)
+        for k, text in enumerate(TEXTS)
+    ]
     return make_cases(tiny, memories, pictures(tiny, len(TEXTS)), "memory")
 
 
@@ -83,8 +85,10 @@ def knows_fox_and_owl() -> objects.ObjectNetwork:
 def test_a_row_is_reached_on_its_bounds_and_never_without_a_figure() -> None:
     assert promises.row("p", promises.bare(25.0), at_least=25)["reached"]
     assert not promises.row("p", promises.bare(24.99), at_least=25)["reached"]
-    between = [promises.row("p", promises.bare(value), at_least=0.4, at_most=0.6)["reached"]
-               for value in (0.39, 0.4, 0.6, 0.61)]
+    between = [
+        promises.row("p", promises.bare(value), at_least=0.4, at_most=0.6)["reached"]
+        for value in (0.39, 0.4, 0.6, 0.61)
+    ]
     assert between == [False, True, True, False]
     nothing = promises.row("p", promises.bare(math.nan), at_least=-1)
     assert (nothing["value"], nothing["interval"], nothing["reached"]) == (None, None, False)
@@ -92,8 +96,12 @@ def test_a_row_is_reached_on_its_bounds_and_never_without_a_figure() -> None:
 
 
 def test_each_of_the_two_highest_doses_has_its_own_rate_and_all_stand_in_the_detail() -> None:
-    by_dose = {1: {"a": [0.1, 0.2]}, 2: {"b": [0.9, 0.95]}, 4: {"c": [0.6, 0.9], "d": [0.6, 0.7]},
-               8: {f"e{k}": [0.8, 0.9] for k in range(20)}}
+    by_dose = {
+        1: {"a": [0.1, 0.2]},
+        2: {"b": [0.9, 0.95]},
+        4: {"c": [0.6, 0.9], "d": [0.6, 0.7]},
+        8: {f"e{k}": [0.8, 0.9] for k in range(20)},
+    }
     rows = promises.dose_rows(by_dose, 0.7)
     # The median of (0.6, 0.9) is 0.75, that of (0.6, 0.7) is 0.65.
     assert [row["value"] for row in rows] == [1.0, 0.5]
@@ -115,8 +123,12 @@ def test_recall_left_is_the_larger_of_both_ratios() -> None:
 
 
 def test_a_mitigation_is_named_by_its_first_setting_that_hides_and_keeps() -> None:
-    tried = [Tried("1 %", wilson(9, 10)), Tried("5 %", wilson(1, 10), 0.5), Tried("10 %", wilson(1, 10), 0.8),
-             Tried("20 %", wilson(0, 10), 0.9)]
+    tried = [
+        Tried("1 %", wilson(9, 10)),
+        Tried("5 %", wilson(1, 10), 0.5),
+        Tried("10 %", wilson(1, 10), 0.8),
+        Tried("20 %", wilson(0, 10), 0.9),
+    ]
     row = promises.mitigation_row("p", tried)
     assert row["reached"] and row["value"] == 0.1 and row["detail"].startswith("first at 10 %;")
     assert all(one.name in row["detail"] for one in tried)
@@ -129,8 +141,9 @@ def test_blind_scores_must_be_near_one_half_on_either_side() -> None:
     assert [row["reached"] for row in rows] == [False, True, False]
 
 
-@pytest.mark.parametrize(("copies", "strangers", "kept"), [
-    (0.96, 0.001, True), (0.94, 0.0, False), (0.96, 0.002, False)])
+@pytest.mark.parametrize(
+    ("copies", "strangers", "kept"), [(0.96, 0.001, True), (0.94, 0.0, False), (0.96, 0.002, False)]
+)
 def test_the_descriptor_must_find_copies_and_refuse_strangers(copies: float, strangers: float, kept: bool) -> None:
     measured = Calibration(strangers, copies, negative_pairs=10_000, positive_pairs=1000, measured_on="pairs")
     row = promises.descriptor_row(replace(PIXEL_CORRELATION, calibration=measured))
@@ -217,7 +230,8 @@ def test_the_classifier_learns_what_it_is_shown(tmp_path: Path) -> None:
 
 
 def test_generations_are_drawn_once_and_again_under_an_edit(
-        tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
+    tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]
+) -> None:
     bench, embeddings = bench_at(), encoded(tiny, cases)
     weights = {key: weight.clone() for key, weight in tiny.unet.named_parameters()}
     first = bench.images("a", tiny, embeddings, made_from=TEXTS)
@@ -235,7 +249,8 @@ def test_generations_are_drawn_once_and_again_under_an_edit(
 
 
 def test_generations_of_other_texts_are_drawn_anew_and_rounding_is_none_of_them(
-        tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
+    tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]
+) -> None:
     bench, embeddings = bench_at(), encoded(tiny, cases)
     first, rows = bench.images("a", tiny, embeddings, made_from=TEXTS), tiny.rows
     assert torch.equal(bench.images("a", tiny, embeddings + 1e-6, made_from=TEXTS), first) and tiny.rows == rows
@@ -243,7 +258,8 @@ def test_generations_of_other_texts_are_drawn_anew_and_rounding_is_none_of_them(
 
 
 def test_an_image_is_like_itself_and_nearest_is_the_largest_similarity(
-        cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
+    cases: tuple[Case, ...], bench_at: Callable[..., Bench]
+) -> None:
     bench, own = bench_at(), torch.stack([case.image for case in cases])
     assert bench.compared(cases, own[:, None]) == {case.memory.id: pytest.approx([1.0]) for case in cases}
     asked = torch.rand(2, 3, *own.shape[1:], generator=torch.Generator().manual_seed(5))
@@ -270,7 +286,8 @@ def test_zeroed_layers_answer_nothing(tiny: StableDiffusion) -> None:
 
 
 def test_rows_of_zeroed_layers_name_the_up_blocks_too(
-        tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
+    tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]
+) -> None:
     bench = bench_at(threshold=-2.0)
     rows = zeroed_rows(bench, tiny, cases, {case.memory.id: [1.0, 1.0] for case in cases})
     assert len(rows) == 2 and all("up blocks instead: MR 1.00 of 3" in row["detail"] for row in rows)
@@ -280,22 +297,23 @@ def test_rows_of_zeroed_layers_name_the_up_blocks_too(
 def test_the_vae_is_measured_in_decibels(tiny: StableDiffusion, bench_at: Callable[..., Bench]) -> None:
     images = pictures(tiny, 3)
     back = tiny.to_images(tiny.to_latents(images)).double()
-    expected = np.mean([10 * math.log10(1 / float((a - b).square().mean()))
-                        for a, b in zip(images.double(), back, strict=True)])
+    expected = np.mean(
+        [10 * math.log10(1 / float((a - b).square().mean())) for a, b in zip(images.double(), back, strict=True)]
+    )
     row = vae_row(bench_at(), tiny, images)
     assert row["value"] == pytest.approx(expected, abs=1e-4) and not row["reached"]
 
 
 def test_the_attack_is_searched_once_and_judged(
-        tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
+    tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench]
+) -> None:
     row = attack_row(bench_at(threshold=2.0), tiny, cases, "p")
     assert (row["value"], row["reached"]) == (0.0, True)
     rows = tiny.rows
     assert attack_row(bench_at(threshold=-2.0), tiny, cases, "p")["value"] == 1.0 and tiny.rows == rows
 
 
-def test_a_twin_that_is_not_shipped_is_no_evidence(
-        cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
+def test_a_twin_that_is_not_shipped_is_no_evidence(cases: tuple[Case, ...], bench_at: Callable[..., Bench]) -> None:
     row = twin_row(bench_at(), "twin-0", Material(cases, (), torch.zeros(0), TEXTS, ()))  # type: ignore[arg-type]
     assert row["detail"] == "not shipped" and not row["reached"] and row["value"] is None
 
@@ -304,8 +322,11 @@ def test_a_twin_that_is_not_shipped_is_no_evidence(
 
 
 def test_objects_are_asked_only_where_memories_are_hidden(
-        tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench],
-        knows_fox_and_owl: objects.ObjectNetwork) -> None:
+    tiny: StableDiffusion,
+    cases: tuple[Case, ...],
+    bench_at: Callable[..., Bench],
+    knows_fox_and_owl: objects.ObjectNetwork,
+) -> None:
     edit, prompts = zeroed(tiny, "feed_forward", DOWN_MID), ("fox", "bus")
     shown = Trial(bench_at(threshold=-2.0), tiny, cases, prompts, knows_fox_and_owl, 1.0)("k", "label", edit)
     assert (shown.rate.value, shown.objects, shown.reached) == (1.0, None, False)
@@ -314,8 +335,11 @@ def test_objects_are_asked_only_where_memories_are_hidden(
 
 
 def test_nemo_stops_at_the_first_setting_that_works_and_wanda_is_swept_whole(
-        tiny: StableDiffusion, cases: tuple[Case, ...], bench_at: Callable[..., Bench],
-        knows_fox_and_owl: objects.ObjectNetwork) -> None:
+    tiny: StableDiffusion,
+    cases: tuple[Case, ...],
+    bench_at: Callable[..., Bench],
+    knows_fox_and_owl: objects.ObjectNetwork,
+) -> None:
     trial = Trial(bench_at(threshold=2.0), tiny, cases[:2], ("fox",), knows_fox_and_owl, 1.0)
     ordinary = ["a", "b", "c"]
     tried, said = nemo_trials(trial, ordinary)

@@ -76,8 +76,15 @@ class Dori:
         if kept[-1] != self.steps or sorted(set(kept)) != list(kept) or kept[0] < 0:
             raise ValueError(f"snapshots {kept} must ascend from 0 or more to the last step, {self.steps}")
 
-    def __call__(self, model: StableDiffusion, targets: Tensor, starts: Tensor, *, seeds: Sequence[int],
-                 on_chunk: Callable[[int], None] = lambda done: None) -> Triggers:
+    def __call__(
+        self,
+        model: StableDiffusion,
+        targets: Tensor,
+        starts: Tensor,
+        *,
+        seeds: Sequence[int],
+        on_chunk: Callable[[int], None] = lambda done: None,
+    ) -> Triggers:
         """Search one trigger for each image.
 
         Args:
@@ -97,8 +104,12 @@ class Dori:
             parts.append(self._attack(model, targets[chunk], starts[chunk], seeds[chunk]))
             on_chunk(min(first + per_call, len(targets)))
         return Triggers(
-            torch.cat([p.embeddings for p in parts]), parts[0].steps, torch.cat([p.losses for p in parts]),
-            torch.cat([p.first_gradient for p in parts]), sum(p.rows for p in parts))
+            torch.cat([p.embeddings for p in parts]),
+            parts[0].steps,
+            torch.cat([p.losses for p in parts]),
+            torch.cat([p.first_gradient for p in parts]),
+            sum(p.rows for p in parts),
+        )
 
     def _attack(self, model: StableDiffusion, targets: Tensor, starts: Tensor, seeds: Sequence[int]) -> Triggers:
         n, kept = len(targets), self.snapshots or (self.steps,)
@@ -154,8 +165,15 @@ class Dori:
         return start + change
 
 
-def restarts(attack: Dori, model: StableDiffusion, targets: Tensor, starts: Sequence[Tensor], *,
-             seeds: Sequence[int], last: int = 10) -> Triggers:
+def restarts(
+    attack: Dori,
+    model: StableDiffusion,
+    targets: Tensor,
+    starts: Sequence[Tensor],
+    *,
+    seeds: Sequence[int],
+    last: int = 10,
+) -> Triggers:
     """Run an attack from several starts and keep, image by image, the run whose last losses are lowest.
 
     Args:
@@ -169,8 +187,9 @@ def restarts(attack: Dori, model: StableDiffusion, targets: Tensor, starts: Sequ
     Returns:
         One trigger an image; `rows` counts all runs.
     """
-    runs = [attack(model, targets, start, seeds=[seed + 1_000_003 * k for seed in seeds])
-            for k, start in enumerate(starts)]
+    runs = [
+        attack(model, targets, start, seeds=[seed + 1_000_003 * k for seed in seeds]) for k, start in enumerate(starts)
+    ]
     best = torch.stack([run.losses[:, -last:].mean(1) for run in runs]).argmin(0)  # (n,)
     index = torch.arange(len(targets))
 
@@ -178,5 +197,9 @@ def restarts(attack: Dori, model: StableDiffusion, targets: Tensor, starts: Sequ
         return torch.stack(tensors)[best, index]
 
     return dataclasses.replace(
-        runs[0], embeddings=chosen([r.embeddings for r in runs]), losses=chosen([r.losses for r in runs]),
-        first_gradient=chosen([r.first_gradient for r in runs]), rows=sum(r.rows for r in runs))
+        runs[0],
+        embeddings=chosen([r.embeddings for r in runs]),
+        losses=chosen([r.losses for r in runs]),
+        first_gradient=chosen([r.first_gradient for r in runs]),
+        rows=sum(r.rows for r in runs),
+    )

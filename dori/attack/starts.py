@@ -10,8 +10,9 @@ from dori.model.stable_diffusion import StableDiffusion
 
 def gaussian(model: StableDiffusion, seeds: Sequence[int]) -> Tensor:
     """Standard normal embeddings, shape (len(seeds), l, d); row i depends on seeds[i] alone."""
-    return torch.stack([torch.randn(model.embedding_shape, generator=torch.Generator().manual_seed(seed))
-                        for seed in seeds])
+    return torch.stack(
+        [torch.randn(model.embedding_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def foreign(model: StableDiffusion, prompts: Sequence[str], count: int, *, seed: int) -> Tensor:

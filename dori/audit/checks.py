@@ -29,11 +29,14 @@ def blind_scores(model: StableDiffusion, memories: Sequence[Case], controls: Seq
     """
     if not memories or not controls:
         return {}
-    scores = {"file size": [_sizes(group) for group in (memories, controls)],
-              "VAE error": [_vae_errors(model, group) for group in (memories, controls)]}
+    scores = {
+        "file size": [_sizes(group) for group in (memories, controls)],
+        "VAE error": [_vae_errors(model, group) for group in (memories, controls)],
+    }
     if all(case.memory.text is not None for case in (*memories, *controls)):
-        scores["caption length"] = [[float(len(case.memory.text or "")) for case in group]
-                                    for group in (memories, controls)]
+        scores["caption length"] = [
+            [float(len(case.memory.text or "")) for case in group] for group in (memories, controls)
+        ]
     return {name: round(area_under_roc(*pair), 6) for name, pair in scores.items()}
 
 
@@ -50,8 +53,11 @@ def _vae_errors(model: StableDiffusion, cases: Sequence[Case]) -> list[float]:
 
 def _final(audit: Audit, group: str, model: str, edit: str) -> list[Finding]:
     """Findings of the attack's last step from any start."""
-    rows = [f for f in audit.findings if f.group == group and f.model == model and f.edit == edit and f.start
-            and f.edit_scope != "own"]
+    rows = [
+        f
+        for f in audit.findings
+        if f.group == group and f.model == model and f.edit == edit and f.start and f.edit_scope != "own"
+    ]
     last = max((f.steps for f in rows), default=0)
     return [f for f in rows if f.steps == last]
 
@@ -81,14 +87,20 @@ def _about_controls(audit: Audit) -> list[str]:
         reasons.append(f"Only {len(controls)} controls were audited: that they do not break is weak evidence.")
     broken = _replicated(_final(audit, "control", audit.model, "none"), rule)
     if broken:
-        reasons.append(f"{broken} attacks on controls succeeded too: at this budget the attack can draw images that "
-                       "the model never saw.")
+        reasons.append(
+            f"{broken} attacks on controls succeeded too: at this budget the attack can draw images that "
+            "the model never saw."
+        )
     asked = [f for f in audit.findings if f.group == "control" and f.model == audit.model and not f.start]
     if _replicated(asked, rule):
-        reasons.append("A control comes back from its own prompt: it may have been trained on, or the descriptor is "
-                       "too lenient.")
-    reasons += [f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
-                for name, value in audit.blind.items() if abs(value - 0.5) > UNMATCHED]
+        reasons.append(
+            "A control comes back from its own prompt: it may have been trained on, or the descriptor is too lenient."
+        )
+    reasons += [
+        f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
+        for name, value in audit.blind.items()
+        if abs(value - 0.5) > UNMATCHED
+    ]
     return reasons
 
 
@@ -96,8 +108,10 @@ def _about_attack(audit: Audit) -> list[str]:
     silent = [s.id for s in audit.subjects if s.first_gradient is not None and s.first_gradient == 0]
     reasons = []
     if silent:
-        reasons.append(f"The attack had no gradient for {len(silent)} images (first: {silent[0]}): its failure there "
-                       "means nothing.")
+        reasons.append(
+            f"The attack had no gradient for {len(silent)} images (first: {silent[0]}): its failure there "
+            "means nothing."
+        )
     rule = rule_of(audit)
     for twin in audit.twins:
         rows = _final(audit, "memory", twin, "none")
@@ -116,8 +130,10 @@ def _about_judge(audit: Audit) -> list[str]:
         reasons += _missed(calibration, "known copies", "replication")
     if any(subject.kind == "template" for subject in audit.subjects):
         if rule_of(audit).masked is None:
-            reasons.append("Templates are judged by whole images, since no threshold was measured for images with the "
-                           "varying part painted over: how much of them is stored is underestimated.")
+            reasons.append(
+                "Templates are judged by whole images, since no threshold was measured for images with the "
+                "varying part painted over: how much of them is stored is underestimated."
+            )
         elif masked is not None:
             reasons += _missed(masked, "known copies with a box painted over", "replication of templates")
     return reasons
@@ -125,5 +141,10 @@ def _about_judge(audit: Audit) -> list[str]:
 
 def _missed(calibration: Mapping[str, Any], copies: str, what: str) -> list[str]:
     share = calibration["true_positive_rate"]
-    return [] if share >= FOUND else [f"The descriptor misses {100 * (1 - share):.0f} % of {copies} at its threshold: "
-                                      f"{what} is underestimated."]
+    return (
+        []
+        if share >= FOUND
+        else [
+            f"The descriptor misses {100 * (1 - share):.0f} % of {copies} at its threshold: {what} is underestimated."
+        ]
+    )

@@ -76,8 +76,9 @@ class _Cells:
     base: Mapping[str, object]
     rows: dict[str, int] = field(default_factory=dict)
 
-    def tensors(self, key: str, inputs: Mapping[str, object],
-                compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def tensors(
+        self, key: str, inputs: Mapping[str, object], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """As `Run.once_tensors`, counted."""
 
         def counted() -> dict[str, Tensor]:
@@ -99,8 +100,11 @@ class _Cells:
 
         tensors = self.tensors(key, inputs, compute)
         header = _from_bytes(tensors.pop("header"))
-        return WeightMask(header["name"], {name.removeprefix("mask."): mask.bool() for name, mask in tensors.items()},
-                          header["details"])
+        return WeightMask(
+            header["name"],
+            {name.removeprefix("mask."): mask.bool() for name, mask in tensors.items()},
+            header["details"],
+        )
 
 
 def _as_bytes(data: Mapping[str, object]) -> Tensor:
@@ -173,8 +177,9 @@ def _wanda_keys(wanda: Wanda) -> list[str]:
     return [f"{key}.target", *([f"{key}.empty"] if wanda.selection == "top_and_above_base" else [])]
 
 
-def _nemo(cells: _Cells, plan: Plan, nemo: Nemo, prompts: Mapping[str, str],
-          ordinary: Sequence[str]) -> dict[str, WeightMask]:
+def _nemo(
+    cells: _Cells, plan: Plan, nemo: Nemo, prompts: Mapping[str, str], ordinary: Sequence[str]
+) -> dict[str, WeightMask]:
     """NeMo's edit of each memory."""
     model, seed, name = cells.model, named_seed("nemo", plan.seed), nemo_name(nemo)
     inputs: dict[str, object] = {"nemo": nemo, "seed": seed, "ordinary": list(ordinary)}
@@ -190,8 +195,10 @@ def _nemo(cells: _Cells, plan: Plan, nemo: Nemo, prompts: Mapping[str, str],
     def make(text: str) -> WeightMask:
         return replace(nemo(model, model.encode([text]), calibration, seed=seed), name=name)
 
-    return {memory: cells.edit(_nemo_key(memory), inputs | {"text": text}, partial(make, text))
-            for memory, text in prompts.items()}
+    return {
+        memory: cells.edit(_nemo_key(memory), inputs | {"text": text}, partial(make, text))
+        for memory, text in prompts.items()
+    }
 
 
 def _wanda_own(cells: _Cells, plan: Plan, prompts: Mapping[str, str]) -> dict[str, WeightMask]:
@@ -201,8 +208,10 @@ def _wanda_own(cells: _Cells, plan: Plan, prompts: Mapping[str, str]) -> dict[st
     def make(text: str) -> WeightMask:
         return replace(wanda(model, model.encode([text]), seed=seed), name=wanda_name(wanda))
 
-    return {memory: cells.edit(_wanda_own_key(memory), {"wanda": wanda, "seed": seed, "text": text},
-                               partial(make, text)) for memory, text in prompts.items()}
+    return {
+        memory: cells.edit(_wanda_own_key(memory), {"wanda": wanda, "seed": seed, "text": text}, partial(make, text))
+        for memory, text in prompts.items()
+    }
 
 
 def _wandas(cells: _Cells, plan: Plan, texts: Sequence[str]) -> list[WeightMask]:
@@ -215,23 +224,42 @@ def _wandas(cells: _Cells, plan: Plan, texts: Sequence[str]) -> list[WeightMask]
     for wanda in (*plan.wandas, *plan.wanda_sweep):
         path = _trajectory(wanda)
         inputs: dict[str, object] = {"wanda": path, "seed": seed, "texts": list(texts)}
-        both = [cells.tensors(key, inputs, partial(norms, path, prompts))
-                for key, prompts in zip(_wanda_keys(wanda), (texts, [""] * len(texts)), strict=False)]
-        found.append(mask_from_norms(model, both[0], both[1] if len(both) > 1 else None, sparsity=wanda.sparsity,
-                                     name=wanda_name(wanda), at_least_one=wanda.at_least_one))
+        both = [
+            cells.tensors(key, inputs, partial(norms, path, prompts))
+            for key, prompts in zip(_wanda_keys(wanda), (texts, [""] * len(texts)), strict=False)
+        ]
+        found.append(
+            mask_from_norms(
+                model,
+                both[0],
+                both[1] if len(both) > 1 else None,
+                sparsity=wanda.sparsity,
+                name=wanda_name(wanda),
+                at_least_one=wanda.at_least_one,
+            )
+        )
     return found
 
 
 def _nemo_union(own: Mapping[str, WeightMask], name: str) -> WeightMask:
     """The joint edit: every neuron that any memory's edit zeroes."""
-    sets = {memory: {k: v for k, v in edit.details.items() if k not in ("score", "seed")}
-            for memory, edit in own.items()}
+    sets = {
+        memory: {k: v for k, v in edit.details.items() if k not in ("score", "seed")} for memory, edit in own.items()
+    }
     first = next(iter(own.values()))
     return union(name, list(own.values()), {"score": first.details["score"], "memories": sets})
 
 
-def make_edits(model: StableDiffusion, plan: Plan, run: Run, *, base: Mapping[str, object], prompts: Mapping[str, str],
-               ordinary: Sequence[str], given: Sequence[Edit] = ()) -> Edits:
+def make_edits(
+    model: StableDiffusion,
+    plan: Plan,
+    run: Run,
+    *,
+    base: Mapping[str, object],
+    prompts: Mapping[str, str],
+    ordinary: Sequence[str],
+    given: Sequence[Edit] = (),
+) -> Edits:
     """Compute, or read back, every edit of the plan.
 
     Args:
@@ -249,8 +277,10 @@ def make_edits(model: StableDiffusion, plan: Plan, run: Run, *, base: Mapping[st
         name = nemo_name(plan.nemo)
         own[name] = _nemo(cells, plan, plan.nemo, prompts, ordinary)
         joint = _nemo_union(own[name], name)
-        found |= {name: joint, "random neurons": random_neurons(
-            model, joint, seed=named_seed("random neurons", plan.seed))}
+        found |= {
+            name: joint,
+            "random neurons": random_neurons(model, joint, seed=named_seed("random neurons", plan.seed)),
+        }
     if plan.wandas and prompts:
         wandas = _wandas(cells, plan, list(prompts.values()))
         found |= {edit.name: edit for edit in wandas}

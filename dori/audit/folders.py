@@ -21,8 +21,15 @@ from dori.prompts import ordinary_prompts
 from dori.testbed.subjects import DESCRIPTOR
 
 
-def folder_subjects(model: str, *, memories: Path, controls: Path | None = None, ordinary: Path | None = None,
-                    device: str = "cpu", half: bool = False) -> tuple[Subjects, Judge]:
+def folder_subjects(
+    model: str,
+    *,
+    memories: Path,
+    controls: Path | None = None,
+    ordinary: Path | None = None,
+    device: str = "cpu",
+    half: bool = False,
+) -> tuple[Subjects, Judge]:
     """Open everything that the command line names; all folders are read before the model is.
 
     Raises:
@@ -39,12 +46,17 @@ def folder_subjects(model: str, *, memories: Path, controls: Path | None = None,
     groups = [tuple(_in_square(memory, side) for memory in group) for group in groups]
     pictures = [load_images(group, side) if group else torch.zeros(0, 3, side, side) for group in groups]
     prompts = tuple(memory.text for memory in groups[2] if memory.text) or ordinary_prompts()
-    subjects = Subjects(opened, make_cases(opened, groups[0], pictures[0], "memory"),
-                        make_cases(opened, groups[1], pictures[1], "control"), prompts,
-                        pictures[2] if len(pictures[2]) > 1 else None)
+    subjects = Subjects(
+        opened,
+        make_cases(opened, groups[0], pictures[0], "memory"),
+        make_cases(opened, groups[1], pictures[1], "control"),
+        prompts,
+        pictures[2] if len(pictures[2]) > 1 else None,
+    )
     # Its threshold was measured on the testbed's images and says nothing about others: no calibration is claimed.
-    descriptor = dataclasses.replace(load_copy_descriptor(DESCRIPTOR, device=device), calibration=None,
-                                     masked_calibration=None)
+    descriptor = dataclasses.replace(
+        load_copy_descriptor(DESCRIPTOR, device=device), calibration=None, masked_calibration=None
+    )
     return subjects, Judge(descriptor)
 
 
@@ -61,19 +73,24 @@ def load_clip(judge: Judge, folder: Path, *, device: str = "cpu") -> Judge:
         DoriError: no such folder, another model, or weights that are missing.
     """
     try:
-        clip, report = CLIPModel.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
-                                                 dtype=torch.float32, output_loading_info=True)
+        clip, report = CLIPModel.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
         if report["missing_keys"] or report["mismatched_keys"]:
             raise ValueError("weights are missing")
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         colours = folder / "preprocessor_config.json"
         stored = json.loads(colours.read_text(encoding="utf-8")) if colours.is_file() else {}
-        mean, std = (_colour(stored.get(name, default)) for name, default in (
-            ("image_mean", OPENAI_MEAN), ("image_std", OPENAI_STD)))
+        mean, std = (
+            _colour(stored.get(name, default))
+            for name, default in (("image_mean", OPENAI_MEAN), ("image_std", OPENAI_STD))
+        )
     except LIBRARY_ERRORS as error:
         reason = (str(error).strip().split("\n")[0] or type(error).__name__)[:120]
-        raise DoriError(f"{folder} cannot be opened as a CLIP ({reason}); give a folder that transformers' CLIPModel "
-                        "and its processor were saved to, with safetensors") from None
+        raise DoriError(
+            f"{folder} cannot be opened as a CLIP ({reason}); give a folder that transformers' CLIPModel "
+            "and its processor were saved to, with safetensors"
+        ) from None
     clip.eval().requires_grad_(False).to(device)
     return dataclasses.replace(judge, clip=clip, tokenizer=tokenizer, mean=mean, std=std)
 
@@ -100,8 +117,10 @@ def _in_square(memory: Memory, side_px: int) -> Memory:
     if left >= right or top >= bottom:  # what varies was cut away
         return dataclasses.replace(memory, varying_box=None)
     if (left, top, right, bottom) == (0, 0, side_px, side_px):
-        raise DoriError(f"varying_box of {memory.id!r} covers the whole square of {memory.image} that the model sees; "
-                        "mark only the part that varies")
+        raise DoriError(
+            f"varying_box of {memory.id!r} covers the whole square of {memory.image} that the model sees; "
+            "mark only the part that varies"
+        )
     return dataclasses.replace(memory, varying_box=(left, top, right, bottom))
 
 

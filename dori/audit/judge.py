@@ -46,12 +46,17 @@ class Judge:
 
     def record(self) -> dict[str, object]:
         """What every judgement depends on: the descriptor, and the CLIP with its weights' hash."""
-        found: dict[str, object] = {"descriptor": [self.descriptor.name, self.descriptor.preprocessing,
-                                                   self.descriptor.fingerprint], "clip": None}
+        found: dict[str, object] = {
+            "descriptor": [self.descriptor.name, self.descriptor.preprocessing, self.descriptor.fingerprint],
+            "clip": None,
+        }
         if self.clip is not None and self.tokenizer is not None:
             found["clip"] = {
-                "weights": tensors_sha256(self.clip.state_dict()), "config": plain_config(self.clip.config),
-                "vocabulary": canonical_sha256(self.tokenizer.get_vocab()), "colour": [self.mean, self.std]}
+                "weights": tensors_sha256(self.clip.state_dict()),
+                "config": plain_config(self.clip.config),
+                "vocabulary": canonical_sha256(self.tokenizer.get_vocab()),
+                "colour": [self.mean, self.std],
+            }
         return found
 
     def align(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
@@ -79,8 +84,13 @@ def draw(model: StableDiffusion, plan: Plan, embeddings: Tensor, seeds: Sequence
     """Images in [0, 1] of every embedding under every seed, shape (n, s, 3, H, W)."""
     n, s = len(embeddings), len(seeds)
     noise = initial_noise(model, seeds).repeat(n, 1, 1, 1)
-    latents = sample(model, embeddings.repeat_interleave(s, 0).to(model.device), noise, steps=plan.sampling_steps,
-                     guidance_scale=plan.guidance_scale)
+    latents = sample(
+        model,
+        embeddings.repeat_interleave(s, 0).to(model.device),
+        noise,
+        steps=plan.sampling_steps,
+        guidance_scale=plan.guidance_scale,
+    )
     return model.to_images(latents).cpu().unflatten(0, (n, s))
 
 
@@ -120,10 +130,17 @@ def judged(judge: Judge, cases: Sequence[Case], images: Tensor) -> dict[str, Ten
     masked = torch.zeros(n, s)
     for row, case in enumerate(cases):
         if case.memory.varying_box is not None:
-            masked[row] = finite[row] * masked_similarity(judge.descriptor, images[row], case.image,
-                                                          case.memory.varying_box).cpu()
-    found = {"similarity": cosine(descriptors, references[:, None]), "masked": masked, "descriptors": descriptors,
-             "finite": finite, "shown": (images[:, 0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8)}
+            masked[row] = (
+                finite[row]
+                * masked_similarity(judge.descriptor, images[row], case.image, case.memory.varying_box).cpu()
+            )
+    found = {
+        "similarity": cosine(descriptors, references[:, None]),
+        "masked": masked,
+        "descriptors": descriptors,
+        "finite": finite,
+        "shown": (images[:, 0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8),
+    }
     texts = [case.memory.text or "" for case in cases for _ in range(s)]
     aligned = judge.align(flat, texts)
     if aligned is not None:

@@ -37,8 +37,10 @@ from dori.run import Run, canonical_sha256, cell_key, write_bytes
 from dori.sampling import named_seed
 
 __all__ = ["Subjects", "audit", "choose", "make_cases"]
-NO_CLIP = ("No CLIP was given (--clip FOLDER): alignment of image and prompt was not measured, and quality only by the "
-           "copy descriptor's features.")
+NO_CLIP = (
+    "No CLIP was given (--clip FOLDER): alignment of image and prompt was not measured, and quality only by the "
+    "copy descriptor's features."
+)
 
 
 @dataclass(slots=True)
@@ -78,12 +80,17 @@ class _Loop:
 
     def _attack_inputs(self, ask: Ask) -> dict[str, Any]:
         plan, ids = self.plan, [case.memory.id for case in ask.cases]
-        return {"attack": plan.attack, "restarts": plan.restarts, "start": ask.start, "ids": ids,
-                "seeds": [named_seed("attack", plan.seed, ask.start, one) for one in ids],
-                "start_seeds": [[self._start_seed(ask, one, k) for one in ids] for k in range(plan.restarts)],
-                "images": pixels_sha256(torch.stack([case.image for case in ask.cases])),
-                "texts": [case.memory.text for case in ask.cases],
-                "ordinary": canonical_sha256(self.prompts.foreign) if ask.start == "foreign" else ""}
+        return {
+            "attack": plan.attack,
+            "restarts": plan.restarts,
+            "start": ask.start,
+            "ids": ids,
+            "seeds": [named_seed("attack", plan.seed, ask.start, one) for one in ids],
+            "start_seeds": [[self._start_seed(ask, one, k) for one in ids] for k in range(plan.restarts)],
+            "images": pixels_sha256(torch.stack([case.image for case in ask.cases])),
+            "texts": [case.memory.text for case in ask.cases],
+            "ordinary": canonical_sha256(self.prompts.foreign) if ask.start == "foreign" else "",
+        }
 
     def _start_seed(self, ask: Ask, one: str, restart: int) -> int:
         return named_seed("start", self.plan.seed, ask.start, one, *([restart] if restart else []))
@@ -92,10 +99,17 @@ class _Loop:
         plan, model = self.plan, ask.setting.model
 
         def compute() -> dict[str, Tensor]:
-            found = restarts(plan.attack, model, torch.stack([case.latent for case in ask.cases]),
-                             [self._starts(ask, seeds) for seeds in inputs["start_seeds"]], seeds=inputs["seeds"])
+            found = restarts(
+                plan.attack,
+                model,
+                torch.stack([case.latent for case in ask.cases]),
+                [self._starts(ask, seeds) for seeds in inputs["start_seeds"]],
+                seeds=inputs["seeds"],
+            )
             return {str(step): found.at(step) for step in found.steps} | {
-                "losses": found.losses, "first_gradient": found.first_gradient}
+                "losses": found.losses,
+                "first_gradient": found.first_gradient,
+            }
 
         triggers = self.run.once_tensors(ask.triggers_key, inputs, compute)
         self._count(planned.ATTACK, planned.attack_rows(plan, ask))
@@ -116,19 +130,26 @@ class _Loop:
             return gaussian(model, seeds)
         return torch.cat([foreign(model, self.prompts.foreign, 1, seed=seed) for seed in seeds])
 
-    def _judge(self, ask: Ask, embeddings: Tensor, step_and_seeds: tuple[int, int], *,
-               base: Mapping[str, object]) -> None:
+    def _judge(
+        self, ask: Ask, embeddings: Tensor, step_and_seeds: tuple[int, int], *, base: Mapping[str, object]
+    ) -> None:
         plan, (step, count), model = self.plan, step_and_seeds, ask.setting.model
         seeds = plan.fresh_seeds()[:count]
         inputs = {
-            **base, "judge": self.judged_by, "ids": [case.memory.id for case in ask.cases], "seeds": seeds,
+            **base,
+            "judge": self.judged_by,
+            "ids": [case.memory.id for case in ask.cases],
+            "seeds": seeds,
             "texts": [case.memory.text for case in ask.cases],
             "boxes": [case.memory.varying_box for case in ask.cases],
             "images": pixels_sha256(torch.stack([case.image for case in ask.cases])),
-            "steps": plan.sampling_steps, "guidance_scale": plan.guidance_scale}
+            "steps": plan.sampling_steps,
+            "guidance_scale": plan.guidance_scale,
+        }
         key = ask.images_key(step)
-        found = self.run.once_tensors(key, inputs, lambda: judged(
-            self.judge, ask.cases, draw(model, plan, embeddings, seeds)))
+        found = self.run.once_tensors(
+            key, inputs, lambda: judged(self.judge, ask.cases, draw(model, plan, embeddings, seeds))
+        )
         self._count(planned.DRAWN, planned.drawn_rows(plan, len(ask.cases) * count))
         self.diverged += int((~found["finite"]).sum())
         for row, case in enumerate(ask.cases):
@@ -142,24 +163,38 @@ class _Loop:
         if setting.edit == "none":
             self.unedited[where] = found["descriptors"]
         original = self.unedited.get(where) if setting.edit != "none" else None
-        self.findings.append(Finding(
-            id=case.memory.id, group=case.group, kind=case.memory.kind, dose=case.memory.dose,
-            model=setting.model.name, edit=setting.edit, edit_scope=setting.scope, start=ask.start, steps=step,
-            similarities=_floats(found["similarity"]),
-            masked=_floats(found["masked"]) if case.memory.varying_box is not None else (),
-            to_unedited=() if original is None else _floats(cosine(found["descriptors"], original)),
-            diversity=pairwise_similarity(found["descriptors"]) if len(found["descriptors"]) > 1 else None,
-            alignment=_floats(found["alignment"]) if "alignment" in found and case.memory.text is not None else (),
-            picture=picture))
+        self.findings.append(
+            Finding(
+                id=case.memory.id,
+                group=case.group,
+                kind=case.memory.kind,
+                dose=case.memory.dose,
+                model=setting.model.name,
+                edit=setting.edit,
+                edit_scope=setting.scope,
+                start=ask.start,
+                steps=step,
+                similarities=_floats(found["similarity"]),
+                masked=_floats(found["masked"]) if case.memory.varying_box is not None else (),
+                to_unedited=() if original is None else _floats(cosine(found["descriptors"], original)),
+                diversity=pairwise_similarity(found["descriptors"]) if len(found["descriptors"]) > 1 else None,
+                alignment=_floats(found["alignment"]) if "alignment" in found and case.memory.text is not None else (),
+                picture=picture,
+            )
+        )
 
     def blind(self, whole: Subjects) -> dict[str, float]:
         """Scores that look at no model, over all images that were given and not only over the audited ones."""
         cases = (*whole.memories, *whole.controls)
-        inputs = {"model": self.fingerprints[whole.model.name], "groups": [case.group for case in cases],
-                  "texts": [case.memory.text for case in cases],
-                  "images": pixels_sha256(torch.stack([case.image for case in cases])) if cases else ""}
-        return self.run.once_record("blind", inputs, lambda: {
-            "scores": checks.blind_scores(whole.model, whole.memories, whole.controls)})["scores"]
+        inputs = {
+            "model": self.fingerprints[whole.model.name],
+            "groups": [case.group for case in cases],
+            "texts": [case.memory.text for case in cases],
+            "images": pixels_sha256(torch.stack([case.image for case in cases])) if cases else "",
+        }
+        return self.run.once_record(
+            "blind", inputs, lambda: {"scores": checks.blind_scores(whole.model, whole.memories, whole.controls)}
+        )["scores"]
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:
@@ -176,12 +211,21 @@ def make_cases(model: StableDiffusion, memories: Sequence[Memory], images: Tenso
         return ()
     model.check_prompts([memory.text for memory in memories if memory.text is not None])
     latents = model.to_latents(images).cpu()
-    return tuple(Case(memory, group, image, latent)  # type: ignore[arg-type]
-                 for memory, image, latent in zip(memories, images, latents, strict=True))
+    return tuple(
+        Case(memory, group, image, latent)  # type: ignore[arg-type]
+        for memory, image, latent in zip(memories, images, latents, strict=True)
+    )
 
 
-def audit(subjects: Subjects, *, plan: Plan, judge: Judge, run: Run, given: Sequence[Edit] = (),
-          say: Callable[[str], None] = lambda line: None) -> Audit:
+def audit(
+    subjects: Subjects,
+    *,
+    plan: Plan,
+    judge: Judge,
+    run: Run,
+    given: Sequence[Edit] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Audit:
     """Run (or resume) an audit.
 
     Args:
@@ -209,10 +253,23 @@ def audit(subjects: Subjects, *, plan: Plan, judge: Judge, run: Run, given: Sequ
     names = edit_names(plan, prompted=len(wanted), given=others)
     _check_given(model, given, names)
     cells = planned.planned_cells(whole, plan, others)
-    run.plan("audit", {key: round(rows * (planned.BACKWARD if stage == planned.ATTACK else 1))
-                       for stage, part in cells.items() for key, rows in part.items()})
-    loop = _Loop(subjects, plan, prompts, judge, run, {m.name: model_fingerprint(m) for m in (model, *subjects.twins)},
-                 judge.record())
+    run.plan(
+        "audit",
+        {
+            key: round(rows * (planned.BACKWARD if stage == planned.ATTACK else 1))
+            for stage, part in cells.items()
+            for key, rows in part.items()
+        },
+    )
+    loop = _Loop(
+        subjects,
+        plan,
+        prompts,
+        judge,
+        run,
+        {m.name: model_fingerprint(m) for m in (model, *subjects.twins)},
+        judge.record(),
+    )
     base = {"model": loop.fingerprints[model.name]}
     edits = make_edits(model, plan, run, base=base, prompts=wanted, ordinary=prompts.calibration, given=given)
     edits.save(run.folder / "edits", but=("none", *others))
@@ -220,8 +277,16 @@ def audit(subjects: Subjects, *, plan: Plan, judge: Judge, run: Run, given: Sequ
     for setting in planned.settings(subjects, plan, names):
         own = setting.scope == "own"
         loop.ask(setting, edits.own[setting.edit][setting.cases[0].memory.id] if own else edits.joint[setting.edit])
-    quality = ordinary_quality(model, plan, judge, run, base={**base, "judge": loop.judged_by},
-                               edits=list(edits.joint.values()), prompts=prompts.quality, held_out=subjects.held_out)
+    quality = ordinary_quality(
+        model,
+        plan,
+        judge,
+        run,
+        base={**base, "judge": loop.judged_by},
+        edits=list(edits.joint.values()),
+        prompts=prompts.quality,
+        held_out=subjects.held_out,
+    )
     loop.cost[planned.QUALITY] = sum(cells[planned.QUALITY].values())
     return _assemble(loop, whole, edits=edits, quality=quality)
 
@@ -230,8 +295,9 @@ def _check_given(model: StableDiffusion, given: Sequence[Edit], names: Names) ->
     everything = [*names.joint, *names.asked_only]
     for edit in given:
         if everything.count(edit.name) > 1:
-            raise DoriError(f"the given edit {edit.name!r} bears the name of another edit of this audit; rename its "
-                            "file")
+            raise DoriError(
+                f"the given edit {edit.name!r} bears the name of another edit of this audit; rename its file"
+            )
         with edit.applied(model):  # refuses what does not fit
             pass
 
@@ -242,15 +308,35 @@ def _assemble(loop: _Loop, whole: Subjects, *, edits: Edits, quality: tuple[Qual
     for case in (*subjects.memories, *subjects.controls):
         picture = f"pictures/{cell_key('training', case.memory.id)}.png"
         write_bytes(loop.run.folder / picture, png_bytes(case.image))
-        shown.append(Subject(case.memory.id, case.group, case.memory.kind, case.memory.dose, case.memory.text, picture,
-                             loop.gradients.get(case.memory.id), pixels_sha256(case.image)))
+        shown.append(
+            Subject(
+                case.memory.id,
+                case.group,
+                case.memory.kind,
+                case.memory.dose,
+                case.memory.text,
+                picture,
+                loop.gradients.get(case.memory.id),
+                pixels_sha256(case.image),
+            )
+        )
     unfinished = Audit(
-        model=subjects.model.name, twins=tuple(twin.name for twin in subjects.twins),
-        descriptor=loop.judge.descriptor.record(), settings=_settings(loop, whole),
-        provenance=loop.run.provenance(), cost=loop.cost, subjects=tuple(shown),
-        edits=tuple(EditInfo(name, "" if name == "none" else "joint", edit.size, edit.details)
-                    for name, edit in edits.joint.items()),
-        findings=tuple(loop.findings), quality=quality, blind=loop.blind(whole), distrust=())
+        model=subjects.model.name,
+        twins=tuple(twin.name for twin in subjects.twins),
+        descriptor=loop.judge.descriptor.record(),
+        settings=_settings(loop, whole),
+        provenance=loop.run.provenance(),
+        cost=loop.cost,
+        subjects=tuple(shown),
+        edits=tuple(
+            EditInfo(name, "" if name == "none" else "joint", edit.size, edit.details)
+            for name, edit in edits.joint.items()
+        ),
+        findings=tuple(loop.findings),
+        quality=quality,
+        blind=loop.blind(whole),
+        distrust=(),
+    )
     found = checks.with_distrust(unfinished, diverged=loop.diverged)
     more = ([loop.prompts.short] if loop.prompts.short else []) + ([NO_CLIP] if loop.judge.clip is None else [])
     return dataclasses.replace(found, distrust=(*found.distrust, *more))

@@ -84,10 +84,20 @@ class Plan:
 def quick() -> Plan:
     """About eight memories and eight controls, one start: a first look within ten minutes on two cores."""
     return Plan(
-        "quick", seeds=4, sampling_steps=12, guidance_scale=4.0, attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
+        "quick",
+        seeds=4,
+        sampling_steps=12,
+        guidance_scale=4.0,
+        attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
         starts=Starts(memories=("prompt",), controls=("prompt",), twins=("prompt",), own=()),
-        nemo=Nemo(max_refinement_passes=60), wandas=(Wanda(sparsity=0.10),), attack_random=False,
-        calibration_prompts=48, quality_prompts=32, memories=8, controls=8)
+        nemo=Nemo(max_refinement_passes=60),
+        wandas=(Wanda(sparsity=0.10),),
+        attack_random=False,
+        calibration_prompts=48,
+        quality_prompts=32,
+        memories=8,
+        controls=8,
+    )
 
 
 def paper() -> Plan:
@@ -99,12 +109,21 @@ def paper() -> Plan:
     tenth = Wanda(sparsity=0.10)
     groups: tuple[tuple[Place, ...], ...] = (("down",), ("mid",), ("up",), EVERYWHERE)
     return Plan(
-        "paper", curve_seeds=4, sampling_steps=16, guidance_scale=4.0,
+        "paper",
+        curve_seeds=4,
+        sampling_steps=16,
+        guidance_scale=4.0,
         attack=Dori(steps=50, snapshots=(0, 1, 10, 25, 50)),
-        starts=Starts(controls=("prompt", "gaussian"), twins=("prompt",)), nemo=Nemo(max_refinement_passes=300),
-        wandas=(tenth,), attack_random=False, calibration_prompts=256,
-        wanda_sweep=(*(Wanda(sparsity=s) for s in (0.01, 0.02, 0.05, 0.2, 0.3)),
-                     *(replace(tenth, places=places) for places in groups)))
+        starts=Starts(controls=("prompt", "gaussian"), twins=("prompt",)),
+        nemo=Nemo(max_refinement_passes=300),
+        wandas=(tenth,),
+        attack_random=False,
+        calibration_prompts=256,
+        wanda_sweep=(
+            *(Wanda(sparsity=s) for s in (0.01, 0.02, 0.05, 0.2, 0.3)),
+            *(replace(tenth, places=places) for places in groups),
+        ),
+    )
 
 
 PRESETS = {"quick": quick, "paper": paper}

@@ -22,8 +22,13 @@ def _described(judge: Judge, images: Tensor) -> dict[str, Tensor]:
 def _drawn(model: StableDiffusion, plan: Plan, judge: Judge, prompts: Sequence[str], name: str) -> dict[str, Tensor]:
     """One generation of each prompt with a seed of its own, described."""
     seeds = [named_seed(name, plan.seed, k) for k in range(len(prompts))]
-    latents = sample(model, model.encode(list(prompts)), initial_noise(model, seeds), steps=plan.sampling_steps,
-                     guidance_scale=plan.guidance_scale)
+    latents = sample(
+        model,
+        model.encode(list(prompts)),
+        initial_noise(model, seeds),
+        steps=plan.sampling_steps,
+        guidance_scale=plan.guidance_scale,
+    )
     images, _ = finite_images(model.to_images(latents).cpu())
     found = _described(judge, images)
     aligned = judge.align(images, prompts)
@@ -45,8 +50,17 @@ def quality_cells(edits: Sequence[str], prompts: int, held_out: Tensor | None) -
     return {REFERENCE: prompts if held_out is None else 0} | {_key(edit): prompts for edit in edits}
 
 
-def ordinary_quality(model: StableDiffusion, plan: Plan, judge: Judge, run: Run, *, base: Mapping[str, object],
-                     edits: Sequence[Edit], prompts: Sequence[str], held_out: Tensor | None) -> tuple[Quality, ...]:
+def ordinary_quality(
+    model: StableDiffusion,
+    plan: Plan,
+    judge: Judge,
+    run: Run,
+    *,
+    base: Mapping[str, object],
+    edits: Sequence[Edit],
+    prompts: Sequence[str],
+    held_out: Tensor | None,
+) -> tuple[Quality, ...]:
     """The quality row of every edit; without two prompts there is none.
 
     The distances are taken to held-out ordinary images; without any, to the unedited model's generations of the same
@@ -64,28 +78,48 @@ def ordinary_quality(model: StableDiffusion, plan: Plan, judge: Judge, run: Run,
     """
     if len(prompts) < 2:
         return ()
-    shared: dict[str, object] = {**base, "prompts": list(prompts), "steps": plan.sampling_steps,
-                                 "guidance": plan.guidance_scale, "seed": plan.seed}
+    shared: dict[str, object] = {
+        **base,
+        "prompts": list(prompts),
+        "steps": plan.sampling_steps,
+        "guidance": plan.guidance_scale,
+        "seed": plan.seed,
+    }
     if held_out is not None:
-        reference = run.once_tensors(REFERENCE, shared | {"images": pixels_sha256(held_out)},
-                                     lambda: _described(judge, held_out))
+        reference = run.once_tensors(
+            REFERENCE, shared | {"images": pixels_sha256(held_out)}, lambda: _described(judge, held_out)
+        )
     else:
-        reference = run.once_tensors(REFERENCE, shared,
-                                     lambda: _drawn(model, plan, judge, prompts, "quality reference"))
+        reference = run.once_tensors(
+            REFERENCE, shared, lambda: _drawn(model, plan, judge, prompts, "quality reference")
+        )
     rows: list[Quality] = []
     unedited: Tensor | None = None
     for edit in edits:
         with edit.applied(model):
-            found = run.once_tensors(_key(edit.name), shared | {"edit": edit.fingerprint},
-                                     lambda: _drawn(model, plan, judge, prompts, "quality"))
+            found = run.once_tensors(
+                _key(edit.name),
+                shared | {"edit": edit.fingerprint},
+                lambda: _drawn(model, plan, judge, prompts, "quality"),
+            )
         drift = None if unedited is None else float(cosine(found["descriptors"], unedited).median())
         unedited = found["descriptors"] if unedited is None else unedited
-        kernel = kernel_distance(found["features"], reference["features"],
-                                 seed=named_seed("kernel distance", plan.seed))
-        rows.append(Quality(
-            model=model.name, edit=edit.name, prompts=len(prompts),
-            frechet=float(frechet_distance(found["features"], reference["features"])), kernel=kernel.value,
-            kernel_std=kernel.deviation, alignment=float(found["alignment"].median()) if "alignment" in found else None,
-            to_unedited=drift, features=judge.features_name, reference=UNEDITED if held_out is None else HELD_OUT,
-            references=len(reference["features"])))
+        kernel = kernel_distance(
+            found["features"], reference["features"], seed=named_seed("kernel distance", plan.seed)
+        )
+        rows.append(
+            Quality(
+                model=model.name,
+                edit=edit.name,
+                prompts=len(prompts),
+                frechet=float(frechet_distance(found["features"], reference["features"])),
+                kernel=kernel.value,
+                kernel_std=kernel.deviation,
+                alignment=float(found["alignment"].median()) if "alignment" in found else None,
+                to_unedited=drift,
+                features=judge.features_name,
+                reference=UNEDITED if held_out is None else HELD_OUT,
+                references=len(reference["features"]),
+            )
+        )
     return tuple(rows)

@@ -16,8 +16,12 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
 
 # Stages of the cost, as reports name them.
-EDITS, ATTACK, DRAWN, QUALITY = ("edits, forward", "attack, forward and backward", "generation, forward",
-                                 "quality, forward")
+EDITS, ATTACK, DRAWN, QUALITY = (
+    "edits, forward",
+    "attack, forward and backward",
+    "generation, forward",
+    "quality, forward",
+)
 BACKWARD = 2.4  # a row forward and backward takes as long as so many rows forward
 
 
@@ -55,8 +59,11 @@ def audited(subjects: Subjects, plan: Plan) -> Subjects:
     """The subjects with the images that the plan takes; of those seen once, some only if the others do not suffice."""
     often = [case for case in subjects.memories if case.memory.kind != "once"]
     pool = subjects.memories if plan.memories is None or len(often) < plan.memories else often
-    return replace(subjects, memories=tuple(pool[k] for k in choose(len(pool), plan.memories)),
-                   controls=tuple(subjects.controls[k] for k in choose(len(subjects.controls), plan.controls)))
+    return replace(
+        subjects,
+        memories=tuple(pool[k] for k in choose(len(pool), plan.memories)),
+        controls=tuple(subjects.controls[k] for k in choose(len(subjects.controls), plan.controls)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +97,24 @@ def ordinary_prompts(subjects: Subjects, plan: Plan) -> Prompts:
     count = min(plan.quality_prompts, len(free) * plan.quality_prompts // max(1, wanted))
     quality, others = free[:count], free[count:]
     calibration = others[: plan.calibration_prompts]
-    starts = {start for group in (plan.starts.memories, plan.starts.controls, plan.starts.twins, plan.starts.own)
-              for start in group}
+    starts = {
+        start
+        for group in (plan.starts.memories, plan.starts.controls, plan.starts.twins, plan.starts.own)
+        for start in group
+    }
     if (plan.nemo is not None and len(calibration) < 2) or ("foreign" in starts and not others):
-        raise DoriError(f"{len(free)} different ordinary prompts, none of them a memory's or a control's, are too few; "
-                        f"give {wanted}, or leave out --ordinary to take Dori's own")
-    short = "" if len(free) >= wanted else (
-        f"Only {len(free)} ordinary prompts for {wanted} places: {len(calibration)} serve NeMo's statistics and "
-        f"{len(quality)} other ones the quality table.")
+        raise DoriError(
+            f"{len(free)} different ordinary prompts, none of them a memory's or a control's, are too few; "
+            f"give {wanted}, or leave out --ordinary to take Dori's own"
+        )
+    short = (
+        ""
+        if len(free) >= wanted
+        else (
+            f"Only {len(free)} ordinary prompts for {wanted} places: {len(calibration)} serve NeMo's statistics and "
+            f"{len(quality)} other ones the quality table."
+        )
+    )
     return Prompts(tuple(calibration), tuple(others), tuple(quality), short)
 
 
@@ -151,8 +168,10 @@ def settings(subjects: Subjects, plan: Plan, names: Names) -> list[Setting]:
     found = [Setting(model, "none", "", once, starts.once)]
     for edit in (*names.joint, *names.asked_only):
         attacked, scope = edit in names.joint, "" if edit == "none" else "joint"
-        found += [Setting(model, edit, scope, cases, own if attacked else ())
-                  for cases, own in ((memories, starts.memories), (subjects.controls, starts.controls))]
+        found += [
+            Setting(model, edit, scope, cases, own if attacked else ())
+            for cases, own in ((memories, starts.memories), (subjects.controls, starts.controls))
+        ]
     prompted = [case for case in memories if case.memory.text is not None]
     found += [Setting(model, edit, "own", (case,), starts.own) for edit in names.own for case in prompted]
     found += [Setting(twin, "none", "", memories, starts.twins) for twin in subjects.twins]
@@ -207,22 +226,33 @@ def planned_cells(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dic
     ids = list(memory_prompts(subjects))
     names = edit_names(plan, prompted=len(ids), given=given)
     cells: dict[str, dict[str, int]] = {
-        EDITS: edit_cells(subjects.model, plan, ids, len(prompts.calibration)), ATTACK: {}, DRAWN: {},
-        QUALITY: {key: drawn_rows(plan, images) for key, images in quality_cells(
-            (*names.joint, *names.asked_only), len(prompts.quality), subjects.held_out).items()}}
+        EDITS: edit_cells(subjects.model, plan, ids, len(prompts.calibration)),
+        ATTACK: {},
+        DRAWN: {},
+        QUALITY: {
+            key: drawn_rows(plan, images)
+            for key, images in quality_cells(
+                (*names.joint, *names.asked_only), len(prompts.quality), subjects.held_out
+            ).items()
+        },
+    }
     for setting in settings(subjects, plan, names):
         for ask in asks(setting, plan):
             if ask.start:
                 cells[ATTACK][ask.triggers_key] = attack_rows(plan, ask)
-            cells[DRAWN] |= {ask.images_key(step): drawn_rows(plan, len(ask.cases) * seeds)
-                             for step, seeds in ask.judged}
+            cells[DRAWN] |= {
+                ask.images_key(step): drawn_rows(plan, len(ask.cases) * seeds) for step, seeds in ask.judged
+            }
     return cells
 
 
 def memory_prompts(subjects: Subjects) -> dict[str, str]:
     """Id to prompt of the memories for which edits are made: those with a text, but for images seen once."""
-    return {case.memory.id: case.memory.text for case in subjects.memories
-            if case.memory.text is not None and case.memory.kind != "once"}
+    return {
+        case.memory.id: case.memory.text
+        for case in subjects.memories
+        if case.memory.text is not None and case.memory.kind != "once"
+    }
 
 
 def planned_rows(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dict[str, int]:

@@ -1,7 +1,27 @@
 """Erasure: methods that take an image out of a model's weights, and the proof that it is out."""
 
 # Literal, and free of imports, so that the command line can list them at once; `dori.erase.erasers` makes them.
-ERASERS = ("adversarial", "ordinary", "naive-deletion", "gradient-ascent", "erase-diff", "siss", "siss-as-released",
-           "esd", "concept-ablation", "uce")
-ARMS = ("paper's recipe", "prompt only", "first round's triggers", "prompt starts", "gaussian starts",
-        "no retain loss", "LoRA", "attention only", "one round", "three rounds")
+ERASERS = (
+    "adversarial",
+    "ordinary",
+    "naive-deletion",
+    "gradient-ascent",
+    "erase-diff",
+    "siss",
+    "siss-as-released",
+    "esd",
+    "concept-ablation",
+    "uce",
+)
+ARMS = (
+    "paper's recipe",
+    "prompt only",
+    "first round's triggers",
+    "prompt starts",
+    "gaussian starts",
+    "no retain loss",
+    "LoRA",
+    "attention only",
+    "one round",
+    "three rounds",
+)

@@ -108,8 +108,16 @@ class AdversarialErasure:
     budget_rows: int | None = None
     tuner: Tuner = field(default_factory=Tuner)
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None, watch: Watch | None = None) -> WeightDelta:
+    def __call__(
+        self,
+        model: StableDiffusion,
+        memories: Forget,
+        retain: Pairs,
+        *,
+        seed: int,
+        work: Work | None = None,
+        watch: Watch | None = None,
+    ) -> WeightDelta:
         """Erase the memories; the model itself is left as it was.
 
         Args:
@@ -125,12 +133,22 @@ class AdversarialErasure:
         """
         memories.need_surrogates("adversarial fine-tuning")
         work = work or Work()
-        made_from = canonical_sha256({
-            "method": dataclasses.asdict(self), "seed": seed, "memories": tensors_sha256({
-                "z": memories.latents, "y": memories.embeddings, "o": memories.ordinary,
-                **{f"s{i}": kept for i, kept in enumerate(memories.surrogates)}}),
-            "retain": tensors_sha256({"z": retain.latents, "y": retain.embeddings}),
-            "model": tensors_sha256(model.unet.state_dict())})
+        made_from = canonical_sha256(
+            {
+                "method": dataclasses.asdict(self),
+                "seed": seed,
+                "memories": tensors_sha256(
+                    {
+                        "z": memories.latents,
+                        "y": memories.embeddings,
+                        "o": memories.ordinary,
+                        **{f"s{i}": kept for i, kept in enumerate(memories.surrogates)},
+                    }
+                ),
+                "retain": tensors_sha256({"z": retain.latents, "y": retain.embeddings}),
+                "model": tensors_sha256(model.unet.state_dict()),
+            }
+        )
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
             progress = self._resumed(tuned, memories, work, made_from)
             while progress.round < self.rounds and not self._over(progress):
@@ -147,20 +165,40 @@ class AdversarialErasure:
 
     # ------------------------------------------------------------------------------------------------------ a round
 
-    def _round(self, tuned: Tuned, memories: Forget, retain: Pairs, progress: _Progress, seed: int, work: Work,
-               watch: Watch | None) -> dict[str, Any]:
+    def _round(
+        self,
+        tuned: Tuned,
+        memories: Forget,
+        retain: Pairs,
+        progress: _Progress,
+        seed: int,
+        work: Work,
+        watch: Watch | None,
+    ) -> dict[str, Any]:
         number = progress.round
         visited = self._visited(progress, watch)
         if self.search_rounds is None or number < self.search_rounds:
             self._search(tuned, memories, progress, visited, seed, work)
             if watch is not None:
                 self._look(tuned.model, memories, progress, visited, seed, watch)
-        losses = [self._step(tuned, memories, retain, progress.triggers, visited,
-                             step_generator("adversarial", seed, number * self.steps_per_round + step))
-                  for step in range(self.steps_per_round)]
+        losses = [
+            self._step(
+                tuned,
+                memories,
+                retain,
+                progress.triggers,
+                visited,
+                step_generator("adversarial", seed, number * self.steps_per_round + step),
+            )
+            for step in range(self.steps_per_round)
+        ]
         record: dict[str, Any] = {
-            "round": number + 1, "visited": len(visited), "attack_steps": self._attack(number).steps,
-            "retain": losses[-1][0], "adversarial": losses[-1][1]}
+            "round": number + 1,
+            "visited": len(visited),
+            "attack_steps": self._attack(number).steps,
+            "retain": losses[-1][0],
+            "adversarial": losses[-1][1],
+        }
         if watch is not None:
             record["triggers_reached"] = [round(value, 4) for value in progress.last.tolist()]
         if watch is not None and self.check_every and (number + 1) % self.check_every == 0:
@@ -186,8 +224,9 @@ class AdversarialErasure:
             steps = max(steps, min(self.attack_limit, round(steps * self.attack_growth**number)))
         return dataclasses.replace(self.attack, steps=steps, snapshots=())
 
-    def _search(self, tuned: Tuned, memories: Forget, progress: _Progress, visited: Sequence[int], seed: int,
-                work: Work) -> None:
+    def _search(
+        self, tuned: Tuned, memories: Forget, progress: _Progress, visited: Sequence[int], seed: int, work: Work
+    ) -> None:
         """Fresh triggers for the visited memories, each process searching its share."""
         model, attack, number = tuned.model, self._attack(progress.round), progress.round
         cells = [(s, i) for s in range(len(self.starts)) for i in visited]
@@ -205,16 +244,35 @@ class AdversarialErasure:
         for row, (s, i) in enumerate(cells):
             progress.triggers[s, i] = found[row].cpu()
 
-    def _look(self, model: StableDiffusion, memories: Forget, progress: _Progress, visited: Sequence[int], seed: int,
-              watch: Watch) -> None:
+    def _look(
+        self,
+        model: StableDiffusion,
+        memories: Forget,
+        progress: _Progress,
+        visited: Sequence[int],
+        seed: int,
+        watch: Watch,
+    ) -> None:
         """What the new triggers draw: the largest similarity over the starts, memory by memory."""
-        reached = torch.stack([watch.similarities(model, progress.triggers[s, list(visited)], visited,
-                                                  seed=named_seed("look", seed, progress.round))
-                               for s in range(len(self.starts))])
+        reached = torch.stack(
+            [
+                watch.similarities(
+                    model, progress.triggers[s, list(visited)], visited, seed=named_seed("look", seed, progress.round)
+                )
+                for s in range(len(self.starts))
+            ]
+        )
         progress.last[list(visited)] = reached.amax(0)
 
-    def _step(self, tuned: Tuned, memories: Forget, retain: Pairs, triggers: Tensor, visited: Sequence[int],
-              generator: torch.Generator) -> tuple[float, float]:
+    def _step(
+        self,
+        tuned: Tuned,
+        memories: Forget,
+        retain: Pairs,
+        triggers: Tensor,
+        visited: Sequence[int],
+        generator: torch.Generator,
+    ) -> tuple[float, float]:
         """One update on L; returns both losses."""
         model = tuned.model
         total, losses = None, [0.0, 0.0]
@@ -232,8 +290,9 @@ class AdversarialErasure:
             tuned.update(total)
         return losses[0], losses[1]
 
-    def _adversarial_rows(self, memories: Forget, triggers: Tensor, visited: Sequence[int],
-                          generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _adversarial_rows(
+        self, memories: Forget, triggers: Tensor, visited: Sequence[int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Surrogate latents and triggers: memories as even as possible, a trigger of each drawn at random."""
         which = torch.tensor(list(visited))[even_rows(len(visited), self.batch, generator)]
         kinds = torch.randint(len(triggers) + self.prompt_too, (self.batch,), generator=generator)
@@ -250,22 +309,35 @@ class AdversarialErasure:
     def _line(self, progress: _Progress) -> str:
         record = progress.log[-1]
         held = f", held-out attack: {record['held_out_replicated']} replicated" if "held_out" in record else ""
-        return (f"erasing: round {progress.round}/{self.rounds}, loss {record['retain']:.4f} + "
-                f"{record['adversarial']:.4f}{held}, {progress.rows} U-Net rows")
+        return (
+            f"erasing: round {progress.round}/{self.rounds}, loss {record['retain']:.4f} + "
+            f"{record['adversarial']:.4f}{held}, {progress.rows} U-Net rows"
+        )
 
     def _resumed(self, tuned: Tuned, memories: Forget, work: Work, made_from: str) -> _Progress:
         work.processes.wait()
         if work.checkpoint is not None and work.checkpoint.exists():
             return _load(work.checkpoint, tuned, made_from)
-        return _Progress(0, 0, 0, torch.full((len(memories),), NEVER),
-                         memories.embeddings.float().repeat(len(self.starts), 1, 1, 1), [])
+        return _Progress(
+            0,
+            0,
+            0,
+            torch.full((len(memories),), NEVER),
+            memories.embeddings.float().repeat(len(self.starts), 1, 1, 1),
+            [],
+        )
 
 
 def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> None:
     tensors = {f"state.{name}": value.cpu().contiguous() for name, value in tuned.state().items()}
     tensors |= {"last": progress.last, "triggers": progress.triggers.contiguous()}
-    header = {"made_from": made_from, "round": progress.round, "quiet": progress.quiet, "rows": progress.rows,
-              "log": progress.log}
+    header = {
+        "made_from": made_from,
+        "round": progress.round,
+        "quiet": progress.quiet,
+        "rows": progress.rows,
+        "log": progress.log,
+    }
     write_bytes(path, save(tensors, metadata={"erasure": json.dumps(header)}))
 
 
@@ -277,8 +349,11 @@ def _load(path: Path, tuned: Tuned, made_from: str) -> _Progress:
     except (OSError, SafetensorError, ValueError) as error:
         raise DoriError(f"the state {path} of the erasure cannot be read ({error}); delete it to begin anew") from None
     if header.get("made_from") != made_from:
-        raise DoriError(f"the state {path} belongs to an erasure with other settings, images or weights; delete it to "
-                        "begin anew, or name another folder")
+        raise DoriError(
+            f"the state {path} belongs to an erasure with other settings, images or weights; delete it to "
+            "begin anew, or name another folder"
+        )
     tuned.restore({key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")})
-    return _Progress(header["round"], header["quiet"], header["rows"], tensors["last"], tensors["triggers"],
-                     header["log"])
+    return _Progress(
+        header["round"], header["quiet"], header["rows"], tensors["last"], tensors["triggers"], header["log"]
+    )

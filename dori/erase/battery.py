@@ -71,8 +71,11 @@ def askings(protocol: Protocol, state: State) -> list[Asking]:
     found = [Asking(PROMPT)]
     if not state.whole:
         return [*found, Asking(ATTACK, protocol.again, protocol.starts[0])]
-    found += [Asking(ATTACK, protocol.attack, start, restart) for start in protocol.starts
-              for restart in range(protocol.restarts)]
+    found += [
+        Asking(ATTACK, protocol.attack, start, restart)
+        for start in protocol.starts
+        for restart in range(protocol.restarts)
+    ]
     found += [Asking("long", protocol.long)] * (protocol.long is not None)
     found += [Asking("restricted", protocol.restricted)] * (protocol.restricted is not None)
     return found + [Asking("latent")] * (protocol.latent is not None)
@@ -100,9 +103,14 @@ class Battery:
         """All outcomes of these images in this state."""
         if state.model.name not in self.fingerprints:
             self.fingerprints[state.model.name] = model_fingerprint(state.model)
-        base = {"model": self.fingerprints[state.model.name], "edits": [edit.fingerprint for edit in state.edits],
-                "rounding": state.rounding, "judge": self.judge.record(), "seeds": self.protocol.fresh_seeds(),
-                "sampling": [self.protocol.sampling_steps, self.protocol.guidance_scale]}
+        base = {
+            "model": self.fingerprints[state.model.name],
+            "edits": [edit.fingerprint for edit in state.edits],
+            "rounding": state.rounding,
+            "judge": self.judge.record(),
+            "seeds": self.protocol.fresh_seeds(),
+            "sampling": [self.protocol.sampling_steps, self.protocol.guidance_scale],
+        }
         found: list[Outcome] = []
         with state.applied():
             for asking in askings(self.protocol, state):
@@ -149,15 +157,30 @@ class Battery:
 
     def _ask(self, state: State, asking: Asking, cases: Sequence[Case], base: Mapping[str, Any]) -> list[Outcome]:
         settings: object = self.protocol.latent if asking.way == "latent" else asking.attack
-        inputs = {**base, **self._about(cases), "asking": [asking.way, asking.start, asking.restart],
-                  "settings": settings, "seed": self.protocol.seed,
-                  "foreign": canonical_sha256(self.foreign) if asking.start == "foreign" else ""}
+        inputs = {
+            **base,
+            **self._about(cases),
+            "asking": [asking.way, asking.start, asking.restart],
+            "settings": settings,
+            "seed": self.protocol.seed,
+            "foreign": canonical_sha256(self.foreign) if asking.start == "foreign" else "",
+        }
         compute = self._latent if asking.way == "latent" else self._embedding
-        record = self.run.once_record(self._key(state, asking, cases), inputs,
-                                      lambda: compute(state.model, asking, cases))
-        return [self._outcome(state, case, asking, int(step), record["similarities"][step][row],
-                              record["positions"][row] if record["positions"] else None)
-                for step in record["similarities"] for row, case in enumerate(cases)]
+        record = self.run.once_record(
+            self._key(state, asking, cases), inputs, lambda: compute(state.model, asking, cases)
+        )
+        return [
+            self._outcome(
+                state,
+                case,
+                asking,
+                int(step),
+                record["similarities"][step][row],
+                record["positions"][row] if record["positions"] else None,
+            )
+            for step in record["similarities"]
+            for row, case in enumerate(cases)
+        ]
 
     def _embedding(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case]) -> dict[str, Any]:
         """Draw from the prompt, or from what DoRI finds at each snapshot."""
@@ -165,12 +188,21 @@ class Battery:
             found = {0: model.encode([case.memory.text or "" for case in cases])}
         else:
             seeds = self._seeds(asking, cases)
-            triggers = asking.attack(model, torch.stack([case.latent for case in cases]),
-                                     self._starts(model, asking, cases, seeds), seeds=seeds)
+            triggers = asking.attack(
+                model,
+                torch.stack([case.latent for case in cases]),
+                self._starts(model, asking, cases, seeds),
+                seeds=seeds,
+            )
             found = {step: triggers.at(step) for step in triggers.steps}
         noise = initial_noise(model, self.protocol.fresh_seeds())
-        return {"similarities": {str(step): self._similarities(model, cases, y, noise.repeat(len(cases), 1, 1, 1))
-                                 for step, y in found.items()}, "positions": []}
+        return {
+            "similarities": {
+                str(step): self._similarities(model, cases, y, noise.repeat(len(cases), 1, 1, 1))
+                for step, y in found.items()
+            },
+            "positions": [],
+        }
 
     def _latent(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case]) -> dict[str, Any]:
         """Search the initial latent and draw from it with the whole sampler: one image each."""
@@ -183,8 +215,10 @@ class Battery:
         return {"similarities": {str(attack.steps): values}, "positions": positions}
 
     def _seeds(self, asking: Asking, cases: Sequence[Case]) -> list[int]:
-        return [named_seed("proof attack", self.protocol.seed, asking.way, asking.start, asking.restart, case.memory.id)
-                for case in cases]
+        return [
+            named_seed("proof attack", self.protocol.seed, asking.way, asking.start, asking.restart, case.memory.id)
+            for case in cases
+        ]
 
     def _starts(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case], seeds: Sequence[int]) -> Tensor:
         if asking.start == "prompt":
@@ -193,12 +227,18 @@ class Battery:
             return gaussian(model, seeds)
         return torch.cat([foreign(model, self.foreign, 1, seed=seed) for seed in seeds])
 
-    def _similarities(self, model: StableDiffusion, cases: Sequence[Case], embeddings: Tensor,
-                      noise: Tensor) -> list[list[float]]:
+    def _similarities(
+        self, model: StableDiffusion, cases: Sequence[Case], embeddings: Tensor, noise: Tensor
+    ) -> list[list[float]]:
         """The deciding similarities of each case's images, `len(noise) / len(cases)` of them."""
         each = len(noise) // len(cases)
-        latents = sample(model, embeddings.to(model.device).repeat_interleave(each, 0), noise,
-                         steps=self.protocol.sampling_steps, guidance_scale=self.protocol.guidance_scale)
+        latents = sample(
+            model,
+            embeddings.to(model.device).repeat_interleave(each, 0),
+            noise,
+            steps=self.protocol.sampling_steps,
+            guidance_scale=self.protocol.guidance_scale,
+        )
         images = model.to_images(latents).cpu().unflatten(0, (len(cases), each))
         judge = Judge(self.judge.descriptor)  # alignment is not asked for here
         found = judged(judge, cases, images)
@@ -210,28 +250,43 @@ class Battery:
     def _relearn(self, state: State, case: Case, base: Mapping[str, Any]) -> list[Outcome]:
         method = self.protocol.relearning
         inputs = {**base, **self._about([case]), "relearning": method, "seed": self.protocol.seed}
-        record = self.run.once_record(self._relearn_key(state, case), inputs,
-                                      lambda: self._relearned(state.model, case))
-        return [self._outcome(state, case, Asking(RELEARN), int(step), values, None)
-                for step, values in record.items()]
+        record = self.run.once_record(
+            self._relearn_key(state, case), inputs, lambda: self._relearned(state.model, case)
+        )
+        return [self._outcome(state, case, Asking(RELEARN), int(step), values, None) for step, values in record.items()]
 
     def _relearned(self, model: StableDiffusion, case: Case) -> dict[str, Any]:
         assert self.protocol.relearning is not None
         y = model.encode([case.memory.text or ""])
         noise, limit = initial_noise(model, self.protocol.fresh_seeds()), self._threshold(case)
         found = self.protocol.relearning(
-            model, case.latent, y[0].cpu(), seed=named_seed("relearn", self.protocol.seed, case.memory.id),
+            model,
+            case.latent,
+            y[0].cpu(),
+            seed=named_seed("relearn", self.protocol.seed, case.memory.id),
             look=lambda: tuple(self._similarities(model, [case], y, noise)[0]),
-            enough=lambda values: float(np.median(values)) > limit)
+            enough=lambda values: float(np.median(values)) > limit,
+        )
         return {str(step): list(values) for step, values in found.items()}
 
     # ------------------------------------------------------------------------------------------------------- records
 
-    def _outcome(self, state: State, case: Case, asking: Asking, step: int, values: Sequence[float],
-                 position: float | None) -> Outcome:
+    def _outcome(
+        self, state: State, case: Case, asking: Asking, step: int, values: Sequence[float], position: float | None
+    ) -> Outcome:
         start = asking.start if asking.attack is not None else ""
-        return Outcome(case.memory.id, case.group, state.name, asking.way, start, asking.restart, step, tuple(values),
-                       self._threshold(case), position)
+        return Outcome(
+            case.memory.id,
+            case.group,
+            state.name,
+            asking.way,
+            start,
+            asking.restart,
+            step,
+            tuple(values),
+            self._threshold(case),
+            position,
+        )
 
     def _masked(self, case: Case) -> bool:
         """Whether the image is judged blind to the part that varies (`dori.judgement`)."""
@@ -245,11 +300,12 @@ class Battery:
         return rule_by(self.judge.descriptor)
 
     def _about(self, cases: Sequence[Case]) -> dict[str, Any]:
-        return {"ids": [case.memory.id for case in cases], "texts": [case.memory.text for case in cases],
-                "boxes": [case.memory.varying_box for case in cases],
-                "images": pixels_sha256(torch.stack([case.image for case in cases]))}
+        return {
+            "ids": [case.memory.id for case in cases],
+            "texts": [case.memory.text for case in cases],
+            "boxes": [case.memory.varying_box for case in cases],
+            "images": pixels_sha256(torch.stack([case.image for case in cases])),
+        }
 
     def _drawn_rows(self) -> int:
         return self.protocol.seeds * self.protocol.sampling_steps * (2 if self.protocol.guidance_scale != 1 else 1)
-
-

@@ -51,26 +51,40 @@ class Bench:
         subjects, plan = self.material.subjects, self.plan
         model, cases = subjects.model, subjects.memories
         texts = tuple(case.memory.text for case in cases)
-        inputs = {**self._base(), "search": plan.surrogates, "mitigations": plan.mitigations,
-                  "judge": self.judge.record()}
+        inputs = {
+            **self._base(),
+            "search": plan.surrogates,
+            "mitigations": plan.mitigations,
+            "judge": self.judge.record(),
+        }
         stored = self.run.once_tensors("surrogates", inputs, self._surrogates)
         return Forget(
-            tuple(case.memory.id for case in cases), texts, torch.stack([case.latent for case in cases]),
+            tuple(case.memory.id for case in cases),
+            texts,
+            torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
             tuple(stored[f"{i:04d}"] for i in range(len(cases))),
             model.encode([anchor_prompt(text) for text in texts]).cpu(),
-            model.encode(list(self.material.prompts.erasing)).cpu())
+            model.encode(list(self.material.prompts.erasing)).cpu(),
+        )
 
     def _surrogates(self) -> dict[str, Tensor]:
         """Latents of each memory's surrogates, by its position."""
         subjects, plan = self.material.subjects, self.plan
         model, asked = subjects.model, [case.memory.text for case in subjects.memories if case.memory.text is not None]
         seed = named_seed("surrogates", plan.seed)
-        edits = [dataclasses.replace(wanda(model, model.encode(asked), seed=seed), name=wanda_name(wanda))
-                 for wanda in plan.mitigations if asked]
+        edits = [
+            dataclasses.replace(wanda(model, model.encode(asked), seed=seed), name=wanda_name(wanda))
+            for wanda in plan.mitigations
+            if asked
+        ]
         found = plan.surrogates(model, subjects.memories, edits, self.judge.descriptor, seed=seed)
-        self.work.say("surrogates: " + ", ".join(
-            f"{case.memory.id} {len(kept)}" for case, kept in zip(subjects.memories, found.latents, strict=True)))
+        self.work.say(
+            "surrogates: "
+            + ", ".join(
+                f"{case.memory.id} {len(kept)}" for case, kept in zip(subjects.memories, found.latents, strict=True)
+            )
+        )
         return {f"{i:04d}": kept for i, kept in enumerate(found.latents)}
 
     def edit(self, name: str, method: Eraser, forget: Forget, *, on: WeightDelta | None = None) -> WeightDelta:
@@ -82,10 +96,17 @@ class Bench:
             forget: the memories.
             on: an edit that is put on first.
         """
-        inputs = {**self._base(), "eraser": method, "class": type(method).__name__, "on": on.fingerprint if on else "",
-                  "judge": self.judge.record(), "forget": tensors_sha256(
-                      {"y": forget.embeddings, **{str(i): kept for i, kept in enumerate(forget.surrogates)}}),
-                  "retain": tensors_sha256({"z": self.material.retain.latents})}
+        inputs = {
+            **self._base(),
+            "eraser": method,
+            "class": type(method).__name__,
+            "on": on.fingerprint if on else "",
+            "judge": self.judge.record(),
+            "forget": tensors_sha256(
+                {"y": forget.embeddings, **{str(i): kept for i, kept in enumerate(forget.surrogates)}}
+            ),
+            "retain": tensors_sha256({"z": self.material.retain.latents}),
+        }
         processes, asked = self.work.processes, False
         # Named by all that it depends on: an erasure with other inputs or other code begins anew.
         made_from = canonical_sha256({"inputs": inputs, "made_by": self.run.made_by})[:12]
@@ -137,10 +158,14 @@ class Bench:
 
     def _base(self) -> dict[str, Any]:
         cases = self.material.subjects.memories
-        return {"model": self.fingerprint, "ids": [case.memory.id for case in cases],
-                "texts": [case.memory.text for case in cases], "seed": self.plan.seed,
-                "images": pixels_sha256(torch.stack([case.image for case in cases])),
-                "prompts": self.material.prompts.erasing}
+        return {
+            "model": self.fingerprint,
+            "ids": [case.memory.id for case in cases],
+            "texts": [case.memory.text for case in cases],
+            "seed": self.plan.seed,
+            "images": pixels_sha256(torch.stack([case.image for case in cases])),
+            "prompts": self.material.prompts.erasing,
+        }
 
 
 def bench(material: Material, plan: Plan, judge: Judge, run: Run, work: Work) -> Bench:
@@ -151,7 +176,8 @@ def bench(material: Material, plan: Plan, judge: Judge, run: Run, work: Work) ->
 def _packed(edit: WeightDelta) -> dict[str, Tensor]:
     header = json.dumps({"name": edit.name, "details": edit.details}, sort_keys=True, allow_nan=False)
     return {f"delta.{key}": value for key, value in edit.deltas.items()} | {
-        "header": torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8)}
+        "header": torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8)
+    }
 
 
 def _unpacked(stored: Mapping[str, Tensor]) -> WeightDelta:

@@ -47,24 +47,41 @@ def render(record: Mapping[str, Any]) -> str:
     Args:
         record: what `proof.json` holds.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(files("dori.erase").joinpath("certificate.html").read_text(encoding="utf-8"))
     outcomes, name = outcomes_of(record), record["verdict"]["name"]
     relearning = record["protocol"]["relearning"]
     unreached = relearning["steps"] + relearning["check_every"] if relearning else 0
     return template.render(
-        record=record, name=name, sign=SIGNS[name], words=WORDS[name], rules=RULES, split=_split(record),
-        judge=_judge(record), ways=WAYS, lines={group: rates(outcomes, group, unreached=unreached)
-                                                for group in ("memory", "control")},
-        tests=[_test(one) for one in record["verdict"]["tests"]], damage=[_damage(one) for one in record["damage"]],
-        settings=_settings(record), cost=_cost(record))
+        record=record,
+        name=name,
+        sign=SIGNS[name],
+        words=WORDS[name],
+        rules=RULES,
+        split=_split(record),
+        judge=_judge(record),
+        ways=WAYS,
+        lines={group: rates(outcomes, group, unreached=unreached) for group in ("memory", "control")},
+        tests=[_test(one) for one in record["verdict"]["tests"]],
+        damage=[_damage(one) for one in record["damage"]],
+        settings=_settings(record),
+        cost=_cost(record),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
-WAYS = ("prompt", f"DoRI, {PUBLISHED_STEPS} steps", "DoRI, all steps", "long DoRI", "restricted DoRI",
-        "initial latent (position)", "steps to relearn")
+WAYS = (
+    "prompt",
+    f"DoRI, {PUBLISHED_STEPS} steps",
+    "DoRI, all steps",
+    "long DoRI",
+    "restricted DoRI",
+    "initial latent (position)",
+    "steps to relearn",
+)
 
 
 def rates(outcomes: Sequence[Outcome], group: Group, *, unreached: int) -> list[Line]:
@@ -72,11 +89,14 @@ def rates(outcomes: Sequence[Outcome], group: Group, *, unreached: int) -> list[
     lines = []
     for state in dict.fromkeys(o.state for o in outcomes):
         last = attack_steps(outcomes, state)
-        cells = [_rate(back(outcomes, state, group, PROMPT)),
-                 _rate(back(outcomes, state, group, ATTACK, at_most=PUBLISHED_STEPS)),
-                 _rate(back(outcomes, state, group, ATTACK)) + (f" at {last}" if last else ""),
-                 *(_rate(back(outcomes, state, group, way)) for way in ("long", "restricted")),
-                 _latent(outcomes, state, group), _relearned(outcomes, state, group, unreached)]
+        cells = [
+            _rate(back(outcomes, state, group, PROMPT)),
+            _rate(back(outcomes, state, group, ATTACK, at_most=PUBLISHED_STEPS)),
+            _rate(back(outcomes, state, group, ATTACK)) + (f" at {last}" if last else ""),
+            *(_rate(back(outcomes, state, group, way)) for way in ("long", "restricted")),
+            _latent(outcomes, state, group),
+            _relearned(outcomes, state, group, unreached),
+        ]
         lines.append(Line(state, tuple(cells)))
     return lines
 
@@ -108,14 +128,30 @@ def _test(one: Mapping[str, Any]) -> Line:
     e = one["found"]
     shown = "equivalent" if e["shown"] else "different" if e["excluded"] else "not shown"
     shown += "" if e["spread"] else ", all images alike"
-    return Line(f"{one['state']}: {one['quantity']}", (
-        f"{e['difference']:+.3g}", f"{e['low']:+.3g} to {e['high']:+.3g}", f"±{e['margin']:g}", f"{e['p']:.3g}",
-        f"{e['counts'][0]} and {e['counts'][1]}", shown))
+    return Line(
+        f"{one['state']}: {one['quantity']}",
+        (
+            f"{e['difference']:+.3g}",
+            f"{e['low']:+.3g} to {e['high']:+.3g}",
+            f"±{e['margin']:g}",
+            f"{e['p']:.3g}",
+            f"{e['counts'][0]} and {e['counts'][1]}",
+            shown,
+        ),
+    )
 
 
 def _damage(row: Mapping[str, Any]) -> Line:
-    names = ("frechet", "kernel", "alignment", "to_original", "held_out_loss", "neighbour_frechet",
-             "neighbour_alignment", "neighbour_to_original")
+    names = (
+        "frechet",
+        "kernel",
+        "alignment",
+        "to_original",
+        "held_out_loss",
+        "neighbour_frechet",
+        "neighbour_alignment",
+        "neighbour_to_original",
+    )
     return Line(row["state"], tuple(DASH if row[name] is None else f"{row[name]:.4g}" for name in names))
 
 
@@ -123,31 +159,40 @@ def _damage(row: Mapping[str, Any]) -> Line:
 
 
 def _split(record: Mapping[str, Any]) -> str:
-    return {"all": "All given memories were erased and judged.",
-            "tune": "These memories are the half on which settings may have been tuned: their figures are no test.",
-            "test": "These memories are the half on which nothing was tuned; the settings were frozen before."}[
-                record["split"]]
+    return {
+        "all": "All given memories were erased and judged.",
+        "tune": "These memories are the half on which settings may have been tuned: their figures are no test.",
+        "test": "These memories are the half on which nothing was tuned; the settings were frozen before.",
+    }[record["split"]]
 
 
 def _judge(record: Mapping[str, Any]) -> str:
     twins = record["twins"]
     if twins:
-        return (f"Each image is compared with itself on {' and '.join(twins)}, which never saw the memories; what "
-                "fine-tuning does to any image cancels by the same difference for controls.")
+        return (
+            f"Each image is compared with itself on {' and '.join(twins)}, which never saw the memories; what "
+            "fine-tuning does to any image cancels by the same difference for controls."
+        )
     blind = ", ".join(f"{name} {value:.2f}" for name, value in record["blind"].items()) or "not measured"
-    return ("There is no model that never saw the memories: they are compared with controls on the erased model. "
-            f"Scores that look at no model tell the two apart with AUROC {blind} (0.5: not at all).")
+    return (
+        "There is no model that never saw the memories: they are compared with controls on the erased model. "
+        f"Scores that look at no model tell the two apart with AUROC {blind} (0.5: not at all)."
+    )
 
 
 def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values of the settings, flat."""
+
     def flat(value: object, name: str) -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             return [line for key, inner in value.items() for line in flat(inner, f"{name}.{key}")]
         return [(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]
 
-    return [*flat(record["eraser"]["settings"], "eraser"), *flat(record["protocol"], "protocol"),
-            *flat(record["descriptor"], "descriptor")]
+    return [
+        *flat(record["eraser"]["settings"], "eraser"),
+        *flat(record["protocol"], "protocol"),
+        *flat(record["descriptor"], "descriptor"),
+    ]
 
 
 def _cost(record: Mapping[str, Any]) -> str:

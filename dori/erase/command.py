@@ -70,11 +70,15 @@ class Request:
             DoriError: folders are missing or superfluous, or the place of the model is taken.
         """
         if self.own_images and (self.retain or self.controls or self.twins or self.device != "cpu"):
-            raise DoriError("without --memories the testbed's own images are erased, judged by its own twins on the "
-                            "CPU; leave out --retain, --controls, --twin and --device, or give --memories FOLDER")
+            raise DoriError(
+                "without --memories the testbed's own images are erased, judged by its own twins on the "
+                "CPU; leave out --retain, --controls, --twin and --device, or give --memories FOLDER"
+            )
         if not self.own_images and (self.memories is None or self.retain is None):
-            raise DoriError("an erasure needs the images to erase and ordinary images with texts that hold the model "
-                            "in place; give --memories FOLDER and --retain FOLDER")
+            raise DoriError(
+                "an erasure needs the images to erase and ordinary images with texts that hold the model "
+                "in place; give --memories FOLDER and --retain FOLDER"
+            )
         if self.save_model is not None and self.save_model.exists():
             raise DoriError(f"{self.save_model} exists; name a place that does not, so that no model is overwritten")
 
@@ -117,8 +121,16 @@ def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Materia
     device = request.device
     if device == "cuda" and processes.count > 1:
         device = f"cuda:{processes.index}"
-    return folder_material(request.model, plan, request.split, memories=request.memories, retain=request.retain,
-                           controls=request.controls, twins=request.twins, device=device)
+    return folder_material(
+        request.model,
+        plan,
+        request.split,
+        memories=request.memories,
+        retain=request.retain,
+        controls=request.controls,
+        twins=request.twins,
+        device=device,
+    )
 
 
 def _table(request: Request, material: Material, plan: Plan, judge: Judge, run: Run, work: Work) -> list[str]:
@@ -144,8 +156,12 @@ def written(request: Request, material: Material, plan: Plan, judge: Judge, run:
         found = audit(material.subjects, plan=plan.audit(), judge=judge, run=inner, given=(proof.edit,), say=run.say)
         write_text(inner.folder / "audit.json", found.to_json())
         write_text(inner.folder / "report.html", report(found, inner.folder))
-    lines = [f"verdict: {proof.record['verdict']['name']}", f"certificate: {out / 'certificate.html'}",
-             f"edit: {out / 'edit.safetensors'}", f"before and after: {inner.folder / 'report.html'}"]
+    lines = [
+        f"verdict: {proof.record['verdict']['name']}",
+        f"certificate: {out / 'certificate.html'}",
+        f"edit: {out / 'edit.safetensors'}",
+        f"before and after: {inner.folder / 'report.html'}",
+    ]
     if request.save_model is not None:
         with proof.edit.applied(model):
             save_model(model, request.save_model, source=request.model)

@@ -20,16 +20,7 @@ import torch
 
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
-from dori.erase.pairs import (
-    Forget,
-    Pairs,
-    Work,
-    even_rows,
-    noised,
-    prediction_losses,
-    step_generator,
-    surrogate_pairs,
-)
+from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator, surrogate_pairs
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
@@ -52,8 +43,9 @@ class ConceptAblation:
     target: Literal["model", "noise"] = "model"
     tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-7))
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit.
 
         Raises:
@@ -69,14 +61,27 @@ class ConceptAblation:
         if self.target == "model":  # drawn beforehand, so that no second model is kept
             anchors = memories.anchors[which].to(batch.embeddings)
             with torch.no_grad():
-                targets = torch.cat([model.predict_noise(noisy[part], batch.timestep[part], anchors[part])
-                                     for part in torch.arange(rows).split(self.tuner.rows_per_call)])
+                targets = torch.cat(
+                    [
+                        model.predict_noise(noisy[part], batch.timestep[part], anchors[part])
+                        for part in torch.arange(rows).split(self.tuner.rows_per_call)
+                    ]
+                )
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
             for step, part in enumerate(torch.arange(rows, device=model.device).split(self.batch)):
-                errors = prediction_losses(model, noisy[part], batch.timestep[part], batch.embeddings[part],
-                                           targets[part])
+                errors = prediction_losses(
+                    model, noisy[part], batch.timestep[part], batch.embeddings[part], targets[part]
+                )
                 gradient, loss = tuned.gradient(errors, len(part))
-                tuned.update(beside_ordinary(tuned, gradient, retain, rows=self.batch, weight=self.prior_weight,
-                                             generator=step_generator("prior", seed, step)))
+                tuned.update(
+                    beside_ordinary(
+                        tuned,
+                        gradient,
+                        retain,
+                        rows=self.batch,
+                        weight=self.prior_weight,
+                        generator=step_generator("prior", seed, step),
+                    )
+                )
                 log.append(loss)
             return tuned.edit("concept ablation", making(self, seed=seed, rows=model.rows - before, log=log))

@@ -46,8 +46,12 @@ def contestants(kind: Kind, plan: Plan, *, timesteps: int) -> dict[str, Eraser]:
     """The erasers, or the arms of the adversarial one."""
     if kind == "ablations":
         return dict(arms(plan.adversarial))
-    return {name: eraser(name, adversarial=plan.adversarial, timesteps=timesteps,
-                         sampling_steps=plan.protocol.sampling_steps) for name in ERASERS}
+    return {
+        name: eraser(
+            name, adversarial=plan.adversarial, timesteps=timesteps, sampling_steps=plan.protocol.sampling_steps
+        )
+        for name in ERASERS
+    }
 
 
 def contest(material: Material, plan: Plan, kind: Kind, *, judge: Judge, run: Run, work: Work) -> dict[str, Any]:
@@ -80,13 +84,21 @@ def contest(material: Material, plan: Plan, kind: Kind, *, judge: Judge, run: Ru
     outcomes = [outcome for state in states for outcome in battery.measure(state, subjects.memories)]
     damage = gauge.measure(states, battery.fingerprints)
     twins = [twin.name for twin in subjects.twins]
-    return json.loads(json.dumps({
-        "kind": kind, "split": material.split, "header": [*WAYS, *TAIL],
-        "rows": _rows(outcomes, damage, entries, twins=twins, protocol=protocol),
-        "failures": {entry.name: entry.failure for entry in entries if entry.failure},
-        "entries": [dataclasses.asdict(entry) for entry in entries],
-        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
-        "damage": [dataclasses.asdict(row) for row in damage], "provenance": run.provenance()}))
+    return json.loads(
+        json.dumps(
+            {
+                "kind": kind,
+                "split": material.split,
+                "header": [*WAYS, *TAIL],
+                "rows": _rows(outcomes, damage, entries, twins=twins, protocol=protocol),
+                "failures": {entry.name: entry.failure for entry in entries if entry.failure},
+                "entries": [dataclasses.asdict(entry) for entry in entries],
+                "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+                "damage": [dataclasses.asdict(row) for row in damage],
+                "provenance": run.provenance(),
+            }
+        )
+    )
 
 
 def _protocol(plan: Plan) -> Protocol:
@@ -94,8 +106,14 @@ def _protocol(plan: Plan) -> Protocol:
     return dataclasses.replace(plan.protocol, restarts=1, roundings=(), harmless_steps=0)
 
 
-def _rows(outcomes: Sequence[Outcome], damage: Sequence[Damage], entries: Sequence[Entry], *, twins: Sequence[str],
-          protocol: Protocol) -> list[list[str]]:
+def _rows(
+    outcomes: Sequence[Outcome],
+    damage: Sequence[Damage],
+    entries: Sequence[Entry],
+    *,
+    twins: Sequence[str],
+    protocol: Protocol,
+) -> list[list[str]]:
     by_state: Mapping[str, Damage] = {row.state: row for row in damage}
     by_name = {entry.name: entry for entry in entries}
     found = []
@@ -104,10 +122,17 @@ def _rows(outcomes: Sequence[Outcome], damage: Sequence[Damage], entries: Sequen
         area = areas(outcomes, line.heading)
         values = less_twins(area, [areas(outcomes, twin) for twin in twins]) if twins else area
         seconds = entry.seconds if entry else None
-        found.append([line.heading, *line.cells, f"{np.mean(list(values.values())):+.3f}" if values else DASH,
-                      f"{row.frechet:.4g}", *(DASH if value is None else f"{value:.3f}" for value in
-                                              (row.to_original, row.neighbour_to_original)),
-                      f"{entry.rows:,}" if entry else DASH, DASH if seconds is None else f"{seconds / 60:.1f}"])
+        found.append(
+            [
+                line.heading,
+                *line.cells,
+                f"{np.mean(list(values.values())):+.3f}" if values else DASH,
+                f"{row.frechet:.4g}",
+                *(DASH if value is None else f"{value:.3f}" for value in (row.to_original, row.neighbour_to_original)),
+                f"{entry.rows:,}" if entry else DASH,
+                DASH if seconds is None else f"{seconds / 60:.1f}",
+            ]
+        )
     return found
 
 

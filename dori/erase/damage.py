@@ -108,22 +108,32 @@ class Gauge:
             fingerprints: of their models, by name.
         """
         original = states[0]
-        base = {"judge": self.judge.record(), "sampling": [self.sampling_steps, self.guidance_scale],
-                "seed": self.seed, "prompts": [self.ordinary, self.near]}
+        base = {
+            "judge": self.judge.record(),
+            "sampling": [self.sampling_steps, self.guidance_scale],
+            "seed": self.seed,
+            "prompts": [self.ordinary, self.near],
+        }
         drawn = [self._drawn_in(state, base | self._of(state, fingerprints)) for state in states]
         other = self._references(original, base | self._of(original, fingerprints))
         losses = [self._loss_in(state, base | self._of(state, fingerprints)) for state in states]
-        return tuple(self._row(state, found, drawn[0], other, loss)
-                     for state, found, loss in zip(states, drawn, losses, strict=True))
+        return tuple(
+            self._row(state, found, drawn[0], other, loss)
+            for state, found, loss in zip(states, drawn, losses, strict=True)
+        )
 
     def _of(self, state: State, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-        return {"model": fingerprints[state.model.name], "edits": [edit.fingerprint for edit in state.edits],
-                "rounding": state.rounding}
+        return {
+            "model": fingerprints[state.model.name],
+            "edits": [edit.fingerprint for edit in state.edits],
+            "rounding": state.rounding,
+        }
 
     def _drawn_in(self, state: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         with state.applied():
-            return self.run.once_tensors(cell_key("damage", state.name), inputs,
-                                         partial(self._both, state.model, "damage"))
+            return self.run.once_tensors(
+                cell_key("damage", state.name), inputs, partial(self._both, state.model, "damage")
+            )
 
     def _references(self, original: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         held = "" if self.held_out is None else pixels_sha256(self.held_out)
@@ -144,21 +154,33 @@ class Gauge:
 
     def _described(self, model: StableDiffusion, prompts: Sequence[str], name: str, group: str) -> dict[str, Tensor]:
         seeds = [named_seed(name, self.seed, k) for k in range(len(prompts))]
-        latents = sample(model, model.encode(list(prompts)), initial_noise(model, seeds), steps=self.sampling_steps,
-                         guidance_scale=self.guidance_scale)
+        latents = sample(
+            model,
+            model.encode(list(prompts)),
+            initial_noise(model, seeds),
+            steps=self.sampling_steps,
+            guidance_scale=self.guidance_scale,
+        )
         images, _ = finite_images(model.to_images(latents).cpu())
-        found = {f"{group}.descriptors": self.judge.descriptor(images).cpu(),
-                 f"{group}.features": self.judge.features(images)}
+        found = {
+            f"{group}.descriptors": self.judge.descriptor(images).cpu(),
+            f"{group}.features": self.judge.features(images),
+        }
         aligned = self.judge.align(images, prompts)
         return found if aligned is None else found | {f"{group}.alignment": aligned.cpu()}
 
     def _loss_in(self, state: State, inputs: Mapping[str, Any]) -> float | None:
         def compute() -> dict[str, Any]:
-            batch = noised(state.model, self.pairs.latents.float(), self.pairs.embeddings.float(),
-                           torch.Generator().manual_seed(named_seed("held-out loss", self.seed)))
+            batch = noised(
+                state.model,
+                self.pairs.latents.float(),
+                self.pairs.embeddings.float(),
+                torch.Generator().manual_seed(named_seed("held-out loss", self.seed)),
+            )
             with torch.no_grad():
-                losses = torch.cat([denoising_losses(state.model, batch)(part)
-                                    for part in torch.arange(len(batch)).split(64)])
+                losses = torch.cat(
+                    [denoising_losses(state.model, batch)(part) for part in torch.arange(len(batch)).split(64)]
+                )
             loss = float(losses.mean())
             return {"loss": round(loss, 8) if math.isfinite(loss) else None}
 
@@ -167,8 +189,14 @@ class Gauge:
             record = self.run.once_record(cell_key("loss", state.name), {**inputs, "pairs": pairs}, compute)
         return record["loss"]
 
-    def _row(self, state: State, found: Mapping[str, Tensor], original: Mapping[str, Tensor],
-             reference: Mapping[str, Tensor], loss: float | None) -> Damage:
+    def _row(
+        self,
+        state: State,
+        found: Mapping[str, Tensor],
+        original: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        loss: float | None,
+    ) -> Damage:
         def median(group: str) -> float | None:
             key = f"{group}.alignment"
             return float(found[key].median()) if key in found else None
@@ -180,9 +208,18 @@ class Gauge:
         features, near = found["ordinary.features"], "near.features"
         kernel = kernel_distance(features, reference["ordinary.features"], seed=named_seed("kernel", self.seed))
         return Damage(
-            state.name, len(self.ordinary), frechet_distance(features, reference["ordinary.features"]), kernel.value,
-            median("ordinary"), drift("ordinary"), loss, len(self.near),
-            frechet_distance(found[near], reference[near]) if near in found else None, median("near"), drift("near"))
+            state.name,
+            len(self.ordinary),
+            frechet_distance(features, reference["ordinary.features"]),
+            kernel.value,
+            median("ordinary"),
+            drift("ordinary"),
+            loss,
+            len(self.near),
+            frechet_distance(found[near], reference[near]) if near in found else None,
+            median("near"),
+            drift("near"),
+        )
 
     def cells(self, states: Sequence[State]) -> dict[str, int]:
         """Every cell of `measure` with its U-Net rows."""

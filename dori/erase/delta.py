@@ -77,8 +77,13 @@ class WeightDelta:
         write_bytes(path, save(tensors, metadata={"edit": header}))
 
 
-def difference(name: str, model: StableDiffusion, base: Mapping[str, Tensor], changed: Mapping[str, Tensor],
-               details: Mapping[str, Any]) -> WeightDelta:
+def difference(
+    name: str,
+    model: StableDiffusion,
+    base: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    details: Mapping[str, Any],
+) -> WeightDelta:
     """The edit that leads from some weights to others; weights that did not move are left out.
 
     Args:
@@ -95,8 +100,9 @@ def difference(name: str, model: StableDiffusion, base: Mapping[str, Tensor], ch
     for key, value in changed.items():
         delta = (value.detach().double() - base[key].double()).float().cpu()
         if not torch.isfinite(delta).all():
-            raise DoriError(f"{name} on {model.name} diverged ({key} is not finite); take a smaller learning rate or "
-                            "fewer steps")
+            raise DoriError(
+                f"{name} on {model.name} diverged ({key} is not finite); take a smaller learning rate or fewer steps"
+            )
         if delta.any():
             deltas[key] = delta
     return WeightDelta(name, deltas, details)

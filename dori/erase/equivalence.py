@@ -52,8 +52,9 @@ class Equivalence:
         return self.low > self.margin or self.high < -self.margin
 
 
-def equivalence(quantity: str, first: ArrayLike, second: ArrayLike, *, margin: float,
-                level: float = 0.05) -> Equivalence:
+def equivalence(
+    quantity: str, first: ArrayLike, second: ArrayLike, *, margin: float, level: float = 0.05
+) -> Equivalence:
     """Test whether the means of two independent groups differ by less than the margin.
 
     Args:
@@ -68,19 +69,39 @@ def equivalence(quantity: str, first: ArrayLike, second: ArrayLike, *, margin: f
     """
     a, b = (np.asarray(values, np.float64) for values in (first, second))
     if min(a.size, b.size) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()) or not margin > 0:
-        raise DoriError(f"{quantity}: equivalence needs at least two memories and two controls with finite values and "
-                        "a positive margin; give more images")
+        raise DoriError(
+            f"{quantity}: equivalence needs at least two memories and two controls with finite values and "
+            "a positive margin; give more images"
+        )
     difference = float(a.mean() - b.mean())
     error, freedom = _welch(a, b)
     if error == 0:
         within = abs(difference) < margin
-        return Equivalence(quantity, difference, difference, difference, margin, 0.0 if within else 1.0, level,
-                           (a.size, b.size), spread=False)
+        return Equivalence(
+            quantity,
+            difference,
+            difference,
+            difference,
+            margin,
+            0.0 if within else 1.0,
+            level,
+            (a.size, b.size),
+            spread=False,
+        )
     half = float(stats.t.ppf(1 - level, freedom)) * error
     above = float(stats.t.sf((difference + margin) / error, freedom))
     below = float(stats.t.cdf((difference - margin) / error, freedom))
-    return Equivalence(quantity, difference, difference - half, difference + half, margin, max(above, below), level,
-                       (a.size, b.size), spread=True)
+    return Equivalence(
+        quantity,
+        difference,
+        difference - half,
+        difference + half,
+        margin,
+        max(above, below),
+        level,
+        (a.size, b.size),
+        spread=True,
+    )
 
 
 def _welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:

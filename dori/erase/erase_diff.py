@@ -38,8 +38,10 @@ Rule = Literal["bome", "released"]
 
 def balance(retain: Sequence[Tensor], forget: Sequence[Tensor], *, eta: float, rule: Rule) -> float:
     """Lambda of the module's formula, for gradients given as lists of tensors of equal shapes."""
-    inner, r, f = (sum(float((a.double() * b.double()).sum()) for a, b in zip(x, y, strict=True))
-                   for x, y in ((retain, forget), (retain, retain), (forget, forget)))
+    inner, r, f = (
+        sum(float((a.double() * b.double()).sum()) for a, b in zip(x, y, strict=True))
+        for x, y in ((retain, forget), (retain, retain), (forget, forget))
+    )
     if f == 0:
         return 0.0
     return max(0.0, eta - (inner / f if rule == "bome" else inner / (r * f) ** 0.5 if r else 0.0))
@@ -63,8 +65,9 @@ class EraseDiff:
     rule: Rule = "bome"
     tuner: Tuner = field(default_factory=Tuner)
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit."""
         work, before, log = work or Work(), model.rows, []
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
@@ -76,7 +79,8 @@ class EraseDiff:
                 uniform = torch.rand(batch.noise.shape, generator=generator).to(batch.noise)
                 noisy = model.add_noise(batch.latents, batch.noise, batch.timestep)
                 forget, forgotten = tuned.gradient(
-                    prediction_losses(model, noisy, batch.timestep, batch.embeddings, uniform), len(batch))
+                    prediction_losses(model, noisy, batch.timestep, batch.embeddings, uniform), len(batch)
+                )
                 weight = balance(keep, forget, eta=self.eta, rule=self.rule)
                 tuned.update([k + weight * f for k, f in zip(keep, forget, strict=True)])
                 log.append({"retain": loss, "forget": forgotten, "lambda": weight})

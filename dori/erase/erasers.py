@@ -24,8 +24,9 @@ from dori.model.stable_diffusion import StableDiffusion
 class Eraser(Protocol):
     """What every eraser is: settings, and a call that returns an edit and leaves the model as it was."""
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """Erase the memories."""
 
 
@@ -52,8 +53,10 @@ def eraser(name: str, *, adversarial: AdversarialErasure, timesteps: int, sampli
         "erase-diff": EraseDiff(batch=batch, tuner=tuner),
         "siss": Siss(batch=batch, tuner=tuner),
         "siss-as-released": dataclasses.replace(as_released(timesteps), batch=batch, tuner=tuner),
-        "esd": Esd(sampling_steps=sampling_steps, tuner=dataclasses.replace(
-            tuner, learning_rate=5e-5 * rate, part="cross_attention")),
+        "esd": Esd(
+            sampling_steps=sampling_steps,
+            tuner=dataclasses.replace(tuner, learning_rate=5e-5 * rate, part="cross_attention"),
+        ),
         "concept-ablation": ConceptAblation(tuner=dataclasses.replace(tuner, learning_rate=5e-7 * rate)),
         "uce": Uce(),
     }
@@ -63,6 +66,7 @@ def eraser(name: str, *, adversarial: AdversarialErasure, timesteps: int, sampli
 
 def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
     """The ablation's arms by name: each takes one part away from the recipe (or puts a weaker one in its place)."""
+
     def tuned(part: Part) -> AdversarialErasure:
         return dataclasses.replace(adversarial, tuner=dataclasses.replace(adversarial.tuner, part=part))
 

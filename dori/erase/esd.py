@@ -24,8 +24,15 @@ from dori.model.stable_diffusion import StableDiffusion
 
 
 @torch.no_grad()
-def partial_samples(model: StableDiffusion, embeddings: Tensor, generator: torch.Generator, *, steps: int,
-                    guidance_scale: float, rows_per_call: int) -> tuple[Tensor, Tensor]:
+def partial_samples(
+    model: StableDiffusion,
+    embeddings: Tensor,
+    generator: torch.Generator,
+    *,
+    steps: int,
+    guidance_scale: float,
+    rows_per_call: int,
+) -> tuple[Tensor, Tensor]:
     """Guided DDIM samples, each stopped before a step drawn at random: x_t (b, c, h, w) and t (b,)."""
     stops = torch.randint(steps, (len(embeddings),), generator=generator)
     noise = torch.randn((len(embeddings), *model.latent_shape), generator=generator).to(model.device)
@@ -48,14 +55,16 @@ def partial_samples(model: StableDiffusion, embeddings: Tensor, generator: torch
 
 
 @torch.no_grad()
-def negative_targets(model: StableDiffusion, noisy: Tensor, timestep: Tensor, embeddings: Tensor, *, eta: float,
-                     rows_per_call: int) -> Tensor:
+def negative_targets(
+    model: StableDiffusion, noisy: Tensor, timestep: Tensor, embeddings: Tensor, *, eta: float, rows_per_call: int
+) -> Tensor:
     """eps(c) - eta (eps(c) - eps(null)) of the model as it is, shape (b, c, h, w)."""
     null, targets = model.encode([""]), []
     per_call = max(1, rows_per_call // 2)
     for x, t, y in zip(noisy.split(per_call), timestep.split(per_call), embeddings.split(per_call), strict=True):
-        eps = model.predict_noise(torch.cat([x, x]), torch.cat([t, t]),
-                                  torch.cat([null.expand(len(y), -1, -1), y.to(null)]))
+        eps = model.predict_noise(
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([null.expand(len(y), -1, -1), y.to(null)])
+        )
         unconditional, conditional = eps.chunk(2)
         targets.append(conditional - eta * (conditional - unconditional))
     return torch.cat(targets)
@@ -83,8 +92,9 @@ class Esd:
     guidance_scale: float = 3.0
     tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-5, part="cross_attention"))
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit; `retain` is not looked at, as published.
 
         Raises:
@@ -98,8 +108,14 @@ class Esd:
             batch = noised(model, memories.latents[which].float(), embeddings, generator)
             noisy, t = model.add_noise(batch.latents, batch.noise, batch.timestep), batch.timestep
         else:
-            noisy, t = partial_samples(model, embeddings, generator, steps=self.sampling_steps,
-                                       guidance_scale=self.guidance_scale, rows_per_call=self.tuner.rows_per_call)
+            noisy, t = partial_samples(
+                model,
+                embeddings,
+                generator,
+                steps=self.sampling_steps,
+                guidance_scale=self.guidance_scale,
+                rows_per_call=self.tuner.rows_per_call,
+            )
         targets = negative_targets(model, noisy, t, embeddings, eta=self.eta, rows_per_call=self.tuner.rows_per_call)
         log = []
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:

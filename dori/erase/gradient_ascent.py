@@ -9,14 +9,7 @@ from dataclasses import dataclass, field
 
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
-from dori.erase.pairs import (
-    Forget,
-    Pairs,
-    Work,
-    denoising_losses,
-    memory_batch,
-    step_generator,
-)
+from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, memory_batch, step_generator
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
@@ -39,8 +32,9 @@ class GradientAscent:
     stop_above: float | None = 1.0
     tuner: Tuner = field(default_factory=Tuner)
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit."""
         work, before, log = work or Work(), model.rows, []
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
@@ -52,6 +46,9 @@ class GradientAscent:
                 if self.stop_above is not None and loss > self.stop_above:
                     break
                 gradient = [-g for g in gradient]
-                tuned.update(beside_ordinary(tuned, gradient, retain, rows=self.batch, weight=self.retain_weight,
-                                             generator=generator))
+                tuned.update(
+                    beside_ordinary(
+                        tuned, gradient, retain, rows=self.batch, weight=self.retain_weight, generator=generator
+                    )
+                )
             return tuned.edit("gradient ascent", making(self, seed=seed, rows=model.rows - before, log=log))

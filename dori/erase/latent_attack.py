@@ -59,8 +59,9 @@ class LatentAttack:
     on_sphere: bool = False
     rows_per_call: int = 16
 
-    def __call__(self, model: StableDiffusion, targets: Tensor, embeddings: Tensor, *,
-                 seeds: Sequence[int]) -> FoundLatents:
+    def __call__(
+        self, model: StableDiffusion, targets: Tensor, embeddings: Tensor, *, seeds: Sequence[int]
+    ) -> FoundLatents:
         """Search an initial latent for each image.
 
         Args:
@@ -69,15 +70,21 @@ class LatentAttack:
             embeddings: their prompts, shape (n, l, d).
             seeds: of the starting noises, n; one image's result depends on its own seed, target and prompt alone.
         """
-        parts = [self._attack(model, z.to(model.device, model.unet.dtype), y.to(model.device), part)
-                 for z, y, part in zip(targets.split(self.rows_per_call), embeddings.split(self.rows_per_call),
-                                       [seeds[i : i + self.rows_per_call]
-                                        for i in range(0, len(seeds), self.rows_per_call)], strict=True)]
+        parts = [
+            self._attack(model, z.to(model.device, model.unet.dtype), y.to(model.device), part)
+            for z, y, part in zip(
+                targets.split(self.rows_per_call),
+                embeddings.split(self.rows_per_call),
+                [seeds[i : i + self.rows_per_call] for i in range(0, len(seeds), self.rows_per_call)],
+                strict=True,
+            )
+        ]
         latents = torch.cat([latent for latent, _ in parts])
         return FoundLatents(latents, torch.cat([losses for _, losses in parts]), norm_positions(latents))
 
-    def _attack(self, model: StableDiffusion, targets: Tensor, embeddings: Tensor,
-                seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _attack(
+        self, model: StableDiffusion, targets: Tensor, embeddings: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         x = initial_noise(model, seeds).to(targets.dtype).requires_grad_()
         adam, losses = torch.optim.Adam([x], lr=self.learning_rate), []
         for _ in range(self.steps):

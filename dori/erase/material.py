@@ -76,9 +76,11 @@ def taken(subjects: Subjects, plan: Plan, split: Split) -> Subjects:
     part = of_split(often, split)
     if not part:
         raise DoriError(f"the split {split!r} of {len(often)} memories is empty; give more memories or --split all")
-    return dataclasses.replace(subjects, memories=tuple(part[k] for k in choose(len(part), plan.memories)),
-                               controls=tuple(subjects.controls[k] for k in choose(len(subjects.controls),
-                                                                                   plan.controls)))
+    return dataclasses.replace(
+        subjects,
+        memories=tuple(part[k] for k in choose(len(part), plan.memories)),
+        controls=tuple(subjects.controls[k] for k in choose(len(subjects.controls), plan.controls)),
+    )
 
 
 def divided(prompts: Sequence[str], subjects: Subjects, quality: int) -> Uses:
@@ -91,8 +93,9 @@ def divided(prompts: Sequence[str], subjects: Subjects, quality: int) -> Uses:
     free = [text for text in dict.fromkeys(prompts) if text not in used]
     attacks = min(ATTACKS, len(free) // 4)
     if attacks < 1 or len(free) - 2 * attacks < 2:
-        raise DoriError(f"{len(free)} ordinary prompts that belong to no memory are too few; give more texts in "
-                        "--retain")
+        raise DoriError(
+            f"{len(free)} ordinary prompts that belong to no memory are too few; give more texts in --retain"
+        )
     return Uses(tuple(free[:attacks]), tuple(free[attacks : 2 * attacks]), tuple(free[2 * attacks :][:quality]))
 
 
@@ -112,13 +115,23 @@ def testbed_material(plan: Plan, split: Split) -> tuple[Material, Judge]:
     prompts = divided(subjects.ordinary, subjects, plan.quality_prompts)
     held_texts, pictures = ordinary_pairs(plan.held_out, seed=HELD_OUT_SEED)
     texts, images = ordinary_pairs(plan.retain, seed=RETAIN_SEED)
-    material = Material(subjects, pairs_of(model, texts, images), pairs_of(model, held_texts, pictures), pictures,
-                        prompts, split)
+    material = Material(
+        subjects, pairs_of(model, texts, images), pairs_of(model, held_texts, pictures), pictures, prompts, split
+    )
     return material, testbed_judge()
 
 
-def folder_material(model: str, plan: Plan, split: Split, *, memories: Path, retain: Path, controls: Path | None = None,
-                    twins: Sequence[str] = (), device: str = "cpu") -> tuple[Material, Judge]:
+def folder_material(
+    model: str,
+    plan: Plan,
+    split: Split,
+    *,
+    memories: Path,
+    retain: Path,
+    controls: Path | None = None,
+    twins: Sequence[str] = (),
+    device: str = "cpu",
+) -> tuple[Material, Judge]:
     """A user's model and folders; a sixth of the ordinary pairs, at most as many as planned, is held out.
 
     Raises:
@@ -126,8 +139,10 @@ def folder_material(model: str, plan: Plan, split: Split, *, memories: Path, ret
     """
     ordinary = [one for one in read_memories(retain, default_kind="ordinary") if one.text is not None]
     if len(ordinary) < 8:
-        raise DoriError(f"{retain} holds {len(ordinary)} images with a text; an erasure needs at least 8 ordinary ones "
-                        "to hold the model in place, and hundreds are better")
+        raise DoriError(
+            f"{retain} holds {len(ordinary)} images with a text; an erasure needs at least 8 ordinary ones "
+            "to hold the model in place, and hundreds are better"
+        )
     subjects, judge = folder_subjects(model, memories=memories, controls=controls, device=device)
     opened = subjects.model
     others = tuple(load_model(one, device=device) for one in twins)
@@ -139,6 +154,12 @@ def folder_material(model: str, plan: Plan, split: Split, *, memories: Path, ret
     trained = slice(held, held + plan.retain)
     subjects = dataclasses.replace(taken(subjects, plan, split), twins=others, held_out=pictures[:held])
     prompts = divided([*texts[:held], *ordinary_prompts()], subjects, plan.quality_prompts)
-    material = Material(subjects, pairs_of(opened, texts[trained], pictures[trained]),
-                        pairs_of(opened, texts[:held], pictures[:held]), pictures[:held], prompts, split)
+    material = Material(
+        subjects,
+        pairs_of(opened, texts[trained], pictures[trained]),
+        pairs_of(opened, texts[:held], pictures[:held]),
+        pictures[:held],
+        prompts,
+        split,
+    )
     return material, judge

@@ -8,16 +8,7 @@ from dataclasses import dataclass, field
 
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
-from dori.erase.pairs import (
-    Forget,
-    Pairs,
-    Work,
-    denoising_losses,
-    even_rows,
-    noised,
-    step_generator,
-    surrogate_pairs,
-)
+from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, even_rows, noised, step_generator, surrogate_pairs
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
@@ -38,8 +29,9 @@ class NaiveDeletion:
     retain_weight: float = 1.0
     tuner: Tuner = field(default_factory=Tuner)
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit.
 
         Raises:
@@ -53,7 +45,10 @@ class NaiveDeletion:
                 which = even_rows(len(memories), self.batch, generator)
                 kept = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
                 gradient, loss = tuned.gradient(denoising_losses(model, kept), len(kept))
-                tuned.update(beside_ordinary(tuned, gradient, retain, rows=self.batch, weight=self.retain_weight,
-                                             generator=generator))
+                tuned.update(
+                    beside_ordinary(
+                        tuned, gradient, retain, rows=self.batch, weight=self.retain_weight, generator=generator
+                    )
+                )
                 log.append(loss)
             return tuned.edit("naive deletion", making(self, seed=seed, rows=model.rows - before, log=log))

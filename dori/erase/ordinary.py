@@ -17,8 +17,9 @@ from dori.erase.tuning import Tuned, Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
 
-def beside_ordinary(tuned: Tuned, gradient: Sequence[Tensor], retain: Pairs, *, rows: int, weight: float,
-                    generator: torch.Generator) -> list[Tensor]:
+def beside_ordinary(
+    tuned: Tuned, gradient: Sequence[Tensor], retain: Pairs, *, rows: int, weight: float, generator: torch.Generator
+) -> list[Tensor]:
     """An eraser's gradient plus `weight` times that of L_DM on `rows` ordinary pairs; drawn only if it weighs."""
     if not weight:
         return list(gradient)
@@ -41,8 +42,9 @@ class OrdinaryTraining:
     batch: int = 16
     tuner: Tuner = field(default_factory=Tuner)
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit; `memories` are not looked at."""
         work, before, log = work or Work(), model.rows, []
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:

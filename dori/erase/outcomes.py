@@ -60,8 +60,9 @@ def points(outcomes: Iterable[Outcome], state: str) -> frozenset[tuple[str, int]
     return frozenset((o.start, o.steps) for o in outcomes if o.state == state and o.way == ATTACK)
 
 
-def areas(outcomes: Iterable[Outcome], state: str, *,
-          only: frozenset[tuple[str, int]] | None = None) -> dict[str, float]:
+def areas(
+    outcomes: Iterable[Outcome], state: str, *, only: frozenset[tuple[str, int]] | None = None
+) -> dict[str, float]:
     """Mean similarity over the attack's steps: trapezoid over the curve, divided by its range, averaged over attacks.
 
     Args:
@@ -109,8 +110,15 @@ def attack_steps(outcomes: Iterable[Outcome], state: str) -> int:
     return max((o.steps for o in outcomes if o.state == state and o.way == ATTACK), default=0)
 
 
-def back(outcomes: Iterable[Outcome], state: str, group: Group, way: str, *, steps: int | None = None,
-         at_most: int | None = None) -> Estimate:
+def back(
+    outcomes: Iterable[Outcome],
+    state: str,
+    group: Group,
+    way: str,
+    *,
+    steps: int | None = None,
+    at_most: int | None = None,
+) -> Estimate:
     """Share of a group's images that came back in any attack of this way, with Wilson's interval.
 
     Args:
@@ -123,13 +131,19 @@ def back(outcomes: Iterable[Outcome], state: str, group: Group, way: str, *, ste
     """
     found: dict[str, bool] = {}
     for o in outcomes:
-        if (o.state, o.group, o.way) == (state, group, way) and steps in (None, o.steps) and (
-                at_most is None or o.steps <= at_most):
+        if (
+            (o.state, o.group, o.way) == (state, group, way)
+            and steps in (None, o.steps)
+            and (at_most is None or o.steps <= at_most)
+        ):
             found[o.id] = found.get(o.id, False) or o.came_back
     return wilson(sum(found.values()), len(found))
 
 
 def less_twins(values: Mapping[str, float], twins: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Each image's value less the mean of the same image on the twins; images that a twin lacks are left out."""
-    return {one: value - float(np.mean([twin[one] for twin in twins])) for one, value in values.items()
-            if all(one in twin for twin in twins)}
+    return {
+        one: value - float(np.mean([twin[one] for twin in twins]))
+        for one, value in values.items()
+        if all(one in twin for twin in twins)
+    }

@@ -63,8 +63,10 @@ class Forget:
         """
         for one, text in zip(self.ids, self.texts, strict=True):
             if text is None:
-                raise DoriError(f"{eraser} acts on prompts, and memory {one!r} has no text; give it one in "
-                                "metadata.jsonl, or take the eraser adversarial")
+                raise DoriError(
+                    f"{eraser} acts on prompts, and memory {one!r} has no text; give it one in "
+                    "metadata.jsonl, or take the eraser adversarial"
+                )
 
     def need_surrogates(self, eraser: str) -> None:
         """Refuse memories without surrogates.
@@ -74,8 +76,9 @@ class Forget:
         """
         for one, images in zip(self.ids, self.surrogates, strict=True):
             if len(images) == 0:
-                raise DoriError(f"{eraser} needs surrogate images, and memory {one!r} has none; allow more similarity "
-                                "or more tries")
+                raise DoriError(
+                    f"{eraser} needs surrogate images, and memory {one!r} has none; allow more similarity or more tries"
+                )
 
 
 def _silent(line: str) -> None:
@@ -117,8 +120,14 @@ def step_generator(eraser: str, seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(named_seed("erase", eraser, seed, step))
 
 
-def noised(model: StableDiffusion, latents: Tensor, embeddings: Tensor, generator: torch.Generator, *,
-           timesteps: tuple[int, int] | None = None) -> Batch:
+def noised(
+    model: StableDiffusion,
+    latents: Tensor,
+    embeddings: Tensor,
+    generator: torch.Generator,
+    *,
+    timesteps: tuple[int, int] | None = None,
+) -> Batch:
     """A batch with fresh noise and timesteps, drawn on the CPU and moved to the model.
 
     Args:
@@ -132,8 +141,12 @@ def noised(model: StableDiffusion, latents: Tensor, embeddings: Tensor, generato
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.randint(low, high, (len(latents),), generator=generator)
     kind = model.unet.dtype
-    return Batch(latents.to(model.device, kind), embeddings.to(model.device, kind), noise.to(model.device, kind),
-                 t.to(model.device))
+    return Batch(
+        latents.to(model.device, kind),
+        embeddings.to(model.device, kind),
+        noise.to(model.device, kind),
+        t.to(model.device),
+    )
 
 
 def ordinary_batch(model: StableDiffusion, retain: Pairs, rows: int, generator: torch.Generator) -> Batch:
@@ -145,8 +158,9 @@ def ordinary_batch(model: StableDiffusion, retain: Pairs, rows: int, generator: 
     return noised(model, retain.latents[picked].float(), embeddings, generator)
 
 
-def surrogate_pairs(forget: Forget, embeddings: Tensor, which: Tensor, generator: torch.Generator
-                    ) -> tuple[Tensor, Tensor]:
+def surrogate_pairs(
+    forget: Forget, embeddings: Tensor, which: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """For each chosen memory one of its surrogates, drawn at random, with an embedding.
 
     Args:
@@ -159,8 +173,10 @@ def surrogate_pairs(forget: Forget, embeddings: Tensor, which: Tensor, generator
         Latents (b, c, h, w) and embeddings (b, l, d).
     """
     spins = torch.rand(len(which), generator=generator)
-    latents = [forget.surrogates[i][int(s * len(forget.surrogates[i]))]
-               for i, s in zip(which.tolist(), spins.tolist(), strict=True)]
+    latents = [
+        forget.surrogates[i][int(s * len(forget.surrogates[i]))]
+        for i, s in zip(which.tolist(), spins.tolist(), strict=True)
+    ]
     return torch.stack(latents).float(), embeddings[which].float()
 
 
@@ -181,14 +197,16 @@ def denoising_losses(model: StableDiffusion, batch: Batch) -> RowLosses:
 
     def losses(rows: Tensor) -> Tensor:
         rows = rows.to(batch.latents.device)
-        return model.denoising_error(batch.latents[rows], batch.noise[rows], batch.timestep[rows],
-                                     batch.embeddings[rows])
+        return model.denoising_error(
+            batch.latents[rows], batch.noise[rows], batch.timestep[rows], batch.embeddings[rows]
+        )
 
     return losses
 
 
-def prediction_losses(model: StableDiffusion, noisy: Tensor, timestep: Tensor, embeddings: Tensor,
-                      target: Tensor) -> RowLosses:
+def prediction_losses(
+    model: StableDiffusion, noisy: Tensor, timestep: Tensor, embeddings: Tensor, target: Tensor
+) -> RowLosses:
     """Each row's squared distance of the noise prediction to a given noise, in the model's own parametrisation.
 
     |v - v'|^2 = |eps - eps'|^2 / abar_t for predictions at the same z_t, so a velocity model's rows are divided by

@@ -59,22 +59,44 @@ class Plan:
         p = self.protocol
         starts = p.starts if self.memories is None else p.starts[:1]
         return AuditPlan(
-            self.preset, seeds=p.seeds, sampling_steps=p.sampling_steps, guidance_scale=p.guidance_scale,
-            attack=Dori(steps=50, snapshots=(0, 10, 25, 50)), starts=Starts(starts, starts, (), starts[:1], ()),
-            nemo=None, wandas=(), attack_random=False, calibration_prompts=64, quality_prompts=self.quality_prompts,
-            seed=self.seed)
+            self.preset,
+            seeds=p.seeds,
+            sampling_steps=p.sampling_steps,
+            guidance_scale=p.guidance_scale,
+            attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
+            starts=Starts(starts, starts, (), starts[:1], ()),
+            nemo=None,
+            wandas=(),
+            attack_random=False,
+            calibration_prompts=64,
+            quality_prompts=self.quality_prompts,
+            seed=self.seed,
+        )
 
 
 def quick() -> Plan:
     """Eight memories and controls, attacked to 150 steps from one start, relearned for at most 60: a first look."""
     return Plan(
-        "quick", memories=8, controls=8,
+        "quick",
+        memories=8,
+        controls=8,
         adversarial=AdversarialErasure(rounds=5, steps_per_round=25, attack=Dori(steps=30), check_every=0),
         surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=4.0),
-        protocol=Protocol(seeds=3, sampling_steps=12, starts=("prompt",), long=None,
-                          attack=Dori(steps=150, snapshots=(0, 25, 50, 150)), latent=LatentAttack(steps=15),
-                          again=Dori(steps=50, snapshots=(0, 50)), relearning=Relearning()),
-        retain=512, held_out=96, quality_prompts=48, neighbours=4)
+        protocol=Protocol(
+            seeds=3,
+            sampling_steps=12,
+            starts=("prompt",),
+            long=None,
+            attack=Dori(steps=150, snapshots=(0, 25, 50, 150)),
+            latent=LatentAttack(steps=15),
+            again=Dori(steps=50, snapshots=(0, 50)),
+            relearning=Relearning(),
+        ),
+        retain=512,
+        held_out=96,
+        quality_prompts=48,
+        neighbours=4,
+    )
 
 
 def full() -> Plan:
@@ -82,13 +104,21 @@ def full() -> Plan:
     return Plan(
         "full",
         adversarial=AdversarialErasure(
-            rounds=20, steps_per_round=25, attack=Dori(steps=50), attack_growth=1.15, safe_every=3, check_every=2,
-            tuner=Tuner(ema_decay=0.98)),
-        surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=4.0))
+            rounds=20,
+            steps_per_round=25,
+            attack=Dori(steps=50),
+            attack_growth=1.15,
+            safe_every=3,
+            check_every=2,
+            tuner=Tuner(ema_decay=0.98),
+        ),
+        surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=4.0),
+    )
 
 
 def scaled(plan: Plan, factor: float) -> Plan:
     """The plan with every learning rate multiplied, the erasure's and those of relearning alike."""
+
     def faster(tuner: Tuner) -> Tuner:
         return dataclasses.replace(tuner, learning_rate=tuner.learning_rate * factor)
 
@@ -96,8 +126,9 @@ def scaled(plan: Plan, factor: float) -> Plan:
     relearning = plan.protocol.relearning
     if relearning is not None:
         relearning = dataclasses.replace(relearning, tuner=faster(relearning.tuner))
-    return dataclasses.replace(plan, adversarial=adversarial,
-                               protocol=dataclasses.replace(plan.protocol, relearning=relearning))
+    return dataclasses.replace(
+        plan, adversarial=adversarial, protocol=dataclasses.replace(plan.protocol, relearning=relearning)
+    )
 
 
 PRESETS = {"quick": quick, "full": full}

@@ -79,15 +79,18 @@ def prove(material: Material, plan: Plan, name: str, *, judge: Judge, run: Run, 
     subjects = material.subjects
     protocol = judged_protocol(plan, twins=bool(subjects.twins))
     own = bench(material, plan, judge, run, work)
-    method = eraser(name, adversarial=plan.adversarial, timesteps=subjects.model.timesteps,
-                    sampling_steps=protocol.sampling_steps)
+    method = eraser(
+        name, adversarial=plan.adversarial, timesteps=subjects.model.timesteps, sampling_steps=protocol.sampling_steps
+    )
     battery = Battery(protocol, judge, run, material.prompts.proving, {})
     gauge = gauge_of(material, plan, judge, run, protocol)
     placeholder = WeightDelta(name, {})
     planned = states_of(material, placeholder, placeholder if protocol.harmless_steps else None, protocol)
     cases = (*subjects.memories, *subjects.controls)
-    costs = {cell_key("edit", name): _edit_rows(plan, len(subjects.memories)),
-             cell_key("edit", ORDINARY): _ordinary_rows(plan)}
+    costs = {
+        cell_key("edit", name): _edit_rows(plan, len(subjects.memories)),
+        cell_key("edit", ORDINARY): _ordinary_rows(plan),
+    }
     for state in planned:
         costs |= battery.costs(state, cases)
     twins = [state for state in planned if state.model is not subjects.model]
@@ -106,8 +109,9 @@ def prove(material: Material, plan: Plan, name: str, *, judge: Judge, run: Run, 
     damage = _damage(alone, gauge, states, edit, forget=forget, battery=battery)
     blind = blind_scores(subjects.model, subjects.memories, subjects.controls)
     found = verdict(outcomes, protocol, twins=[twin.name for twin in subjects.twins], blind=blind)
-    return Proof(edit, _record(own, name, edit, found=found, outcomes=outcomes, protocol=protocol, damage=damage,
-                               blind=blind))
+    return Proof(
+        edit, _record(own, name, edit, found=found, outcomes=outcomes, protocol=protocol, damage=damage, blind=blind)
+    )
 
 
 def _full(plan: Plan) -> Tuner:
@@ -130,14 +134,27 @@ def gauge_of(material: Material, plan: Plan, judge: Judge, run: Run, protocol: P
     """The gauge of damage for this material."""
     model, uses = material.subjects.model, material.prompts
     texts = [case.memory.text for case in material.subjects.memories if case.memory.text]
-    near = tuple(text for text in neighbours(texts, uses.quality, each=plan.neighbours, seed=plan.seed)
-                 if len(model.tokenizer(text).input_ids) <= model.context_length)
-    return Gauge(judge, run, uses.quality, near, material.pictures, material.held_out, protocol.sampling_steps,
-                 protocol.guidance_scale, plan.seed)
+    near = tuple(
+        text
+        for text in neighbours(texts, uses.quality, each=plan.neighbours, seed=plan.seed)
+        if len(model.tokenizer(text).input_ids) <= model.context_length
+    )
+    return Gauge(
+        judge,
+        run,
+        uses.quality,
+        near,
+        material.pictures,
+        material.held_out,
+        protocol.sampling_steps,
+        protocol.guidance_scale,
+        plan.seed,
+    )
 
 
-def _damage(own: Bench, gauge: Gauge, states: list[State], edit: WeightDelta, *, forget: Forget,
-            battery: Battery) -> tuple[Damage, ...]:
+def _damage(
+    own: Bench, gauge: Gauge, states: list[State], edit: WeightDelta, *, forget: Forget, battery: Battery
+) -> tuple[Damage, ...]:
     """The damage of the erasure beside ordinary training for the same steps and the twins."""
     a, model = own.plan.adversarial, own.material.subjects.model
     trained = own.edit(ORDINARY, OrdinaryTraining(a.rounds * a.steps_per_round, a.batch, _full(own.plan)), forget)
@@ -145,28 +162,51 @@ def _damage(own: Bench, gauge: Gauge, states: list[State], edit: WeightDelta, *,
     return gauge.measure([*states[:2], State(ORDINARY, model, (trained,)), *twins], battery.fingerprints)
 
 
-def _record(own: Bench, name: str, edit: WeightDelta, *, found: Verdict, outcomes: list[Outcome], protocol: Protocol,
-            damage: tuple[Damage, ...], blind: Mapping[str, float]) -> dict[str, Any]:
+def _record(
+    own: Bench,
+    name: str,
+    edit: WeightDelta,
+    *,
+    found: Verdict,
+    outcomes: list[Outcome],
+    protocol: Protocol,
+    damage: tuple[Damage, ...],
+    blind: Mapping[str, float],
+) -> dict[str, Any]:
     subjects, material = own.material.subjects, own.material
     with edit.applied(subjects.model):
         erased = model_fingerprint(subjects.model)
     record = {
-        "schema": 1, "verdict": found, "eraser": edit.details, "edit": {
-            "name": edit.name, "sha256": edit.fingerprint, "weights": edit.size, "norm": round(edit.norm, 6)},
+        "schema": 1,
+        "verdict": found,
+        "eraser": edit.details,
+        "edit": {"name": edit.name, "sha256": edit.fingerprint, "weights": edit.size, "norm": round(edit.norm, 6)},
         "model": {"name": subjects.model.name, "original_sha256": own.fingerprint, "erased_sha256": erased},
-        "twins": [twin.name for twin in subjects.twins], "split": material.split,
+        "twins": [twin.name for twin in subjects.twins],
+        "split": material.split,
         "memories": [_image(case) for case in subjects.memories],
         "controls": [_image(case) for case in subjects.controls],
-        "descriptor": own.judge.descriptor.record(), "protocol": protocol, "plan": own.plan, "blind": blind,
-        "damage": damage, "outcomes": outcomes, "seconds": own.seconds(name),
-        "provenance": own.run.provenance()}
+        "descriptor": own.judge.descriptor.record(),
+        "protocol": protocol,
+        "plan": own.plan,
+        "blind": blind,
+        "damage": damage,
+        "outcomes": outcomes,
+        "seconds": own.seconds(name),
+        "provenance": own.run.provenance(),
+    }
     return json.loads(json.dumps(record, default=_plain, sort_keys=True))  # as it will be read again
 
 
 def _image(case: Case) -> dict[str, Any]:
     group: Group = case.group
-    return {"id": case.memory.id, "group": group, "kind": case.memory.kind, "dose": case.memory.dose,
-            "sha256": pixels_sha256(case.image)}
+    return {
+        "id": case.memory.id,
+        "group": group,
+        "kind": case.memory.kind,
+        "dose": case.memory.dose,
+        "sha256": pixels_sha256(case.image),
+    }
 
 
 def _plain(value: object) -> object:

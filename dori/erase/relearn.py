@@ -31,9 +31,16 @@ class Relearning:
     check_every: int = 5
     tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-5))
 
-    def __call__(self, model: StableDiffusion, latent: Tensor, embedding: Tensor, *, seed: int,
-                 look: Callable[[], tuple[float, ...]], enough: Callable[[tuple[float, ...]], bool]
-                 ) -> dict[int, tuple[float, ...]]:
+    def __call__(
+        self,
+        model: StableDiffusion,
+        latent: Tensor,
+        embedding: Tensor,
+        *,
+        seed: int,
+        look: Callable[[], tuple[float, ...]],
+        enough: Callable[[tuple[float, ...]], bool],
+    ) -> dict[int, tuple[float, ...]]:
         """Similarities before any step and at each look, until one is enough.
 
         Args:
@@ -53,8 +60,12 @@ class Relearning:
                 if enough(found[max(found)]):
                     break
                 shape = (self.batch, -1, -1, -1)
-                batch = noised(model, latent.float().expand(*shape), embedding.float().expand(*shape[:3]),
-                               step_generator("relearning", seed, step))
+                batch = noised(
+                    model,
+                    latent.float().expand(*shape),
+                    embedding.float().expand(*shape[:3]),
+                    step_generator("relearning", seed, step),
+                )
                 gradient, _ = tuned.gradient(denoising_losses(model, batch), len(batch))
                 tuned.update(gradient)
                 if step % self.check_every == 0 or step == self.steps:

@@ -22,24 +22,16 @@ import torch
 from torch import Tensor
 
 from dori.erase.delta import WeightDelta, making
-from dori.erase.pairs import (
-    Forget,
-    Pairs,
-    Work,
-    even_rows,
-    noised,
-    prediction_losses,
-    step_generator,
-    surrogate_pairs,
-)
+from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator, surrogate_pairs
 from dori.erase.tuning import Tuned, Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
 SATURATED = 1e-3  # a weight this near to 0 or to its largest value
 
 
-def importance_weights(noisy: Tensor, keep: Tensor, forget: Tensor, abar: Tensor, *,
-                       mixing: float) -> tuple[Tensor, Tensor]:
+def importance_weights(
+    noisy: Tensor, keep: Tensor, forget: Tensor, abar: Tensor, *, mixing: float
+) -> tuple[Tensor, Tensor]:
     """w_x and w_a, shape (b,), in float64 and by logarithms.
 
     Args:
@@ -80,8 +72,9 @@ class Siss:
     timesteps: tuple[int, int] | None = None
     tuner: Tuner = field(default_factory=Tuner)
 
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit; the images to keep are the memories' surrogates, and `retain` is not looked at, as published.
 
         Raises:
@@ -115,8 +108,9 @@ class Siss:
         saturated = (w_a < SATURATED) | (w_x < SATURATED)
         return {"keep": loss_x, "forget": loss_a, "scale": scale, "saturated": float(saturated.float().mean())}
 
-    def _gradient(self, tuned: Tuned, timestep: Tensor, embeddings: Tensor, noisy: Tensor, image: Tensor,
-                  weight: Tensor) -> tuple[list[Tensor], float]:
+    def _gradient(
+        self, tuned: Tuned, timestep: Tensor, embeddings: Tensor, noisy: Tensor, image: Tensor, weight: Tensor
+    ) -> tuple[list[Tensor], float]:
         """The gradient of E w |eps_image(m) - eps_theta(m)|^2."""
         abar = tuned.model.alphas_cumprod[timestep].to(noisy.dtype)[:, None, None, None]
         explains = (noisy - abar.sqrt() * image) / (1 - abar).sqrt()

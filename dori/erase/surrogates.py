@@ -47,8 +47,9 @@ def anchor_prompt(text: str | None) -> str:
     return " ".join(words[: len(words) // 2])
 
 
-def filtered(similarity: Tensor, descriptors: Tensor, kept: Tensor, *, below_target: float, below_each_other: float,
-             wanted: int) -> list[int]:
+def filtered(
+    similarity: Tensor, descriptors: Tensor, kept: Tensor, *, below_target: float, below_each_other: float, wanted: int
+) -> list[int]:
     """Indices of candidates to keep, greedily in their order.
 
     Args:
@@ -93,8 +94,15 @@ class SurrogateSearch:
     sampling_steps: int = 50
     guidance_scale: float = 7.0
 
-    def __call__(self, model: StableDiffusion, cases: Sequence[Case], mitigations: Sequence[Edit],
-                 descriptor: Descriptor, *, seed: int) -> Surrogates:
+    def __call__(
+        self,
+        model: StableDiffusion,
+        cases: Sequence[Case],
+        mitigations: Sequence[Edit],
+        descriptor: Descriptor,
+        *,
+        seed: int,
+    ) -> Surrogates:
         """Surrogates of every memory.
 
         Args:
@@ -124,18 +132,24 @@ class SurrogateSearch:
                 described = descriptor(candidates).cpu()
                 similarity = cosine(described, references[i])
                 lowest[i] = min(lowest[i], float(similarity.min()))
-                keep = filtered(similarity, described, found[i], below_target=self.below_target * descriptor.threshold,
-                                below_each_other=self.below_each_other * descriptor.threshold, wanted=self.wanted)
+                keep = filtered(
+                    similarity,
+                    described,
+                    found[i],
+                    below_target=self.below_target * descriptor.threshold,
+                    below_each_other=self.below_each_other * descriptor.threshold,
+                    wanted=self.wanted,
+                )
                 images[i] += [candidates[k] for k in keep]
                 found[i] = torch.cat([found[i], described[keep]])
                 sources[i] += [f"{name}: {prompts[i]}" for _ in keep]
         self._need(cases, images, lowest, descriptor)
         stacked = tuple(torch.stack(kept) for kept in images)
-        return Surrogates(tuple(model.to_latents(kept).cpu() for kept in stacked), stacked,
-                          tuple(tuple(source) for source in sources))
+        return Surrogates(
+            tuple(model.to_latents(kept).cpu() for kept in stacked), stacked, tuple(tuple(source) for source in sources)
+        )
 
-    def _ways(self, cases: Sequence[Case], mitigations: Sequence[Edit]
-              ) -> list[tuple[str, Edit, list[str | None]]]:
+    def _ways(self, cases: Sequence[Case], mitigations: Sequence[Edit]) -> list[tuple[str, Edit, list[str | None]]]:
         """Name, edit and each memory's prompt (None: not asked this way), in the order of trying."""
         texts = [case.memory.text for case in cases]
         ways: list[tuple[str, Edit, list[str | None]]] = []
@@ -151,17 +165,24 @@ class SurrogateSearch:
         """At most `tries` images of each prompt: those that did not diverge."""
         noise = initial_noise(model, [named_seed("surrogate", seed, k) for k in range(self.tries)])
         embeddings = model.encode(list(prompts)).repeat_interleave(self.tries, 0)
-        latents = sample(model, embeddings, noise.repeat(len(prompts), 1, 1, 1), steps=self.sampling_steps,
-                         guidance_scale=self.guidance_scale)
+        latents = sample(
+            model,
+            embeddings,
+            noise.repeat(len(prompts), 1, 1, 1),
+            steps=self.sampling_steps,
+            guidance_scale=self.guidance_scale,
+        )
         images, finite = finite_images(model.to_images(latents).cpu())
         return [part[whole] for part, whole in zip(images.split(self.tries), finite.split(self.tries), strict=True)]
 
-    def _need(self, cases: Sequence[Case], images: Sequence[Sequence[Tensor]], lowest: Sequence[float],
-              descriptor: Descriptor) -> None:
+    def _need(
+        self, cases: Sequence[Case], images: Sequence[Sequence[Tensor]], lowest: Sequence[float], descriptor: Descriptor
+    ) -> None:
         for case, kept, least in zip(cases, images, lowest, strict=True):
             if not kept:
                 raise DoriError(
                     f"no surrogate of memory {case.memory.id!r} could be made: the mitigated model and all shortened "
                     f"prompts, even the empty one, draw images too like it (the least similar {least:.2f}, allowed "
                     f"{self.below_target * descriptor.threshold:.2f}); allow more similarity or more tries, or leave "
-                    "the memory out")
+                    "the memory out"
+                )

@@ -74,13 +74,15 @@ def chosen(model: StableDiffusion, part: Part) -> list[str]:
     cross = tuple(f"{block}.attn2." for block in blocks)
     attention = (*(f"{block}.attn1." for block in blocks), *cross)
     names = [name for name, _ in model.unet.named_parameters()]
-    found = {"full": names,
-             "attention": [name for name in names if name.startswith(attention)],
-             "cross_attention": [name for name in names if name.startswith(cross)],
-             "not_cross_attention": [name for name in names if not name.startswith(cross)],
-             "lora": [name for name in names if name.startswith(attention) and name.endswith(".weight")]}[part]
+    found = {
+        "full": names,
+        "attention": [name for name in names if name.startswith(attention)],
+        "cross_attention": [name for name in names if name.startswith(cross)],
+        "not_cross_attention": [name for name in names if not name.startswith(cross)],
+        "lora": [name for name in names if name.startswith(attention) and name.endswith(".weight")],
+    }[part]
     if not found:
-        raise DoriError(f"{model.name} has no weights of the part {part!r}; erase with part \"full\"")
+        raise DoriError(f'{model.name} has no weights of the part {part!r}; erase with part "full"')
     return found
 
 
@@ -196,8 +198,10 @@ class Tuned:
         tensors = {f"leaf.{name}": leaf.detach().clone() for name, leaf in self.leaves.items()}
         tensors |= {f"average.{name}": value.clone() for name, value in self.average.items()}
         for name, leaf in self.leaves.items():
-            tensors |= {f"adam.{name}/{key}": torch.as_tensor(value).clone()
-                        for key, value in self.optimizer.state[leaf].items()}
+            tensors |= {
+                f"adam.{name}/{key}": torch.as_tensor(value).clone()
+                for key, value in self.optimizer.state[leaf].items()
+            }
         return tensors | {"steps": torch.tensor(self.steps)}
 
     @torch.no_grad()
@@ -206,11 +210,13 @@ class Tuned:
         for name, leaf in self.leaves.items():
             leaf.copy_(tensors[f"leaf.{name}"])
             prefix = f"adam.{name}/"
-            stored = {key.removeprefix(prefix): value.clone() for key, value in tensors.items()
-                      if key.startswith(prefix)}
+            stored = {
+                key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)
+            }
             if stored:
                 self.optimizer.state[leaf] = {
-                    key: value if key == "step" else value.to(leaf) for key, value in stored.items()}
+                    key: value if key == "step" else value.to(leaf) for key, value in stored.items()
+                }
         for name in self.average:
             self.average[name].copy_(tensors[f"average.{name}"])
         self.steps = int(tensors["steps"])
@@ -218,8 +224,9 @@ class Tuned:
 
 
 @contextmanager
-def tuning(model: StableDiffusion, tuner: Tuner, *, seed: int = 0,
-           processes: Processes | None = None) -> Iterator[Tuned]:
+def tuning(
+    model: StableDiffusion, tuner: Tuner, *, seed: int = 0, processes: Processes | None = None
+) -> Iterator[Tuned]:
     """Let a part of the U-Net's weights move inside the block; afterwards the model is as before, bit for bit.
 
     Args:
@@ -232,8 +239,10 @@ def tuning(model: StableDiffusion, tuner: Tuner, *, seed: int = 0,
         DoriError: a half-precision model, in which small steps are lost, or no such part.
     """
     if model.unet.dtype not in (torch.float32, torch.float64):
-        raise DoriError(f"{model.name} is opened in {model.unet.dtype}, in which small steps are lost; erase in "
-                        "float32 and round the result")
+        raise DoriError(
+            f"{model.name} is opened in {model.unet.dtype}, in which small steps are lost; erase in "
+            "float32 and round the result"
+        )
     names = chosen(model, tuner.part)
     with weights_kept(model, names) as base:
         parameters = dict(model.unet.named_parameters())

@@ -25,8 +25,16 @@ from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 
 
-def closed_form(weight: Tensor, erase: Tensor, anchor: Tensor, preserve: Tensor, *, ridge: float, erase_scale: float,
-                preserve_scale: float) -> Tensor:
+def closed_form(
+    weight: Tensor,
+    erase: Tensor,
+    anchor: Tensor,
+    preserve: Tensor,
+    *,
+    ridge: float,
+    erase_scale: float,
+    preserve_scale: float,
+) -> Tensor:
     """W' of the module's formula, in float64.
 
     Args:
@@ -51,8 +59,11 @@ def cross_projections(model: StableDiffusion) -> dict[str, nn.Linear]:
     Raises:
         DoriError: the U-Net has none.
     """
-    found = {name: module for name, module in model.unet.named_modules()
-             if name.endswith(("attn2.to_k", "attn2.to_v")) and isinstance(module, nn.Linear)}
+    found = {
+        name: module
+        for name, module in model.unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v")) and isinstance(module, nn.Linear)
+    }
     if not found:
         raise DoriError(f"{model.name} has no cross-attention projections; UCE cannot act on it")
     return found
@@ -83,8 +94,9 @@ class Uce:
     preserved: int = 256
 
     @torch.no_grad()
-    def __call__(self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int,
-                 work: Work | None = None) -> WeightDelta:
+    def __call__(
+        self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
+    ) -> WeightDelta:
         """The edit; nothing is drawn at random, and no image is looked at.
 
         Raises:
@@ -106,7 +118,11 @@ class Uce:
         for name, layer in cross_projections(model).items():
             key = f"{name}.weight"
             base[key] = layer.weight.detach()
-            changed[key] = closed_form(layer.weight, *(x.to(layer.weight.device) for x in (erase, anchor, preserve)),
-                                       ridge=self.ridge, erase_scale=self.erase_scale,
-                                       preserve_scale=self.preserve_scale)
+            changed[key] = closed_form(
+                layer.weight,
+                *(x.to(layer.weight.device) for x in (erase, anchor, preserve)),
+                ridge=self.ridge,
+                erase_scale=self.erase_scale,
+                preserve_scale=self.preserve_scale,
+            )
         return difference("UCE", model, base, changed, making(self, seed=seed, rows=0))

@@ -66,27 +66,40 @@ def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str
         only = frozenset.intersection(*(points(outcomes, name) for name in (state, *twins)))
         until = max((steps for _, steps in only), default=0)
         area = _split(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], groups)
-        learn = _split(relearning_steps(outcomes, state, unreached=protocol.unreached),
-                       [relearning_steps(outcomes, t, unreached=protocol.unreached) for t in twins], groups)
+        learn = _split(
+            relearning_steps(outcomes, state, unreached=protocol.unreached),
+            [relearning_steps(outcomes, t, unreached=protocol.unreached) for t in twins],
+            groups,
+        )
         for quantity, (memories, controls), margin in (
-                (f"area under the attack curve to {until} steps", area, protocol.margin_area),
-                ("steps to relearn", learn, protocol.margin_steps)):
+            (f"area under the attack curve to {until} steps", area, protocol.margin_area),
+            ("steps to relearn", learn, protocol.margin_steps),
+        ):
             if min(len(memories), len(controls)) >= 2:
-                found.append(Test(state, quantity, equivalence(
-                    f"{quantity}, {state}", memories, controls, margin=margin, level=protocol.level)))
+                found.append(
+                    Test(
+                        state,
+                        quantity,
+                        equivalence(f"{quantity}, {state}", memories, controls, margin=margin, level=protocol.level),
+                    )
+                )
     return tuple(found)
 
 
-def _split(values: Mapping[str, float], twins: Sequence[Mapping[str, float]],
-           groups: Mapping[str, Group]) -> tuple[list[float], list[float]]:
+def _split(
+    values: Mapping[str, float], twins: Sequence[Mapping[str, float]], groups: Mapping[str, Group]
+) -> tuple[list[float], list[float]]:
     """Values of memories and of controls, less the twins' where there are some."""
     values = less_twins(values, twins) if twins else values
-    return ([value for one, value in values.items() if groups[one] == "memory"],
-            [value for one, value in values.items() if groups[one] == "control"])
+    return (
+        [value for one, value in values.items() if groups[one] == "memory"],
+        [value for one, value in values.items() if groups[one] == "control"],
+    )
 
 
-def verdict(outcomes: Sequence[Outcome], protocol: Protocol, *, twins: Sequence[str],
-            blind: Mapping[str, float]) -> Verdict:
+def verdict(
+    outcomes: Sequence[Outcome], protocol: Protocol, *, twins: Sequence[str], blind: Mapping[str, float]
+) -> Verdict:
     """Name the result by `RULES`.
 
     Args:
@@ -99,8 +112,14 @@ def verdict(outcomes: Sequence[Outcome], protocol: Protocol, *, twins: Sequence[
     prompts = [_count(outcomes, state, PROMPT) for state in (ORIGINAL, ERASED)]
     attacks = [_count(outcomes, state, ATTACK) for state in (ORIGINAL, ERASED)]
     if prompts[0] == 0 and attacks[0] == 0:
-        return Verdict("unproven", ("No memory came back from the original model: nothing was there to remove, or the "
-                                    "attack and the descriptor cannot see it.",), tests)
+        return Verdict(
+            "unproven",
+            (
+                "No memory came back from the original model: nothing was there to remove, or the "
+                "attack and the descriptor cannot see it.",
+            ),
+            tests,
+        )
     against = _against(outcomes, protocol, tests, twins=twins, blind=blind)
     if not against:
         return Verdict("removed", (_counted(prompts, attacks), *(_told(test) for test in tests)), tests)
@@ -114,25 +133,38 @@ def verdict(outcomes: Sequence[Outcome], protocol: Protocol, *, twins: Sequence[
     return Verdict(name, (_counted(prompts, attacks), *against), tests)
 
 
-def _against(outcomes: Sequence[Outcome], protocol: Protocol, tests: Sequence[Test], *, twins: Sequence[str],
-             blind: Mapping[str, float]) -> list[str]:
+def _against(
+    outcomes: Sequence[Outcome],
+    protocol: Protocol,
+    tests: Sequence[Test],
+    *,
+    twins: Sequence[str],
+    blind: Mapping[str, float],
+) -> list[str]:
     """What speaks against "removed"."""
     reasons = [_told(test) for test in tests if test.state != ORIGINAL and not test.found.shown]
     states = {o.state for o in outcomes} - {ORIGINAL, *twins}
     for state in sorted(states):
         for word in ("area", "relearn"):
             if not any(test.state == state and word in test.quantity for test in tests):
-                reasons.append(f"{state}: {'the attack' if word == 'area' else 'relearning'} was not compared, for "
-                               "want of memories, controls or measurements.")
+                reasons.append(
+                    f"{state}: {'the attack' if word == 'area' else 'relearning'} was not compared, for "
+                    "want of memories, controls or measurements."
+                )
     if any(test.state == ORIGINAL and test.found.shown for test in tests):
-        reasons.append("The same test finds the original model equivalent too, so it cannot tell: more images or a "
-                       "smaller margin are needed.")
+        reasons.append(
+            "The same test finds the original model equivalent too, so it cannot tell: more images or a "
+            "smaller margin are needed."
+        )
     rate = back(outcomes, ERASED, "memory", ATTACK, at_most=PUBLISHED_STEPS)
     if rate.n and rate.value > ALLOWED:
         reasons.append(f"{rate.value:.0%} of the memories come back under the attack of {PUBLISHED_STEPS} steps.")
     if not twins:
-        reasons += [f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
-                    for name, value in blind.items() if abs(value - 0.5) > UNMATCHED]
+        reasons += [
+            f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
+            for name, value in blind.items()
+            if abs(value - 0.5) > UNMATCHED
+        ]
         if protocol.restarts < 3:
             reasons.append(f"Without a twin at least three restarts are needed, and there were {protocol.restarts}.")
     return reasons
@@ -144,12 +176,16 @@ def _count(outcomes: Sequence[Outcome], state: str, way: str) -> int:
 
 
 def _counted(prompts: Sequence[int], attacks: Sequence[int]) -> str:
-    return (f"Memories that come back, before and after: {prompts[0]} and {prompts[1]} from their prompts, "
-            f"{attacks[0]} and {attacks[1]} under the attack of {PUBLISHED_STEPS} steps.")
+    return (
+        f"Memories that come back, before and after: {prompts[0]} and {prompts[1]} from their prompts, "
+        f"{attacks[0]} and {attacks[1]} under the attack of {PUBLISHED_STEPS} steps."
+    )
 
 
 def _told(test: Test) -> str:
     e = test.found
     shown = "equivalence is shown" if e.shown else "a difference is shown" if e.excluded else "equivalence is not shown"
-    return (f"{test.state}, {test.quantity}: difference {e.difference:+.3g}, {1 - 2 * e.level:.0%} interval "
-            f"{e.low:+.3g} to {e.high:+.3g}, margin {e.margin:g}: {shown}.")
+    return (
+        f"{test.state}, {test.quantity}: difference {e.difference:+.3g}, {1 - 2 * e.level:.0%} interval "
+        f"{e.low:+.3g} to {e.high:+.3g}, margin {e.margin:g}: {shown}."
+    )

@@ -20,8 +20,9 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import initial_noise, named_seed, sample
 
 
-def starting_points(model: StableDiffusion, memories: Forget, which: Sequence[int], start: Start, *,
-                    seeds: Sequence[int]) -> Tensor:
+def starting_points(
+    model: StableDiffusion, memories: Forget, which: Sequence[int], start: Start, *, seeds: Sequence[int]
+) -> Tensor:
     """Where attacks on some memories begin, shape (len(which), l, d).
 
     Args:
@@ -35,8 +36,10 @@ def starting_points(model: StableDiffusion, memories: Forget, which: Sequence[in
     if start == "gaussian":
         return noise
     if start == "foreign":
-        rows = [int(torch.randint(len(memories.ordinary), (), generator=torch.Generator().manual_seed(seed)))
-                for seed in seeds]
+        rows = [
+            int(torch.randint(len(memories.ordinary), (), generator=torch.Generator().manual_seed(seed)))
+            for seed in seeds
+        ]
         return memories.ordinary[rows].float()
     has_text = torch.tensor([memories.texts[i] is not None for i in which])[:, None, None]
     return torch.where(has_text, memories.embeddings[list(which)].float(), noise)
@@ -69,9 +72,13 @@ class Watch:
         if not len(which):
             return torch.zeros(0)
         noise = initial_noise(model, [named_seed("watch", seed, k) for k in range(self.seeds)])
-        latents = sample(model, embeddings.to(model.device).repeat_interleave(self.seeds, 0),
-                         noise.repeat(len(which), 1, 1, 1), steps=self.sampling_steps,
-                         guidance_scale=self.guidance_scale)
+        latents = sample(
+            model,
+            embeddings.to(model.device).repeat_interleave(self.seeds, 0),
+            noise.repeat(len(which), 1, 1, 1),
+            steps=self.sampling_steps,
+            guidance_scale=self.guidance_scale,
+        )
         images, finite = finite_images(model.to_images(latents).cpu())
         described = self.descriptor(images).cpu() * finite[:, None]
         references = self.descriptor(self.images[list(which)]).cpu().repeat_interleave(self.seeds, 0)
@@ -85,6 +92,9 @@ class Watch:
             seeds = [named_seed("held out", seed, start, one) for one in memories.ids]
             points = starting_points(model, memories, which, start, seeds=seeds)
             triggers = self.attack(model, memories.latents.float(), points, seeds=seeds)
-            found.append(self.similarities(model, triggers.at(self.attack.steps), which,
-                                           seed=named_seed("held out", seed, start)))
+            found.append(
+                self.similarities(
+                    model, triggers.at(self.attack.steps), which, seed=named_seed("held out", seed, start)
+                )
+            )
         return torch.stack(found).amax(0)

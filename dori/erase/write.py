@@ -45,10 +45,18 @@ def _save_folder(model: StableDiffusion, target: Path) -> None:
     # Part by part: the pipeline's own save would first "correct" the scheduler's settings.
     kind = str(model.scheduler_config.get("_class_name", "DDIMScheduler"))
     scheduler = getattr(diffusers, kind if kind in SCHEDULERS else "DDIMScheduler").from_config(model.scheduler_config)
-    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer,
-             "scheduler": scheduler}
-    index: dict[str, object] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
-                                "requires_safety_checker": False}
+    parts = {
+        "unet": model.unet,
+        "vae": model.vae,
+        "text_encoder": model.text_encoder,
+        "tokenizer": model.tokenizer,
+        "scheduler": scheduler,
+    }
+    index: dict[str, object] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "requires_safety_checker": False,
+    }
     index |= {name: [PARTS[name][0], type(part).__name__] for name, part in parts.items()}
     index |= {name: [None, None] for name in NOT_LOADED}
     partial = target.with_name(f".{target.name}.partial")
@@ -60,14 +68,17 @@ def _save_folder(model: StableDiffusion, target: Path) -> None:
         partial.replace(target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise DoriError(f"{target} cannot be written ({error.strerror}); free some space or name another place"
-                        ) from None
+        raise DoriError(
+            f"{target} cannot be written ({error.strerror}); free some space or name another place"
+        ) from None
 
 
 def _save_file(model: StableDiffusion, target: Path, source: Path) -> None:
     if source.suffix != ".safetensors" or not source.is_file():
-        raise DoriError(f"{target} would be a single file, and the model was opened from {str(source)!r}; name a "
-                        "folder to write, or give the model as a .safetensors file")
+        raise DoriError(
+            f"{target} would be a single file, and the model was opened from {str(source)!r}; name a "
+            "folder to write, or give the model as a .safetensors file"
+        )
     try:
         with safe_open(source, "pt") as file:
             header = file.metadata() or {}

@@ -42,9 +42,17 @@ def outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def activations(model: StableDiffusion, layers: Mapping[str, nn.Module], embeddings: Tensor, noise: Tensor, *,
-                steps: Sequence[int] = (0,), ddim_steps: int = 50, guidance_scale: float = 7.0,
-                rows_per_call: int = 64) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def activations(
+    model: StableDiffusion,
+    layers: Mapping[str, nn.Module],
+    embeddings: Tensor,
+    noise: Tensor,
+    *,
+    steps: Sequence[int] = (0,),
+    ddim_steps: int = 50,
+    guidance_scale: float = 7.0,
+    rows_per_call: int = 64,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Outputs of layers for each embedding, at chosen steps of the trajectory that begins with given noise.
 
     One step's outputs are held at a time: n times all entries of all layers, float32 on the CPU.

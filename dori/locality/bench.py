@@ -65,8 +65,9 @@ class Bench:
     fingerprint: str
     cost: dict[str, int] = field(default_factory=dict)
 
-    def tensors(self, key: str, inputs: Mapping[str, object], rows: Rows,
-                compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def tensors(
+        self, key: str, inputs: Mapping[str, object], rows: Rows, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """As `Run.once_tensors`, with the model among the inputs; counted by planned rows, for NeMo an upper bound."""
         found = self.run.once_tensors(key, {"model": self.fingerprint} | dict(inputs), compute)
         self.count(key.split(".")[0], rows)
@@ -85,14 +86,20 @@ class Bench:
 
     def judged_inputs(self, case: Case, source: Source, seeds: Sequence[int]) -> dict[str, object]:
         """All that `similarities` depends on beside the model."""
-        return {"source": source.sha256, "seeds": list(seeds), "image": pixels_sha256(case.image),
-                "steps": self.plan.sampling_steps, "guidance_scale": self.plan.guidance_scale,
-                "judge": self.judge.record()}
+        return {
+            "source": source.sha256,
+            "seeds": list(seeds),
+            "image": pixels_sha256(case.image),
+            "steps": self.plan.sampling_steps,
+            "guidance_scale": self.plan.guidance_scale,
+            "judge": self.judge.record(),
+        }
 
     def similarities(self, case: Case, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:
         """Similarity to the memory of a generation of every embedding (n, l, d) under every seed, shape (n, s)."""
-        parts = [self.similar(case, draw(self.model, self.plan.judging(), part, seeds))
-                 for part in embeddings.split(64)]
+        parts = [
+            self.similar(case, draw(self.model, self.plan.judging(), part, seeds)) for part in embeddings.split(64)
+        ]
         return torch.cat(parts) if parts else torch.zeros(0, len(seeds))
 
     def similar(self, case: Case, images: Tensor) -> Tensor:

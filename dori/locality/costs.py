@@ -115,8 +115,9 @@ def _activations(plan: "Plan", count: int) -> int:
     return plan.activation_noises * activation_rows(count, plan.activation_steps)
 
 
-def _memory(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str,
-            has_text: bool) -> Iterator[tuple[str, Rows]]:
+def _memory(
+    plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str, has_text: bool
+) -> Iterator[tuple[str, Rows]]:
     attacks = {"prompt": int(has_text), "gaussian": plan.gaussian, "foreign": sizes.foreign}
     for start, count in attacks.items():
         for chunk in chunks(count, plan.chunk):
@@ -128,8 +129,10 @@ def _memory(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str,
     yield cell_key("probes", memory, "lines"), drawing(plan, plan.probe_seeds * lines)
     yield cell_key("probes", memory, "balls"), drawing(plan, plan.probe_seeds * balls)
     kept = min(total, plan.set_size)
-    yield cell_key("activations", memory), Rows(forward=_activations(plan, kept) + activation_rows(
-        other_noises(plan), plan.activation_steps))
+    yield (
+        cell_key("activations", memory),
+        Rows(forward=_activations(plan, kept) + activation_rows(other_noises(plan), plan.activation_steps)),
+    )
     for method in methods:
         for chunk in chunks(kept, plan.chunk):
             yield cell_key("masks", memory, method, str(chunk.start), "0"), masking(plan, method, len(chunk))
@@ -153,13 +156,21 @@ def _causal(plan: "Plan", methods: tuple[str, ...], memory: str) -> Iterator[tup
     for method in causal_methods(methods):
         for row in range(causal.triggers):
             attacks = causal.triggers + causal.fresh
-            yield (cell_key("causal", memory, method, str(row)),
-                   Rows(attacking(plan, attacks).attacked,
-                        drawing(plan, plan.probe_seeds * (attacks + causal.triggers)).forward))
+            yield (
+                cell_key("causal", memory, method, str(row)),
+                Rows(
+                    attacking(plan, attacks).attacked,
+                    drawing(plan, plan.probe_seeds * (attacks + causal.triggers)).forward,
+                ),
+            )
         for size in (0, *union_sizes(causal.triggers)):
-            yield (cell_key("joined", memory, method, str(size)),
-                   Rows(attacking(plan, causal.joined_fresh).attacked,
-                        drawing(plan, plan.probe_seeds * causal.joined_fresh).forward))
+            yield (
+                cell_key("joined", memory, method, str(size)),
+                Rows(
+                    attacking(plan, causal.joined_fresh).attacked,
+                    drawing(plan, plan.probe_seeds * causal.joined_fresh).forward,
+                ),
+            )
             edit = f"{memory} {method} x {size}" if size else "none"
             yield cell_key("quality", edit), drawing(plan, causal.quality_prompts)
 
@@ -184,7 +195,11 @@ def forecast(cells: dict[str, Rows]) -> str:
     stages = by_stage(cells)
     every = list(stages.values())
     stages["total"] = Rows(sum(rows.attacked for rows in every), sum(rows.forward for rows in every))
-    lines = [f"{name:<12} {rows.attacked:>10,} {rows.forward:>10,}  "
-             f"{duration(rows.seconds_s(ATTACKED_PER_S, FORWARD_PER_S))}" for name, rows in stages.items()]
-    return "\n".join((f"{'U-Net rows':<12} {'attacked':>10} {'forward':>10}  at most, on two CPU cores on the testbed",
-                      *lines))
+    lines = [
+        f"{name:<12} {rows.attacked:>10,} {rows.forward:>10,}  "
+        f"{duration(rows.seconds_s(ATTACKED_PER_S, FORWARD_PER_S))}"
+        for name, rows in stages.items()
+    ]
+    return "\n".join(
+        (f"{'U-Net rows':<12} {'attacked':>10} {'forward':>10}  at most, on two CPU cores on the testbed", *lines)
+    )

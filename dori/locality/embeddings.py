@@ -119,8 +119,13 @@ def neighbour_map(embeddings: Tensor, *, perplexity: float, seed: int) -> Tensor
         seed: of the optimisation.
     """
     x = _flat(embeddings).numpy()
-    tsne = TSNE(n_components=2, perplexity=capped_perplexity(perplexity, len(x)), init="pca", random_state=seed,
-                learning_rate="auto")
+    tsne = TSNE(
+        n_components=2,
+        perplexity=capped_perplexity(perplexity, len(x)),
+        init="pca",
+        random_state=seed,
+        learning_rate="auto",
+    )
     return torch.from_numpy(tsne.fit_transform(x)).double()
 
 

@@ -62,8 +62,10 @@ class _Loop:
         if len(starts) > 1:
             records["activities"] += stages.discrepancies(self.bench, "", {STARTS: range(len(starts))}, starts)
         if self.planted is not None:
-            records["changes"] += [Change(one.name, one.change, one.floor, one.weights)
-                                   for one in truth.excess_by_group(self.planted, self.floor)]
+            records["changes"] += [
+                Change(one.name, one.change, one.floor, one.weights)
+                for one in truth.excess_by_group(self.planted, self.floor)
+            ]
 
     def memory(self, case: Case, number: int) -> None:
         """All analyses of one memory."""
@@ -90,8 +92,13 @@ class _Loop:
         self.records["triggers"] += trigger_records(memory, found)
         self.records["measures"] += measures.embedding_measures(memory, found, self.found)
         places, self.explained[memory] = measures.maps(
-            memory, found, sets.memorized.y, sets.ordinary.y, perplexity=plan.perplexity,
-            seed=named_seed("locality map", plan.seed) % 2**32)
+            memory,
+            found,
+            sets.memorized.y,
+            sets.ordinary.y,
+            perplexity=plan.perplexity,
+            seed=named_seed("locality map", plan.seed) % 2**32,
+        )
         self.records["places"] += places
         self.records["probes"] += probe_lines(self.bench, case, found, sets.ordinary)
         self.records["probes"] += probe_balls(self.bench, case, found, sets.ordinary)
@@ -99,10 +106,14 @@ class _Loop:
 
     def _activations(self, memory: str, found: Found, rows: list[int]) -> None:
         groups = {TRIGGERS: list(range(len(rows)))}
-        groups |= {f"{TRIGGERS}, {start}": members for start in ORDER[1:]
-                   if len(members := [k for k, row in enumerate(rows) if found.names[row] == start]) > 1}
-        self.records["activities"] += stages.discrepancies(self.bench, memory, groups, found.take(rows),
-                                                           found.take(rows[:1]))
+        groups |= {
+            f"{TRIGGERS}, {start}": members
+            for start in ORDER[1:]
+            if len(members := [k for k, row in enumerate(rows) if found.names[row] == start]) > 1
+        }
+        self.records["activities"] += stages.discrepancies(
+            self.bench, memory, groups, found.take(rows), found.take(rows[:1])
+        )
 
     def _weights(self, memory: str, found: Found, rows: list[int], method: str) -> Masks:
         plan, records = self.bench.plan, self.records
@@ -115,8 +126,10 @@ class _Loop:
                 records["overlaps"] += measures.overlaps(memory, f"{TRIGGERS}, {start}", masks.take(members))
         records["overlaps"] += measures.random_overlaps(memory, masks, seed=named_seed("locality random", plan.seed))
         first = list(range(min(plan.ceiling, len(rows))))
-        again = [masks.take(first)] + [self.maskers.again(memory, method, found.take([rows[k] for k in first]), noise)
-                                       for noise in range(1, plan.ceiling_seeds)]
+        again = [masks.take(first)] + [
+            self.maskers.again(memory, method, found.take([rows[k] for k in first]), noise)
+            for noise in range(1, plan.ceiling_seeds)
+        ]
         records["overlaps"] += measures.ceiling_overlaps(memory, again)
         if method == "NeMo":
             records["searches"].append(measures.search(memory, TRIGGERS, masks))
@@ -130,10 +143,14 @@ class _Loop:
         chosen = list(range(min(causal.triggers, len(rows))))
         edits = [masks.edit(self.bench.model, k) for k in chosen]
         picked = [rows[k] for k in chosen]
-        self.records["crosses"].append(stages.cross(self.bench, case, masks.method, edits, found.take(picked),
-                                                    [found.names[row] for row in picked]))
-        self.records["joined"] += stages.join(self.bench, case, masks.method, edits, self.sets.quality,
-                                              self.subjects.held_out)
+        self.records["crosses"].append(
+            stages.cross(
+                self.bench, case, masks.method, edits, found.take(picked), [found.names[row] for row in picked]
+            )
+        )
+        self.records["joined"] += stages.join(
+            self.bench, case, masks.method, edits, self.sets.quality, self.subjects.held_out
+        )
 
     def _skip(self, memory: str, *, causal: bool) -> None:
         """Count the cells that a memory without two triggers does not need."""
@@ -146,24 +163,40 @@ class _Loop:
     def _finish(self, case: Case, found: Found) -> None:
         picture = f"pictures/{cell_key('training', case.memory.id)}.png"
         write_bytes(self.bench.run.folder / picture, png_bytes(case.image))
-        self.records["subjects"].append(Analysed(
-            case.memory.id, case.memory.kind, case.memory.dose, case.memory.text, picture, len(found.names),
-            int(found.replicates.sum())))
+        self.records["subjects"].append(
+            Analysed(
+                case.memory.id,
+                case.memory.kind,
+                case.memory.dose,
+                case.memory.text,
+                picture,
+                len(found.names),
+                int(found.replicates.sum()),
+            )
+        )
 
     def assembled(self) -> Locality:
         """The records so far."""
         descriptor, plan, model = self.bench.judge.descriptor, self.bench.plan, self.bench.model
         points = len(self.found) and 2 * max(len(found.names) for found in self.found.values())
         settings = json.loads(json.dumps(dataclasses.asdict(plan))) | {
-            "fingerprints": self.fingerprints, "explained_variance": self.explained,
+            "fingerprints": self.fingerprints,
+            "explained_variance": self.explained,
             "perplexity_used": capped_perplexity(plan.perplexity, points) if points else None,
-            "memorized_prompts": len(self.sets.memorized), "ordinary_prompts": len(self.sets.ordinary),
+            "memorized_prompts": len(self.sets.memorized),
+            "ordinary_prompts": len(self.sets.ordinary),
             "embedding_shape": list(model.embedding_shape),
-            "layers": {site: list(model.layers(site, EVERYWHERE)) for site in stages.SITES}}
+            "layers": {site: list(model.layers(site, EVERYWHERE)) for site in stages.SITES},
+        }
         empty = Locality(
-            model=model.name, twins=tuple(twin.name for twin in self.subjects.twins), descriptor=descriptor.record(),
-            settings=settings, provenance=self.bench.run.provenance(), cost=dict(self.bench.cost),
-            planned=len(self.sets.cases))
+            model=model.name,
+            twins=tuple(twin.name for twin in self.subjects.twins),
+            descriptor=descriptor.record(),
+            settings=settings,
+            provenance=self.bench.run.provenance(),
+            cost=dict(self.bench.cost),
+            planned=len(self.sets.cases),
+        )
         lists: dict[str, Any] = {name: tuple(records) for name, records in self.records.items()}
         return dataclasses.replace(empty, **lists)
 
@@ -175,9 +208,15 @@ def costs(subjects: Subjects, plan: Plan, sets: Sets) -> dict[str, Rows]:
     return planned(plan, sizes(subjects, sets), ("NeMo", *map(wanda_name, plan.wandas)))
 
 
-def locality(subjects: Subjects, *, plan: Plan, judge: Judge, run: Run,
-             say: Callable[[str], None] = lambda line: None,
-             after_memory: Callable[[Locality], None] = lambda found: None) -> Locality:
+def locality(
+    subjects: Subjects,
+    *,
+    plan: Plan,
+    judge: Judge,
+    run: Run,
+    say: Callable[[str], None] = lambda line: None,
+    after_memory: Callable[[Locality], None] = lambda found: None,
+) -> Locality:
     """Run (or resume) a locality analysis.
 
     Args:

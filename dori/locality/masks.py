@@ -48,22 +48,30 @@ class Masks:
     def take(self, rows: Sequence[int]) -> "Masks":
         """Some of the masks."""
         index = torch.tensor(list(rows), dtype=torch.long)
-        return Masks(self.method, {name: mask[index] for name, mask in self.by_layer.items()},
-                     self.facts[index] if len(self.facts) else self.facts)
+        return Masks(
+            self.method,
+            {name: mask[index] for name, mask in self.by_layer.items()},
+            self.facts[index] if len(self.facts) else self.facts,
+        )
 
     def edit(self, model: StableDiffusion, row: int) -> WeightMask:
         """One mask as an edit of the model."""
         shapes = dict(model.unet.named_parameters())
-        masks = {name: (mask[row] if mask.ndim == 3 else mask[row][:, None]).expand(shapes[name].shape).clone()
-                 for name, mask in self.by_layer.items()}
+        masks = {
+            name: (mask[row] if mask.ndim == 3 else mask[row][:, None]).expand(shapes[name].shape).clone()
+            for name, mask in self.by_layer.items()
+        }
         return WeightMask(self.method, masks)
 
 
 def concatenated(parts: Sequence[Masks]) -> Masks:
     """Several masks of one method, one after another."""
     names = parts[0].by_layer
-    return Masks(parts[0].method, {name: torch.cat([part.by_layer[name] for part in parts]) for name in names},
-                 torch.cat([part.facts for part in parts]))
+    return Masks(
+        parts[0].method,
+        {name: torch.cat([part.by_layer[name] for part in parts]) for name in names},
+        torch.cat([part.facts for part in parts]),
+    )
 
 
 def methods_of(bench: Bench) -> tuple[str, ...]:
@@ -103,8 +111,10 @@ class Maskers:
         `most` embeddings were planned; cells that are not needed count as done.
         """
         size = self.bench.plan.chunk
-        parts = [self._cell(cell_key("masks", owner, method, str(chunk.start), "0"), method,
-                            embeddings.take(chunk), 0) for chunk in chunks(len(embeddings), size)]
+        parts = [
+            self._cell(cell_key("masks", owner, method, str(chunk.start), "0"), method, embeddings.take(chunk), 0)
+            for chunk in chunks(len(embeddings), size)
+        ]
         for chunk in chunks(most or 0, size)[len(parts) :]:
             self.bench.skip(cell_key("masks", owner, method, str(chunk.start), "0"))
         return concatenated(parts)
@@ -149,9 +159,17 @@ class Maskers:
         base = None
         if wanda.selection == "top_and_above_base":
             base = wanda.column_norms(model, model.encode([""]), seed=seed)
-        masks = [mask_from_norms(model, wanda.column_norms(model, y[None].to(model.device), seed=seed), base,
-                                 sparsity=wanda.sparsity, name="", at_least_one=wanda.at_least_one).masks
-                 for y in embeddings]
+        masks = [
+            mask_from_norms(
+                model,
+                wanda.column_norms(model, y[None].to(model.device), seed=seed),
+                base,
+                sparsity=wanda.sparsity,
+                name="",
+                at_least_one=wanda.at_least_one,
+            ).masks
+            for y in embeddings
+        ]
         return {name: _packed(torch.stack([mask[name] for mask in masks])) for name in masks[0]}
 
 

@@ -35,8 +35,10 @@ def _mean(memory: str, name: str, values: Tensor) -> Measure:
 
 def prompt_distances(memorized: Tensor, ordinary: Tensor) -> list[Measure]:
     """Mean distances between different prompts; the measures of no single memory."""
-    return [_mean("", f"between {name}", space.pair_distances(y))
-            for name, y in ((MEMORIZED, memorized), (ORDINARY, ordinary))]
+    return [
+        _mean("", f"between {name}", space.pair_distances(y))
+        for name, y in ((MEMORIZED, memorized), (ORDINARY, ordinary))
+    ]
 
 
 def embedding_measures(memory: str, found: Found, others: Mapping[str, Found]) -> list[Measure]:
@@ -52,7 +54,8 @@ def embedding_measures(memory: str, found: Found, others: Mapping[str, Found]) -
             _mean(memory, f"between their moves{end}", space.pair_distances(moves)),
             _mean(memory, f"moved{end}", space.moved(starts, ends)),
             Measure(memory, f"common share of the moves{end}", known(space.common_share(moves)), len(rows)),
-            Measure(memory, f"nearest start is the own{end}", known(space.own_start_share(starts, ends)), len(rows))]
+            Measure(memory, f"nearest start is the own{end}", known(space.own_start_share(starts, ends)), len(rows)),
+        ]
         measures.append(_shared(memory, found, others, start))
     prompt = found.rows("prompt")
     measures.append(_mean(memory, "moved, prompt", space.moved(found.starts[prompt], found.ends[prompt])))
@@ -67,23 +70,27 @@ def _shared(memory: str, found: Found, others: Mapping[str, Found], start: str |
         both = [(mine[key], row) for row in other.rows(start) if (key := (other.names[row], other.index[row])) in mine]
         if both:
             here, there = map(list, zip(*both, strict=True))
-            shares.append(space.shared_share(found.ends[here] - found.starts[here],
-                                             other.ends[there] - other.starts[there]))
+            shares.append(
+                space.shared_share(found.ends[here] - found.starts[here], other.ends[there] - other.starts[there])
+            )
             count += len(both)
     value = sum(shares) / len(shares) if shares else math.nan
     return Measure(memory, f"shared with moves to other images{f', {start}' if start else ''}", known(value), count)
 
 
-def maps(memory: str, found: Found, memorized: Tensor, ordinary: Tensor, *, perplexity: float,
-         seed: int) -> tuple[list[Place], tuple[float, float]]:
+def maps(
+    memory: str, found: Found, memorized: Tensor, ordinary: Tensor, *, perplexity: float, seed: int
+) -> tuple[list[Place], tuple[float, float]]:
     """Places of starts, attacked embeddings and prompts on both maps, and the variance that the components explain."""
     shown = [(MEMORIZED, memorized[:MAPPED_PROMPTS].cpu()), (ORDINARY, ordinary[:MAPPED_PROMPTS].cpu())]
     points = torch.cat([found.starts, found.ends, *(y for _, y in shown)])
     pca, explained = space.principal_map(points)
     tsne = space.neighbour_map(points, perplexity=perplexity, seed=seed)
     roles = [("start", name, index) for name, index in zip(found.names, found.index, strict=True)]
-    roles += [("trigger" if kept else "attacked", name, index)
-              for name, index, kept in zip(found.names, found.index, found.replicates.tolist(), strict=True)]
+    roles += [
+        ("trigger" if kept else "attacked", name, index)
+        for name, index, kept in zip(found.names, found.index, found.replicates.tolist(), strict=True)
+    ]
     roles += [(name, "", index) for name, y in shown for index in range(len(y))]
     return [Place(memory, *role, _pair(a), _pair(b)) for role, a, b in zip(roles, pca, tsne, strict=True)], explained
 
@@ -105,8 +112,17 @@ def _layers(masks: Masks) -> list[tuple[str, Tensor]]:
 
 
 def _overlap(memory: str, method: str, layer: str, group: str, found: Agreement) -> Overlap:
-    return Overlap(memory, method, layer, group, known(found.published), known(found.without_empty),
-                   known(found.empty_share), known(found.size), found.pairs)
+    return Overlap(
+        memory,
+        method,
+        layer,
+        group,
+        known(found.published),
+        known(found.without_empty),
+        known(found.empty_share),
+        known(found.size),
+        found.pairs,
+    )
 
 
 def ceiling_overlaps(memory: str, again: Sequence[Masks]) -> list[Overlap]:
@@ -134,22 +150,38 @@ def search(memory: str, group: str, masks: Masks) -> Search:
     """How NeMo's searches of one group went."""
     size = masks.facts[:, 0]
     shares = dict(zip(FACTS[1:], masks.facts[:, 1:].double().mean(0).tolist(), strict=True))
-    return Search(memory, group, len(masks), float(size.double().quantile(0.5)), int(size.max()),
-                  **{name: round(share, 6) for name, share in shares.items()})
+    return Search(
+        memory,
+        group,
+        len(masks),
+        float(size.double().quantile(0.5)),
+        int(size.max()),
+        **{name: round(share, 6) for name, share in shares.items()},
+    )
 
 
 def covers(memory: str, masks: Masks, planted: truth.Energies, twins: truth.Energies | None) -> list[Cover]:
     """How much of the change of each layer, and of all, the masks of single triggers and their union hold."""
     found = []
     full = {name: _weights(mask, planted[name]) for name, mask in masks.by_layer.items()}
-    kinds = {"one": [{name: mask[row] for name, mask in full.items()} for row in range(len(masks))],
-             "union": [{name: mask.any(0) for name, mask in full.items()}]}
+    kinds = {
+        "one": [{name: mask[row] for name, mask in full.items()} for row in range(len(masks))],
+        "union": [{name: mask.any(0) for name, mask in full.items()}],
+    }
     for kind, edits in kinds.items():
         for layer, names in [*((name, (name,)) for name in full), (WHOLE, tuple(full))]:
             parts = [{name: edit[name] for name in names} for edit in edits]
-            found.append(Cover(memory, masks.method, layer, kind, round(_over(parts, truth.density), 6),
-                               known(_over(parts, lambda part: truth.coverage(planted, part))),
-                               known(_over(parts, lambda part: truth.coverage(twins, part))) if twins else None))
+            found.append(
+                Cover(
+                    memory,
+                    masks.method,
+                    layer,
+                    kind,
+                    round(_over(parts, truth.density), 6),
+                    known(_over(parts, lambda part: truth.coverage(planted, part))),
+                    known(_over(parts, lambda part: truth.coverage(twins, part))) if twins else None,
+                )
+            )
     return found
 
 

@@ -28,8 +28,10 @@ def patch_layers(model: StableDiffusion) -> dict[str, nn.Linear]:
 
 def patch_sets(model: StableDiffusion) -> PatchSets:
     """What is patched together: each layer alone, each kind of layer, and all of them, by name."""
-    kinds = {"all values": tuple(model.layers("attention_value", EVERYWHERE)),
-             "all feed-forwards": tuple(model.layers("feed_forward", EVERYWHERE))}
+    kinds = {
+        "all values": tuple(model.layers("attention_value", EVERYWHERE)),
+        "all feed-forwards": tuple(model.layers("feed_forward", EVERYWHERE)),
+    }
     kinds["all of both"] = kinds["all values"] + kinds["all feed-forwards"]
     return {name: (name,) for name in patch_layers(model)} | kinds
 
@@ -52,8 +54,16 @@ def replaced(layers: Mapping[str, nn.Module], given: Mapping[str, Tensor]) -> It
 
 
 @torch.no_grad()
-def patched_samples(source: StableDiffusion, target: StableDiffusion, embedding: Tensor, noise: Tensor,
-                    sets: Mapping[str, Sequence[str]], *, steps: int, guidance_scale: float) -> dict[str, Tensor]:
+def patched_samples(
+    source: StableDiffusion,
+    target: StableDiffusion,
+    embedding: Tensor,
+    noise: Tensor,
+    sets: Mapping[str, Sequence[str]],
+    *,
+    steps: int,
+    guidance_scale: float,
+) -> dict[str, Tensor]:
     """Latents that the target draws when sets of its layers put out what the source's own run puts out.
 
     Args:
@@ -85,8 +95,9 @@ def patched_samples(source: StableDiffusion, target: StableDiffusion, embedding:
     return latents | {SOURCE: x_source}
 
 
-def _step(model: StableDiffusion, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float,
-          scheduler: DDIMScheduler) -> Tensor:
+def _step(
+    model: StableDiffusion, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float, scheduler: DDIMScheduler
+) -> Tensor:
     """One guided DDIM step."""
     doubled = torch.cat([x, x])
     away, eps = model.predict_noise(doubled, t.to(x.device).expand(len(doubled)), y).chunk(2)

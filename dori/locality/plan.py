@@ -94,10 +94,18 @@ class Plan:
 
     def judging(self) -> auditing.Plan:
         """The audit's plan for drawing images, for calibration and for quality."""
-        return auditing.Plan(self.preset, seeds=self.seeds, sampling_steps=self.sampling_steps,
-                             guidance_scale=self.guidance_scale, attack=self.attack, memories=None, controls=None,
-                             calibration_prompts=self.ordinary_prompts, seed=self.seed,
-                             quality_prompts=max(2, self.quality_prompts))
+        return auditing.Plan(
+            self.preset,
+            seeds=self.seeds,
+            sampling_steps=self.sampling_steps,
+            guidance_scale=self.guidance_scale,
+            attack=self.attack,
+            memories=None,
+            controls=None,
+            calibration_prompts=self.ordinary_prompts,
+            seed=self.seed,
+            quality_prompts=max(2, self.quality_prompts),
+        )
 
     @property
     def quality_prompts(self) -> int:
@@ -113,10 +121,28 @@ class Plan:
 def quick() -> Plan:
     """Two memories with 12 triggers each and no causal test: a first look within ten minutes on two cores."""
     return Plan(
-        "quick", memories=2, gaussian=6, foreign=5, seeds=4, sampling_steps=12, line_pairs=6,
-        line_shares=(0.25, 0.5, 0.75), ball_centres=3, ball_radii=(0.1, 0.3, 0.6, 1.0), activation_steps=(0, 4),
-        activation_noises=1, set_size=12, nemo=Nemo(max_refinement_passes=24), wandas=(Wanda(sparsity=0.10),),
-        ceiling=2, ceiling_seeds=3, calibration_prompts=48, causal=None, patch_seeds=0, chunk=6)
+        "quick",
+        memories=2,
+        gaussian=6,
+        foreign=5,
+        seeds=4,
+        sampling_steps=12,
+        line_pairs=6,
+        line_shares=(0.25, 0.5, 0.75),
+        ball_centres=3,
+        ball_radii=(0.1, 0.3, 0.6, 1.0),
+        activation_steps=(0, 4),
+        activation_noises=1,
+        set_size=12,
+        nemo=Nemo(max_refinement_passes=24),
+        wandas=(Wanda(sparsity=0.10),),
+        ceiling=2,
+        ceiling_seeds=3,
+        calibration_prompts=48,
+        causal=None,
+        patch_seeds=0,
+        chunk=6,
+    )
 
 
 def full() -> Plan:

@@ -35,11 +35,21 @@ def probe_lines(bench: Bench, case: Case, found: Found, ordinary: Source) -> lis
     if not points:
         bench.skip(key)
         return []
-    source = Source(torch.cat(points), {"triggers": found.take(rows).sha256, "ordinary": ordinary.sha256,
-                                        "pairs": plan.line_pairs, "shares": plan.line_shares})
+    source = Source(
+        torch.cat(points),
+        {
+            "triggers": found.take(rows).sha256,
+            "ordinary": ordinary.sha256,
+            "pairs": plan.line_pairs,
+            "shares": plan.line_shares,
+        },
+    )
     success = _succeed(bench, key, case, source).view(2, len(pairs), len(plan.line_shares))
-    return [Probe(memory, kind, share, int(success[group, :, column].sum()), len(pairs))
-            for group, kind in enumerate((BETWEEN, OUTWARD)) for column, share in enumerate(plan.line_shares)]
+    return [
+        Probe(memory, kind, share, int(success[group, :, column].sum()), len(pairs))
+        for group, kind in enumerate((BETWEEN, OUTWARD))
+        for column, share in enumerate(plan.line_shares)
+    ]
 
 
 def probe_balls(bench: Bench, case: Case, found: Found, ordinary: Source) -> list[Probe]:
@@ -50,14 +60,30 @@ def probe_balls(bench: Bench, case: Case, found: Found, ordinary: Source) -> lis
         bench.skip(key)
         return []
     unit = float(pair_distances(ordinary.y).median())
-    points = [sphere(found.ends[row], radius * unit, count=plan.ball_directions,
-                     seed=named_seed("locality ball", plan.seed, memory, row, column))
-              for row in rows for column, radius in enumerate(plan.ball_radii)]
-    source = Source(torch.cat(points), {"triggers": found.take(rows).sha256, "ordinary": ordinary.sha256,
-                                        "radii": plan.ball_radii, "directions": plan.ball_directions})
+    points = [
+        sphere(
+            found.ends[row],
+            radius * unit,
+            count=plan.ball_directions,
+            seed=named_seed("locality ball", plan.seed, memory, row, column),
+        )
+        for row in rows
+        for column, radius in enumerate(plan.ball_radii)
+    ]
+    source = Source(
+        torch.cat(points),
+        {
+            "triggers": found.take(rows).sha256,
+            "ordinary": ordinary.sha256,
+            "radii": plan.ball_radii,
+            "directions": plan.ball_directions,
+        },
+    )
     success = _succeed(bench, key, case, source).view(len(rows), len(plan.ball_radii), -1)
-    return [Probe(memory, BALL, radius, int(success[:, column].sum()), success[:, column].numel())
-            for column, radius in enumerate(plan.ball_radii)]
+    return [
+        Probe(memory, BALL, radius, int(success[:, column].sum()), success[:, column].numel())
+        for column, radius in enumerate(plan.ball_radii)
+    ]
 
 
 def _succeed(bench: Bench, key: str, case: Case, source: Source) -> Tensor:

@@ -190,9 +190,20 @@ class Joined:
 
 
 LISTS: Mapping[str, type] = {
-    "subjects": Analysed, "triggers": Trigger, "places": Place, "measures": Measure, "probes": Probe,
-    "activities": Activity, "overlaps": Overlap, "searches": Search, "covers": Cover, "changes": Change,
-    "patches": Patch, "crosses": Cross, "joined": Joined}
+    "subjects": Analysed,
+    "triggers": Trigger,
+    "places": Place,
+    "measures": Measure,
+    "probes": Probe,
+    "activities": Activity,
+    "overlaps": Overlap,
+    "searches": Search,
+    "covers": Cover,
+    "changes": Change,
+    "patches": Patch,
+    "crosses": Cross,
+    "joined": Joined,
+}
 
 
 @dataclass(frozen=True, slots=True)

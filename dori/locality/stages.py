@@ -25,8 +25,9 @@ SITES: tuple[Site, ...] = ("attention_value", "feed_forward")
 # ------------------------------------------------------------------------------------------------------- activations
 
 
-def discrepancies(bench: Bench, owner: str, groups: Mapping[str, Sequence[int]], embeddings: Source,
-                  repeated: Source | None = None) -> list[Activity]:
+def discrepancies(
+    bench: Bench, owner: str, groups: Mapping[str, Sequence[int]], embeddings: Source, repeated: Source | None = None
+) -> list[Activity]:
     """D_l of groups of embeddings, at every chosen step, averaged over the fixed initial noises.
 
     Args:
@@ -37,27 +38,42 @@ def discrepancies(bench: Bench, owner: str, groups: Mapping[str, Sequence[int]],
         repeated: one of them, to run under several noises as the group "other noises".
     """
     plan, key = bench.plan, cell_key("activations", owner or next(iter(groups)).replace(" ", "-"))
-    inputs = {"source": embeddings.sha256, "groups": {n: list(r) for n, r in groups.items()},
-              "steps": plan.activation_steps, "ddim_steps": plan.sampling_steps, "noises": plan.activation_noises,
-              "guidance_scale": plan.guidance_scale, "seed": plan.seed, "others": other_noises(plan),
-              "repeated": None if repeated is None else repeated.sha256}
+    inputs = {
+        "source": embeddings.sha256,
+        "groups": {n: list(r) for n, r in groups.items()},
+        "steps": plan.activation_steps,
+        "ddim_steps": plan.sampling_steps,
+        "noises": plan.activation_noises,
+        "guidance_scale": plan.guidance_scale,
+        "seed": plan.seed,
+        "others": other_noises(plan),
+        "repeated": None if repeated is None else repeated.sha256,
+    }
     rows = plan.activation_noises * activation_rows(len(embeddings), plan.activation_steps)
     if repeated is not None:
         rows += activation_rows(other_noises(plan), plan.activation_steps)
-    found = bench.tensors(key, inputs, Rows(forward=rows),
-                          lambda: _discrepancies(bench, groups, embeddings.y, None if repeated is None else repeated.y))
+    found = bench.tensors(
+        key,
+        inputs,
+        Rows(forward=rows),
+        lambda: _discrepancies(bench, groups, embeddings.y, None if repeated is None else repeated.y),
+    )
     layers = {name: site for site in SITES for name in bench.model.layers(site, EVERYWHERE)}
     counts = {name: len(members) for name, members in groups.items()} | {OTHER_NOISES: other_noises(plan)}
     records = []
     for group in [*groups, *([OTHER_NOISES] if repeated is not None else [])]:
         table = found[group]  # (steps, layers)
-        records += [Activity(owner, layers[layer], layer, step, group, known(float(table[row, column])), counts[group])
-                    for row, step in enumerate(plan.activation_steps) for column, layer in enumerate(layers)]
+        records += [
+            Activity(owner, layers[layer], layer, step, group, known(float(table[row, column])), counts[group])
+            for row, step in enumerate(plan.activation_steps)
+            for column, layer in enumerate(layers)
+        ]
     return records
 
 
-def _discrepancies(bench: Bench, groups: Mapping[str, Sequence[int]], embeddings: Tensor,
-                   repeated: Tensor | None) -> dict[str, Tensor]:
+def _discrepancies(
+    bench: Bench, groups: Mapping[str, Sequence[int]], embeddings: Tensor, repeated: Tensor | None
+) -> dict[str, Tensor]:
     seeds = [named_seed("locality noise", bench.plan.seed, k) for k in range(other_noises(bench.plan))]
     noise = initial_noise(bench.model, seeds)
     runs = [_tables(bench, groups, embeddings, noise[k : k + 1]) for k in range(bench.plan.activation_noises)]
@@ -73,8 +89,15 @@ def _tables(bench: Bench, groups: Mapping[str, Sequence[int]], embeddings: Tenso
     plan, model = bench.plan, bench.model
     layers = {name: layer for site in SITES for name, layer in model.layers(site, EVERYWHERE).items()}
     steps: dict[str, list[Tensor]] = {group: [] for group in groups}
-    for _, seen in activations(model, layers, embeddings, noise, steps=plan.activation_steps,
-                               ddim_steps=plan.sampling_steps, guidance_scale=plan.guidance_scale):
+    for _, seen in activations(
+        model,
+        layers,
+        embeddings,
+        noise,
+        steps=plan.activation_steps,
+        ddim_steps=plan.sampling_steps,
+        guidance_scale=plan.guidance_scale,
+    ):
         for group, rows in groups.items():
             values = [discrepancy(seen[name][list(rows)]) for name in layers]
             steps[group].append(torch.tensor(values, dtype=torch.float64))
@@ -84,22 +107,30 @@ def _tables(bench: Bench, groups: Mapping[str, Sequence[int]], embeddings: Tenso
 # ------------------------------------------------------------------------------------------------------- causal test
 
 
-def cross(bench: Bench, case: Case, method: str, edits: Sequence[WeightMask], triggers: Source,
-          starts: Sequence[str]) -> Cross:
+def cross(
+    bench: Bench, case: Case, method: str, edits: Sequence[WeightMask], triggers: Source, starts: Sequence[str]
+) -> Cross:
     """Under the mask of every trigger: every trigger as it is, attacked again, and attacks from fresh starts."""
     plan, causal = bench.plan, bench.plan.causal
     assert causal is not None  # the loop asks only then
     fresh = _fresh(bench, case, range(causal.fresh))
-    rows = Rows(attacking(plan, len(triggers) + len(fresh)).attacked,
-                drawing(plan, plan.probe_seeds * (2 * len(triggers) + len(fresh))).forward)
+    rows = Rows(
+        attacking(plan, len(triggers) + len(fresh)).attacked,
+        drawing(plan, plan.probe_seeds * (2 * len(triggers) + len(fresh))).forward,
+    )
     tables = []
     for row, edit in enumerate(edits):
         key = cell_key("causal", case.memory.id, method, str(row))
         tables.append(_under(bench, key, case, edit, triggers, fresh, rows))
     for row in range(len(edits), causal.triggers):
         bench.skip(cell_key("causal", case.memory.id, method, str(row)))
-    return Cross(case.memory.id, method, tuple(starts), tuple(edit.size for edit in edits),
-                 *(tuple(_medians(table[name]) for table in tables) for name in ("replay", "again", "fresh")))
+    return Cross(
+        case.memory.id,
+        method,
+        tuple(starts),
+        tuple(edit.size for edit in edits),
+        *(tuple(_medians(table[name]) for table in tables) for name in ("replay", "again", "fresh")),
+    )
 
 
 def _medians(similarity: Tensor) -> tuple[float, ...]:
@@ -108,23 +139,30 @@ def _medians(similarity: Tensor) -> tuple[float, ...]:
 
 def _fresh(bench: Bench, case: Case, numbers: range) -> Source:
     """Gaussian starts that no trigger of the run began from."""
-    return gaussian_source(bench, [named_seed("locality fresh start", bench.plan.seed, case.memory.id, k)
-                                   for k in numbers])
+    return gaussian_source(
+        bench, [named_seed("locality fresh start", bench.plan.seed, case.memory.id, k) for k in numbers]
+    )
 
 
-def _under(bench: Bench, key: str, case: Case, edit: WeightMask, triggers: Source, fresh: Source,
-           rows: Rows) -> dict[str, Tensor]:
+def _under(
+    bench: Bench, key: str, case: Case, edit: WeightMask, triggers: Source, fresh: Source, rows: Rows
+) -> dict[str, Tensor]:
     """Similarities under one mask: `replay` of the triggers, `again` and `fresh` after new attacks; each (n, s)."""
     plan, starts = bench.plan, torch.cat([triggers.y, fresh.y])
     attack_seeds = [named_seed("locality causal", plan.seed, case.memory.id, k) for k in range(len(starts))]
     seeds = plan.fresh_seeds(plan.probe_seeds)
     inputs = bench.judged_inputs(case, triggers, seeds) | {
-        "fresh": fresh.sha256, "edit": edit.fingerprint, "attack": plan.attack, "attack_seeds": attack_seeds}
+        "fresh": fresh.sha256,
+        "edit": edit.fingerprint,
+        "attack": plan.attack,
+        "attack_seeds": attack_seeds,
+    }
 
     def compute() -> dict[str, Tensor]:
         with edit.applied(bench.model):
-            ends = plan.attack(bench.model, case.latent[None].expand(len(starts), -1, -1, -1), starts,
-                               seeds=attack_seeds).at(plan.attack.steps)
+            ends = plan.attack(
+                bench.model, case.latent[None].expand(len(starts), -1, -1, -1), starts, seeds=attack_seeds
+            ).at(plan.attack.steps)
             similar = bench.similarities(case, torch.cat([triggers.y, ends]), seeds)
         names = ("replay", "again", "fresh")
         return dict(zip(names, similar.split([len(triggers), len(triggers), len(fresh)]), strict=True))
@@ -132,8 +170,9 @@ def _under(bench: Bench, key: str, case: Case, edit: WeightMask, triggers: Sourc
     return bench.tensors(key, inputs, rows, compute)
 
 
-def join(bench: Bench, case: Case, method: str, edits: Sequence[WeightMask], prompts: Sequence[str],
-         held_out: Tensor | None) -> list[Joined]:
+def join(
+    bench: Bench, case: Case, method: str, edits: Sequence[WeightMask], prompts: Sequence[str], held_out: Tensor | None
+) -> list[Joined]:
     """Join the masks of 1, 2, 4, ... triggers, attack from fresh starts under each union, and tell its price."""
     plan, causal = bench.plan, bench.plan.causal
     assert causal is not None  # the loop asks only then
@@ -142,8 +181,15 @@ def join(bench: Bench, case: Case, method: str, edits: Sequence[WeightMask], pro
     rows = Rows(attacking(plan, len(fresh)).attacked, drawing(plan, plan.probe_seeds * len(fresh)).forward)
     unions = joined(edits, f"{case.memory.id} {method}")
     quality = ordinary_quality(
-        bench.model, plan.judging(), bench.judge, bench.run, edits=(no_edit(), *unions), prompts=prompts,
-        base={"model": bench.fingerprint, "judge": bench.judge.record()}, held_out=held_out)
+        bench.model,
+        plan.judging(),
+        bench.judge,
+        bench.run,
+        edits=(no_edit(), *unions),
+        prompts=prompts,
+        base={"model": bench.fingerprint, "judge": bench.judge.record()},
+        held_out=held_out,
+    )
     price = {row.edit: row for row in quality}
     bench.count("quality", drawing(plan, sum(row.prompts for row in quality)))
     records = []
@@ -152,9 +198,18 @@ def join(bench: Bench, case: Case, method: str, edits: Sequence[WeightMask], pro
         found = _under(bench, cell_key("joined", case.memory.id, method, str(masks)), case, edit, empty, fresh, rows)
         row = price.get(edit.name)
         total = sum(mask.numel() for mask in edit.masks.values())
-        records.append(Joined(case.memory.id, method, masks, round(edit.size / total, 6) if total else 0.0,
-                              int(bench.replicates(found["fresh"]).sum()), len(fresh),
-                              known(row.frechet) if row else None, row.alignment if row else None))
+        records.append(
+            Joined(
+                case.memory.id,
+                method,
+                masks,
+                round(edit.size / total, 6) if total else 0.0,
+                int(bench.replicates(found["fresh"]).sum()),
+                len(fresh),
+                known(row.frechet) if row else None,
+                row.alignment if row else None,
+            )
+        )
     return records
 
 
@@ -175,15 +230,18 @@ def patches(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: s
         middle = {name: float(values.double().quantile(0.5)) for name, values in table.items()}
         for name in (NONE, SOURCE, *sets):
             share = share_of_gap(middle[name], middle[NONE], middle[SOURCE])
-            records.append(Patch(memory, direction, name, round(middle[name], 6), None if share is None
-                                 else known(share)))
+            records.append(
+                Patch(memory, direction, name, round(middle[name], 6), None if share is None else known(share))
+            )
     return records
 
 
-def _patched(bench: Bench, case: Case, *, source: StableDiffusion, target: StableDiffusion, prompt: Tensor,
-             seeds: Sequence[int]) -> dict[str, Tensor]:
+def _patched(
+    bench: Bench, case: Case, *, source: StableDiffusion, target: StableDiffusion, prompt: Tensor, seeds: Sequence[int]
+) -> dict[str, Tensor]:
     plan, noise = bench.plan, initial_noise(bench.model, seeds)
     names = patch_sets(source)
-    latents = patched_samples(source, target, prompt, noise, names, steps=plan.sampling_steps,
-                              guidance_scale=plan.guidance_scale)
+    latents = patched_samples(
+        source, target, prompt, noise, names, steps=plan.sampling_steps, guidance_scale=plan.guidance_scale
+    )
     return {name: bench.similar(case, target.to_images(z).cpu()[None])[0] for name, z in latents.items()}

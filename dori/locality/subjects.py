@@ -43,13 +43,20 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
     verbatim = [case for case in subjects.memories if case.memory.kind == "verbatim"] or list(subjects.memories)
     texts = [case.memory.text for case in verbatim if case.memory.text is not None]
     if len(texts) < 2:
-        raise DoriError(f"locality compares triggers of one memory with the prompts of others, and {len(texts)} of the "
-                        "memories have a text; give a folder with at least two texts in metadata.jsonl")
+        raise DoriError(
+            f"locality compares triggers of one memory with the prompts of others, and {len(texts)} of the "
+            "memories have a text; give a folder with at least two texts in metadata.jsonl"
+        )
     parts = _parts(subjects.ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
     reference, foreign, calibration = (encoded(subjects.model, part) for part in parts[:3])
-    return Sets(tuple(verbatim[index] for index in choose(len(verbatim), plan.memories)),
-                encoded(subjects.model, [texts[index] for index in choose(len(texts), plan.set_size)]),
-                reference, foreign, calibration, tuple(parts[3]))
+    return Sets(
+        tuple(verbatim[index] for index in choose(len(verbatim), plan.memories)),
+        encoded(subjects.model, [texts[index] for index in choose(len(texts), plan.set_size)]),
+        reference,
+        foreign,
+        calibration,
+        tuple(parts[3]),
+    )
 
 
 def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:
@@ -61,14 +68,22 @@ def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:
     share = min(1.0, len(prompts) / sum(wanted))
     counts = [min(count, max(2, int(share * count))) for count in wanted]
     if sum(counts) > len(prompts):
-        raise DoriError(f"locality needs ordinary prompts for its reference set, foreign starts and NeMo's statistics, "
-                        f"and {len(prompts)} are too few; give more texts with --ordinary")
+        raise DoriError(
+            f"locality needs ordinary prompts for its reference set, foreign starts and NeMo's statistics, "
+            f"and {len(prompts)} are too few; give more texts with --ordinary"
+        )
     ends = list(accumulate(counts))
     return [list(prompts[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
 def sizes(subjects: Subjects, sets: Sets) -> Sizes:
     """What decides about the cost."""
-    return Sizes(tuple((case.memory.id, case.memory.text is not None) for case in sets.cases), len(sets.memorized),
-                 len(sets.ordinary), len(sets.foreign), len(sets.calibration), len(patch_layers(subjects.model)),
-                 len(subjects.twins))
+    return Sizes(
+        tuple((case.memory.id, case.memory.text is not None) for case in sets.cases),
+        len(sets.memorized),
+        len(sets.ordinary),
+        len(sets.foreign),
+        len(sets.calibration),
+        len(patch_layers(subjects.model)),
+        len(subjects.twins),
+    )

@@ -50,15 +50,22 @@ class Found:
 
     def rows(self, start: str | None = None) -> list[int]:
         """Positions of the triggers, of one start or of all; the prompt-started one first."""
-        return [row for row, name in enumerate(self.names)
-                if bool(self.replicates[row]) and (start is None or name == start)]
+        return [
+            row
+            for row, name in enumerate(self.names)
+            if bool(self.replicates[row]) and (start is None or name == start)
+        ]
 
     def spread(self, limit: int) -> list[int]:
         """At most so many triggers: the prompt-started one, then the other starts by turns, each evenly spread."""
         kept = self.rows("prompt")[:limit]
         pools = [self.rows(start) for start in ORDER[1:]]
-        turns = [row for pair in zip(*(pool + [-1] * (max(map(len, pools)) - len(pool)) for pool in pools), strict=True)
-                 for row in pair if row >= 0]
+        turns = [
+            row
+            for pair in zip(*(pool + [-1] * (max(map(len, pools)) - len(pool)) for pool in pools), strict=True)
+            for row in pair
+            if row >= 0
+        ]
         return kept + turns[: limit - len(kept)]
 
 
@@ -78,10 +85,18 @@ def starts_of(bench: Bench, case: Case, foreign: Source) -> dict[str, Source]:
 def attacked(bench: Bench, key: str, case: Case, starts: Source, seeds: list[int]) -> Source:
     """The embeddings after DoRI from the given starts at one memory, as a cell."""
     attack, targets = bench.plan.attack, case.latent[None].expand(len(starts), -1, -1, -1)
-    origin: dict[str, object] = {"attack": attack, "seeds": seeds, "image": pixels_sha256(case.image),
-                                 "starts": starts.sha256}
-    found = bench.tensors(key, origin, attacking(bench.plan, len(starts)), lambda: {
-        "end": attack(bench.model, targets, starts.y, seeds=seeds).at(attack.steps)})
+    origin: dict[str, object] = {
+        "attack": attack,
+        "seeds": seeds,
+        "image": pixels_sha256(case.image),
+        "starts": starts.sha256,
+    }
+    found = bench.tensors(
+        key,
+        origin,
+        attacking(bench.plan, len(starts)),
+        lambda: {"end": attack(bench.model, targets, starts.y, seeds=seeds).at(attack.steps)},
+    )
     return Source(found["end"], origin)
 
 
@@ -99,20 +114,33 @@ def find_triggers(bench: Bench, case: Case, foreign: Source) -> Found:
             names += [start] * len(chunk)
             index += list(chunk)
     similar = torch.cat(similarity)
-    return Found(torch.cat([part.y for part in starts]), torch.cat([part.y for part in ends]), tuple(names),
-                 tuple(index), similar, bench.replicates(similar), {"parts": [part.sha256 for part in ends]})
+    return Found(
+        torch.cat([part.y for part in starts]),
+        torch.cat([part.y for part in ends]),
+        tuple(names),
+        tuple(index),
+        similar,
+        bench.replicates(similar),
+        {"parts": [part.sha256 for part in ends]},
+    )
 
 
 def similarities(bench: Bench, key: str, case: Case, source: Source, seeds: list[int]) -> Tensor:
     """`Bench.similarities` as a cell, shape (n, s)."""
-    return bench.tensors(key, bench.judged_inputs(case, source, seeds),
-                         drawing(bench.plan, len(source) * len(seeds)),
-                         lambda: {"similarity": bench.similarities(case, source.y, seeds)})["similarity"]
+    return bench.tensors(
+        key,
+        bench.judged_inputs(case, source, seeds),
+        drawing(bench.plan, len(source) * len(seeds)),
+        lambda: {"similarity": bench.similarities(case, source.y, seeds)},
+    )["similarity"]
 
 
 def trigger_records(memory: str, found: Found) -> list[Trigger]:
     """One record an attack."""
     far, middle = moved(found.starts, found.ends), found.similarity.double().quantile(0.5, dim=1)
-    return [Trigger(memory, name, index, round(float(similar), 6), bool(kept), round(float(distance), 6))
-            for name, index, similar, kept, distance in zip(found.names, found.index, middle, found.replicates, far,
-                                                            strict=True)]
+    return [
+        Trigger(memory, name, index, round(float(similar), 6), bool(kept), round(float(distance), 6))
+        for name, index, similar, kept, distance in zip(
+            found.names, found.index, middle, found.replicates, far, strict=True
+        )
+    ]

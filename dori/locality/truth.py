@@ -25,8 +25,10 @@ Energies = dict[str, Tensor]
 def energies(first: StableDiffusion, second: StableDiffusion) -> Energies:
     """Squared difference of every U-Net parameter of two models of one shape, float64, by parameter name."""
     other = dict(second.unet.named_parameters())
-    return {name: (weight.detach().double() - other[name].detach().double()).square().cpu()
-            for name, weight in first.unet.named_parameters()}
+    return {
+        name: (weight.detach().double() - other[name].detach().double()).square().cpu()
+        for name, weight in first.unet.named_parameters()
+    }
 
 
 def mean_energies(parts: Sequence[Energies]) -> Energies:
@@ -85,14 +87,18 @@ def excess_by_group(change: Energies, floor: Energies | None) -> tuple[Excess, .
     groups: dict[str, list[str]] = {}
     for name in change:
         groups.setdefault(group_of(name), []).append(name)
-    return tuple(sorted((_excess(group, names, change, floor) for group, names in groups.items()),
-                        key=lambda one: -one.excess))
+    return tuple(
+        sorted((_excess(group, names, change, floor) for group, names in groups.items()), key=lambda one: -one.excess)
+    )
 
 
 def _excess(group: str, names: Sequence[str], change: Energies, floor: Energies | None) -> Excess:
-    return Excess(group, sum(float(change[n].sum()) for n in names),
-                  None if floor is None else sum(float(floor[n].sum()) for n in names),
-                  sum(change[n].numel() for n in names))
+    return Excess(
+        group,
+        sum(float(change[n].sum()) for n in names),
+        None if floor is None else sum(float(floor[n].sum()) for n in names),
+        sum(change[n].numel() for n in names),
+    )
 
 
 def coverage(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> float:

@@ -61,11 +61,14 @@ def agreement(masks: Tensor) -> Agreement:
 def agreement_between(groups: list[Tensor]) -> Agreement:
     """As `agreement`, over the pairs within each group of masks (the same embedding under several seeds)."""
     pieces = [(*overlaps(group.flatten(1)), len(group)) for group in groups]
-    picked = [(both[tuple(torch.triu_indices(n, n, 1))], either[tuple(torch.triu_indices(n, n, 1))])
-              for both, either, n in pieces]
+    picked = [
+        (both[tuple(torch.triu_indices(n, n, 1))], either[tuple(torch.triu_indices(n, n, 1))])
+        for both, either, n in pieces
+    ]
     sizes = torch.cat([both.diagonal() for both, _, _ in pieces])
-    return _mean(torch.cat([both for both, _ in picked]), torch.cat([either for _, either in picked]),
-                 float(sizes.mean()))
+    return _mean(
+        torch.cat([both for both, _ in picked]), torch.cat([either for _, either in picked]), float(sizes.mean())
+    )
 
 
 def _mean(both: Tensor, either: Tensor, size: float) -> Agreement:
@@ -92,8 +95,9 @@ def random_agreement(first: int, second: int, weights: int) -> float:
     middle = first * second / weights
     variance = middle * (weights - first) * (weights - second) / weights / max(1, weights - 1)
     width = SPAN * math.sqrt(variance) + 1
-    k = np.arange(max(0, first + second - weights, math.floor(middle - width)),
-                  min(first, second, math.ceil(middle + width)) + 1)
+    k = np.arange(
+        max(0, first + second - weights, math.floor(middle - width)), min(first, second, math.ceil(middle + width)) + 1
+    )
     return float((stats.hypergeom(weights, first, second).pmf(k) * k / (first + second - k)).sum())
 
 

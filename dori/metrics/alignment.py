@@ -16,8 +16,7 @@ OPENAI_STD: Colour = (0.26862954, 0.26130258, 0.27577711)
 
 
 @torch.no_grad()
-def image_features(model: CLIPModel, images: Tensor, *, mean: Colour = OPENAI_MEAN,
-                   std: Colour = OPENAI_STD) -> Tensor:
+def image_features(model: CLIPModel, images: Tensor, *, mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_STD) -> Tensor:
     """CLIP image features, shape (n, p), float32, of images in [0, 1], shape (n, 3, H, W).
 
     Images are resized to the model's square (bicubic, antialiased; square generations lose nothing) and normalised.
@@ -38,8 +37,15 @@ def image_features(model: CLIPModel, images: Tensor, *, mean: Colour = OPENAI_ME
 
 
 @torch.no_grad()
-def alignment(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, images: Tensor, prompts: Sequence[str], *,
-              mean: Colour = OPENAI_MEAN, std: Colour = OPENAI_STD) -> Tensor:
+def alignment(
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    images: Tensor,
+    prompts: Sequence[str],
+    *,
+    mean: Colour = OPENAI_MEAN,
+    std: Colour = OPENAI_STD,
+) -> Tensor:
     """Cosine of image and text features, pair by pair. Not scaled by 100 or by the model's temperature.
 
     Prompts longer than the text tower reads are cut, as the published scores do.
@@ -59,11 +65,19 @@ def alignment(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, images: Tens
         DoriError: numbers of images and prompts differ.
     """
     if len(images) != len(prompts):
-        raise DoriError(f"alignment pairs images with prompts, and there are {len(images)} and {len(prompts)}; "
-                        "repeat the prompt for each of its images")
+        raise DoriError(
+            f"alignment pairs images with prompts, and there are {len(images)} and {len(prompts)}; "
+            "repeat the prompt for each of its images"
+        )
     # No attention mask: text is read causally and pooled at the end token, so padding after it changes nothing.
-    ids = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                    max_length=model.config.text_config.max_position_embeddings).input_ids
-    text_features = torch.cat([model.get_text_features(input_ids=part.to(model.device)).pooler_output.float()
-                               for part in ids.split(64)])
+    ids = tokenizer(
+        list(prompts),
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+        max_length=model.config.text_config.max_position_embeddings,
+    ).input_ids
+    text_features = torch.cat(
+        [model.get_text_features(input_ids=part.to(model.device)).pooler_output.float() for part in ids.split(64)]
+    )
     return cosine(image_features(model, images, mean=mean, std=std), text_features)

@@ -34,8 +34,9 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 # The judge of the testbed's feasibility run, with the threshold used there: a weak baseline.
-PIXEL_CORRELATION = Descriptor("pixel-correlation-32", "32 x 32, bilinear with antialiasing, mean subtracted", _pixels,
-                               threshold=0.7)
+PIXEL_CORRELATION = Descriptor(
+    "pixel-correlation-32", "32 x 32, bilinear with antialiasing, mean subtracted", _pixels, threshold=0.7
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,17 @@ def _scores(pairs: Pairs, images: Tensor, copies: Tensor) -> tuple[np.ndarray, n
 def _calibrated(same: np.ndarray, other: np.ndarray, fpr: float, measured_on: str) -> tuple[float, Calibration]:
     threshold = threshold_at_fpr(other, fpr)
     return threshold, Calibration(
-        false_positive_rate=float((other > threshold).mean()), true_positive_rate=float((same > threshold).mean()),
-        negative_pairs=len(other), positive_pairs=len(same), measured_on=measured_on)
+        false_positive_rate=float((other > threshold).mean()),
+        true_positive_rate=float((same > threshold).mean()),
+        negative_pairs=len(other),
+        positive_pairs=len(same),
+        measured_on=measured_on,
+    )
 
 
-def calibrate(descriptor: Descriptor, round_trip: RoundTrip, *, seed: int, negatives: int = 100_000,
-              fpr: float = 0.001) -> Descriptor:
+def calibrate(
+    descriptor: Descriptor, round_trip: RoundTrip, *, seed: int, negatives: int = 100_000, fpr: float = 0.001
+) -> Descriptor:
     """The descriptor with the thresholds that a share `fpr` of held-out look-alikes exceeds, whole and masked.
 
     Args:
@@ -85,15 +91,25 @@ def calibrate(descriptor: Descriptor, round_trip: RoundTrip, *, seed: int, negat
     groups = math.ceil(negatives / NEGATIVES_PER_GROUP)
     pairs = make_pairs(groups, round_trip, seed=seed, stream=HELD_OUT)
     same, other = _scores(pairs, _describe(descriptor, pairs.images), _describe(descriptor, pairs.copies))
-    what = (f"{groups} held-out groups of {GROUP} look-alike scenes of the testbed, their copies through a VAE with "
-            f"drift of place, colour and sharpness, seed {seed}")
+    what = (
+        f"{groups} held-out groups of {GROUP} look-alike scenes of the testbed, their copies through a VAE with "
+        f"drift of place, colour and sharpness, seed {seed}"
+    )
     threshold, measured = _calibrated(same, other, fpr, what)
     found = dataclasses.replace(descriptor, threshold=threshold, calibration=measured)
     boxes = random_boxes(pairs.images, seed=seed)
     strangers = pairs.negatives[differ_outside(pairs, boxes)]
-    return calibrate_masked(found, pairs.images, boxes, copies=pairs.copies, strangers=pairs.copies, pairs=strangers,
-                            fpr=fpr, measured_on=f"{what}, a random box of {BOX_SHARE[0]:.0%} to {BOX_SHARE[1]:.0%} "
-                                                 "of the side painted over; pairs that differ within it left out")
+    return calibrate_masked(
+        found,
+        pairs.images,
+        boxes,
+        copies=pairs.copies,
+        strangers=pairs.copies,
+        pairs=strangers,
+        fpr=fpr,
+        measured_on=f"{what}, a random box of {BOX_SHARE[0]:.0%} to {BOX_SHARE[1]:.0%} "
+        "of the side painted over; pairs that differ within it left out",
+    )
 
 
 def random_boxes(images: Tensor, *, seed: int) -> list[Box]:
@@ -119,8 +135,17 @@ def differ_outside(pairs: Pairs, boxes: Sequence[Box]) -> Tensor:
     return torch.cat(different)
 
 
-def calibrate_masked(descriptor: Descriptor, references: Tensor, boxes: Sequence[Box], *, copies: Tensor,
-                     strangers: Tensor, pairs: Tensor, measured_on: str, fpr: float = 0.001) -> Descriptor:
+def calibrate_masked(
+    descriptor: Descriptor,
+    references: Tensor,
+    boxes: Sequence[Box],
+    *,
+    copies: Tensor,
+    strangers: Tensor,
+    pairs: Tensor,
+    measured_on: str,
+    fpr: float = 0.001,
+) -> Descriptor:
     """The descriptor with the threshold that a share `fpr` of strangers exceeds, painted as `masked_similarity` does.
 
     Works for anybody's images: references with the boxes of their templates, controls as strangers, all pairs.
@@ -139,12 +164,18 @@ def calibrate_masked(descriptor: Descriptor, references: Tensor, boxes: Sequence
         DoriError: no pair, or a box that covers all or nothing of an image.
     """
     if not len(pairs):
-        raise DoriError("a masked threshold needs pairs of a reference and a stranger, and there are none; give more "
-                        "controls, or boxes that leave something to compare")
+        raise DoriError(
+            "a masked threshold needs pairs of a reference and a stranger, and there are none; give more "
+            "controls, or boxes that leave something to compare"
+        )
 
     def painted(images: Tensor, rows: Tensor, of: Tensor) -> Tensor:
-        return torch.cat([descriptor(paint(_floats(images[row]), _floats(references[one]), [boxes[k] for k in one]))
-                          for row, one in zip(rows.split(256), of.split(256), strict=True)]).cpu()
+        return torch.cat(
+            [
+                descriptor(paint(_floats(images[row]), _floats(references[one]), [boxes[k] for k in one]))
+                for row, one in zip(rows.split(256), of.split(256), strict=True)
+            ]
+        ).cpu()
 
     everyone = torch.arange(len(references))
     ours = painted(references, everyone, everyone)
@@ -158,8 +189,9 @@ def _floats(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else to_float(images)
 
 
-def compare_descriptors(descriptors: Sequence[Descriptor], round_trip: RoundTrip, *, seed: int,
-                        groups: int = 300) -> tuple[Comparison, ...]:
+def compare_descriptors(
+    descriptors: Sequence[Descriptor], round_trip: RoundTrip, *, seed: int, groups: int = 300
+) -> tuple[Comparison, ...]:
     """Set descriptors before the same held-out pairs.
 
     Args:
@@ -175,6 +207,7 @@ def compare_descriptors(descriptors: Sequence[Descriptor], round_trip: RoundTrip
         same, other = _scores(pairs, images, copies)
         nearest = torch.cat([(part @ images.T).argmax(dim=1) for part in copies.split(1024)])
         hits = (nearest == torch.arange(len(copies))).double().mean()
-        rows.append(Comparison(descriptor.name, tpr_at_fpr(same, other, fpr=0.001), area_under_roc(same, other),
-                               float(hits)))
+        rows.append(
+            Comparison(descriptor.name, tpr_at_fpr(same, other, fpr=0.001), area_under_roc(same, other), float(hits))
+        )
     return tuple(rows)

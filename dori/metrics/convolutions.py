@@ -17,8 +17,11 @@ class Convolution(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.residual = channels_in == channels_out and stride == 1
-        self.layers = nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
-                                    nn.GroupNorm(GROUPS, channels_out), nn.ReLU())
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(GROUPS, channels_out),
+            nn.ReLU(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels_in, H, W) to (n, channels_out, H / stride, W / stride)."""
@@ -29,8 +32,9 @@ class Convolution(nn.Module):
 def trunk(layers: Sequence[tuple[int, int]]) -> nn.Sequential:
     """Convolutions on RGB, given as pairs of output channels and stride."""
     channels = [3, *(out for out, _ in layers)]
-    return nn.Sequential(*(Convolution(into, out, stride)
-                           for into, (out, stride) in zip(channels, layers, strict=False)))
+    return nn.Sequential(
+        *(Convolution(into, out, stride) for into, (out, stride) in zip(channels, layers, strict=False))
+    )
 
 
 def initialised(make: Callable[[], Network], seed: int) -> Network:

@@ -78,11 +78,18 @@ def save_copy_descriptor(path: Path, network: CopyNetwork, calibrated: Descripto
     """
     if calibrated.calibration is None:
         raise DoriError(f"{path} would hold a descriptor without a threshold; calibrate it first")
-    header = {"kind": KIND, "name": NAME, "threshold": repr(calibrated.threshold),
-              "calibration": json.dumps(asdict(calibrated.calibration)), "details": json.dumps(details)}
+    header = {
+        "kind": KIND,
+        "name": NAME,
+        "threshold": repr(calibrated.threshold),
+        "calibration": json.dumps(asdict(calibrated.calibration)),
+        "details": json.dumps(details),
+    }
     if calibrated.masked_calibration is not None:
-        header |= {"masked_threshold": repr(calibrated.masked_threshold),
-                   "masked_calibration": json.dumps(asdict(calibrated.masked_calibration))}
+        header |= {
+            "masked_threshold": repr(calibrated.masked_threshold),
+            "masked_calibration": json.dumps(asdict(calibrated.masked_calibration)),
+        }
     write_bytes(path, save({key: value.contiguous() for key, value in network.state_dict().items()}, header))
 
 
@@ -112,7 +119,10 @@ def load_copy_descriptor(path: Path, *, device: str = "cpu") -> Descriptor:
     network.requires_grad_(False).to(device)
     masked = header.get("masked_calibration")  # files written before there was one have none
     return dataclasses.replace(
-        as_descriptor(network), fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
-        threshold=float(header["threshold"]), calibration=Calibration(**json.loads(header["calibration"])),
+        as_descriptor(network),
+        fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        threshold=float(header["threshold"]),
+        calibration=Calibration(**json.loads(header["calibration"])),
         masked_threshold=float(header.get("masked_threshold", math.nan)),
-        masked_calibration=None if masked is None else Calibration(**json.loads(masked)))
+        masked_calibration=None if masked is None else Calibration(**json.loads(masked)),
+    )

@@ -50,8 +50,10 @@ def _moved(scene: Scene, rng: np.random.Generator, earlier: Sequence[Scene]) -> 
         for thing in scene.objects:
             x, y = rng.uniform(thing.size_px / 2, SIDE_PX - thing.size_px / 2, 2)
             placed.append(dataclasses.replace(thing, x_px=float(x), y_px=float(y)))
-        if any(math.hypot(p.x_px - q.x_px, p.y_px - q.y_px) < 0.375 * (p.size_px + q.size_px)
-               for p, q in itertools.combinations(placed, 2)):
+        if any(
+            math.hypot(p.x_px - q.x_px, p.y_px - q.y_px) < 0.375 * (p.size_px + q.size_px)
+            for p, q in itertools.combinations(placed, 2)
+        ):
             continue
         candidate = dataclasses.replace(scene, objects=tuple(placed))
         distance = min(displacement_px(candidate, other) for other in earlier)
@@ -62,8 +64,9 @@ def _moved(scene: Scene, rng: np.random.Generator, earlier: Sequence[Scene]) -> 
 
 def displacement_px(a: Scene, b: Scene) -> float:
     """Mean distance in pixels between the places of corresponding objects."""
-    return float(np.mean([math.hypot(p.x_px - q.x_px, p.y_px - q.y_px)
-                          for p, q in zip(a.objects, b.objects, strict=True)]))
+    return float(
+        np.mean([math.hypot(p.x_px - q.x_px, p.y_px - q.y_px) for p, q in zip(a.objects, b.objects, strict=True)])
+    )
 
 
 def look_alikes(scene: Scene, rng: np.random.Generator) -> tuple[tuple[Scene, ...], ...]:
@@ -77,20 +80,30 @@ def look_alikes(scene: Scene, rng: np.random.Generator) -> tuple[tuple[Scene, ..
     used = {placed.kind for placed in scene.objects}
     free = rng.permutation([kind for kind in range(len(kinds())) if kind not in used])
     shares = np.array_split(free, SIBLINGS)
-    swapped = [dataclasses.replace(scene, objects=tuple(dataclasses.replace(placed, kind=int(kind))
-                                                        for placed, kind in zip(scene.objects, share, strict=False)))
-               for share in shares]
+    swapped = [
+        dataclasses.replace(
+            scene,
+            objects=tuple(
+                dataclasses.replace(placed, kind=int(kind)) for placed, kind in zip(scene.objects, share, strict=False)
+            ),
+        )
+        for share in shares
+    ]
     others = [dataclasses.replace(free_scene(rng), objects=scene.objects) for _ in range(SIBLINGS)]
     return tuple(moved), (scene, *swapped), (scene, *others)
 
 
 def drifted(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with each object up to `DRIFT_PX` off in each direction."""
+
     def move(placed: Placed) -> Placed:
         x, y = rng.uniform(-DRIFT_PX, DRIFT_PX, 2)
         half = placed.size_px / 2
-        return dataclasses.replace(placed, x_px=float(np.clip(placed.x_px + x, half, SIDE_PX - half)),
-                                   y_px=float(np.clip(placed.y_px + y, half, SIDE_PX - half)))
+        return dataclasses.replace(
+            placed,
+            x_px=float(np.clip(placed.x_px + x, half, SIDE_PX - half)),
+            y_px=float(np.clip(placed.y_px + y, half, SIDE_PX - half)),
+        )
 
     return dataclasses.replace(scene, objects=tuple(move(placed) for placed in scene.objects))
 
@@ -157,8 +170,9 @@ def augment(images: Tensor, strength: Tensor, generator: torch.Generator) -> Ten
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
     x = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     kernel = torch.tensor([0.06136, 0.24477, 0.38774, 0.24477, 0.06136])  # Gaussian, sigma of one pixel
-    soft = functional.conv2d(functional.pad(x, (2, 2, 2, 2), mode="replicate"),
-                             (kernel[:, None] * kernel).expand(3, 1, 5, 5), groups=3)
+    soft = functional.conv2d(
+        functional.pad(x, (2, 2, 2, 2), mode="replicate"), (kernel[:, None] * kernel).expand(3, 1, 5, 5), groups=3
+    )
     x = torch.lerp(x, soft, (s * torch.rand((n, 1, 1, 1), generator=generator)).clamp(max=1))
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     x = (x - mean) * (1 + 0.12 * s * uniform(1, 1, 1)) + mean

@@ -87,16 +87,25 @@ def _loss(network: CopyNetwork, pairs: Pairs, recipe: CopyRecipe) -> Callable[[i
         # A reference is mostly seen as it is, a generation never.
         plain = torch.randint(2, (len(rows),), generator=generator).float()
         strong = 1 + 2.0 * (torch.rand(len(rows), generator=generator) < recipe.strong_share)
-        views = torch.cat([augment(to_float(pairs.images[rows]), plain, generator),
-                           augment(to_float(pairs.copies[rows]), strong, generator)])
+        views = torch.cat(
+            [
+                augment(to_float(pairs.images[rows]), plain, generator),
+                augment(to_float(pairs.copies[rows]), strong, generator),
+            ]
+        )
         first, second = network(views).chunk(2)
         return copy_loss(first, second, temperature=recipe.temperature, entropy_weight=recipe.entropy_weight)
 
     return loss
 
 
-def train_descriptor(folder: Path, round_trip: RoundTrip, *, recipe: CopyRecipe | None = None,
-                     say: Callable[[str], None] = lambda line: None) -> Descriptor:
+def train_descriptor(
+    folder: Path,
+    round_trip: RoundTrip,
+    *,
+    recipe: CopyRecipe | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Descriptor:
     """Train, calibrate on held-out pairs, and write `folder/copy_descriptor.safetensors`.
 
     Args:
@@ -114,9 +123,16 @@ def train_descriptor(folder: Path, round_trip: RoundTrip, *, recipe: CopyRecipe 
     say(f"copy descriptor: drawing {recipe.groups * GROUP} images and their copies")
     pairs = make_pairs(recipe.groups, round_trip, seed=recipe.seed, stream=TRAINING)
     network = new_network(recipe.seed)
-    fit("copy", network, _loss(network, pairs, recipe), Schedule(recipe.lr, recipe.steps, warmup=50), folder,
-        seed=recipe.seed, say=say, made_from={
-            "recipe": asdict(recipe), "pairs": tensors_sha256({"images": pairs.images, "copies": pairs.copies})})
+    fit(
+        "copy",
+        network,
+        _loss(network, pairs, recipe),
+        Schedule(recipe.lr, recipe.steps, warmup=50),
+        folder,
+        seed=recipe.seed,
+        say=say,
+        made_from={"recipe": asdict(recipe), "pairs": tensors_sha256({"images": pairs.images, "copies": pairs.copies})},
+    )
     say(f"copy descriptor: calibrating on {recipe.negatives} pairs")
     calibrated = calibrate(as_descriptor(network), round_trip, seed=recipe.seed, negatives=recipe.negatives)
     path = folder / "copy_descriptor.safetensors"

@@ -43,8 +43,9 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Network input of images in [0, 1], shape (n, 3, H, W)."""
-        x = functional.interpolate(images, self._size(images), mode=self.interpolation, antialias=True,
-                                   align_corners=False).clamp(0, 1)
+        x = functional.interpolate(
+            images, self._size(images), mode=self.interpolation, antialias=True, align_corners=False
+        ).clamp(0, 1)
         if self.crop is not None:
             top, left = (round((length - self.crop) / 2) for length in x.shape[2:])
             x = x[..., top : top + self.crop, left : left + self.crop]
@@ -59,12 +60,31 @@ class Preprocessing:
         return self.resize * height // short, self.resize * width // short
 
 
-SMALL_288 = Preprocessing("small_288", "SSCD authors (Pizzi et al., CVPR 2022), recommended: short side 288",
-                          288, None, IMAGENET_MEAN, IMAGENET_STD)
-SKEW_320 = Preprocessing("skew_320", "NeMo (and SSCD authors' second choice): 320 x 320, aspect ignored",
-                         (320, 320), None, IMAGENET_MEAN, IMAGENET_STD)
-CROP_224 = Preprocessing("crop_224", "Wen et al. and Chavhan et al., there with the weights sscd_disc_large: "
-                         "short side 256, centre crop 224, mean and std 0.5", 256, 224, HALF, HALF)
+SMALL_288 = Preprocessing(
+    "small_288",
+    "SSCD authors (Pizzi et al., CVPR 2022), recommended: short side 288",
+    288,
+    None,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
+SKEW_320 = Preprocessing(
+    "skew_320",
+    "NeMo (and SSCD authors' second choice): 320 x 320, aspect ignored",
+    (320, 320),
+    None,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
+CROP_224 = Preprocessing(
+    "crop_224",
+    "Wen et al. and Chavhan et al., there with the weights sscd_disc_large: "
+    "short side 256, centre crop 224, mean and std 0.5",
+    256,
+    224,
+    HALF,
+    HALF,
+)
 PREPROCESSINGS = {p.name: p for p in (SMALL_288, SKEW_320, CROP_224)}
 
 

@@ -24,8 +24,10 @@ class KernelDistance(NamedTuple):
 
 def _features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise DoriError(f"two sets of features of shape (n, d), n >= 2, are compared, not {tuple(a.shape)} and "
-                        f"{tuple(b.shape)}; describe both with the same model")
+        raise DoriError(
+            f"two sets of features of shape (n, d), n >= 2, are compared, not {tuple(a.shape)} and "
+            f"{tuple(b.shape)}; describe both with the same model"
+        )
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise DoriError("a feature is not a finite number; look for damaged images in both sets")
     return a.detach().cpu().double(), b.detach().cpu().double()
@@ -84,6 +86,8 @@ def kernel_distance(a: Tensor, b: Tensor, *, seed: int, subsets: int = 100, subs
     x, y = (features.numpy() for features in _features(a, b))
     size = min(subset_size, len(x), len(y))
     rng = np.random.default_rng(seed)
-    values = [_squared_mmd(x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)])
-              for _ in range(subsets)]
+    values = [
+        _squared_mmd(x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)])
+        for _ in range(subsets)
+    ]
     return KernelDistance(float(np.mean(values)), float(np.std(values)))

@@ -76,12 +76,15 @@ def replication(similarities: Mapping[str, Sequence[float]], threshold: float | 
         raise DoriError("the descriptor has no threshold yet; calibrate it, or give one that was measured")
     for memory, values in similarities.items():
         if len(values) == 0 or not np.isfinite(values).all():
-            raise DoriError(f"memory {memory!r} has no similarities or one that is not a number; "
-                            "judge its generations again")
+            raise DoriError(
+                f"memory {memory!r} has no similarities or one that is not a number; judge its generations again"
+            )
     judged = [(np.asarray(values, np.float64), limits[memory]) for memory, values in similarities.items()]
     return Replication(
-        memories=len(judged), by_median=sum(bool(np.median(values) > limit) for values, limit in judged),
+        memories=len(judged),
+        by_median=sum(bool(np.median(values) > limit) for values, limit in judged),
         by_maximum=sum(bool(values.max() > limit) for values, limit in judged),
         images=sum(len(values) for values, _ in judged),
         images_replicated=sum(int((values > limit).sum()) for values, limit in judged),
-        shares=tuple(float((values > limit).mean()) for values, limit in judged))
+        shares=tuple(float((values > limit).mean()) for values, limit in judged),
+    )

@@ -70,19 +70,28 @@ class Descriptor:
             DoriError: another shape, or values outside [0, 1].
         """
         if images.ndim != 4 or images.shape[1] != 3:
-            raise DoriError(f"{self.name} describes images of shape (n, 3, H, W), not {tuple(images.shape)}; "
-                            "put colour first and give a batch")
+            raise DoriError(
+                f"{self.name} describes images of shape (n, 3, H, W), not {tuple(images.shape)}; "
+                "put colour first and give a batch"
+            )
         if not ((images >= 0) & (images <= 1)).all():
-            raise DoriError(f"{self.name} describes images in [0, 1], and these reach from {images.min():.3g} to "
-                            f"{images.max():.3g}; rescale them")
+            raise DoriError(
+                f"{self.name} describes images in [0, 1], and these reach from {images.min():.3g} to "
+                f"{images.max():.3g}; rescale them"
+            )
         return functional.normalize(torch.cat([self.embed(part) for part in images.split(64)]))
 
     def record(self) -> dict[str, Any]:
         """Everything but the function, as `audit.json` keeps it: a threshold that is not known becomes None."""
-        return {"name": self.name, "preprocessing": self.preprocessing, "fingerprint": self.fingerprint,
-                "threshold": _known(self.threshold), "masked_threshold": _known(self.masked_threshold),
-                "calibration": None if self.calibration is None else asdict(self.calibration),
-                "masked_calibration": None if self.masked_calibration is None else asdict(self.masked_calibration)}
+        return {
+            "name": self.name,
+            "preprocessing": self.preprocessing,
+            "fingerprint": self.fingerprint,
+            "threshold": _known(self.threshold),
+            "masked_threshold": _known(self.masked_threshold),
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "masked_calibration": None if self.masked_calibration is None else asdict(self.masked_calibration),
+        }
 
 
 def _known(number: float) -> float | None:
@@ -125,8 +134,10 @@ def paint(images: Tensor, references: Tensor, boxes: Sequence[Box]) -> Tensor:
     hidden = ((y >= top) & (y < bottom))[:, None, :, None] & ((x >= left) & (x < right))[:, None, None, :]
     useless = hidden.flatten(1).all(dim=1) | ~hidden.flatten(1).any(dim=1)
     if useless.any():
-        raise DoriError(f"box {boxes[int(useless.nonzero()[0])]} covers all or nothing of an image of "
-                        f"{height, width} pixels; give left, top, right, bottom of the part that varies")
+        raise DoriError(
+            f"box {boxes[int(useless.nonzero()[0])]} covers all or nothing of an image of "
+            f"{height, width} pixels; give left, top, right, bottom of the part that varies"
+        )
     fill = torch.where(hidden, 0, references).sum(dim=(2, 3), keepdim=True) / (~hidden).sum(dim=(2, 3), keepdim=True)
     return torch.where(hidden, fill.clamp(0, 1), images)  # rounding may carry the mean of a white image beyond 1
 
@@ -152,8 +163,10 @@ def masked_similarity(descriptor: Descriptor, images: Tensor, reference: Tensor,
         DoriError: sizes differ, or the box leaves nothing or covers nothing.
     """
     if images.shape[1:] != reference.shape:
-        raise DoriError(f"a box in pixels needs images of the reference's size {tuple(reference.shape)}, not "
-                        f"{tuple(images.shape[1:])}; resize the reference and its box first")
+        raise DoriError(
+            f"a box in pixels needs images of the reference's size {tuple(reference.shape)}, not "
+            f"{tuple(images.shape[1:])}; resize the reference and its box first"
+        )
     itself = reference[None]
     painted = paint(images, itself.expand_as(images), [box] * len(images))
     return cosine(descriptor(painted), descriptor(paint(itself, itself, [box])))

@@ -36,8 +36,19 @@ GEM_POWER = 3.0
 PUBLISHED_THRESHOLD = 0.7
 NAME = re.compile(r"sscd_[a-z0-9_]{1,40}")
 # What torch's reader of state dicts raises on a file that is none.
-BROKEN = (pickle.UnpicklingError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
-          ImportError, AssertionError, ArithmeticError)
+BROKEN = (
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+    ArithmeticError,
+)
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -64,9 +75,15 @@ def key_map() -> dict[str, str]:
 
 def _network() -> ResNetModel:
     """The backbone without memory for its weights."""
-    config = ResNetConfig(embedding_size=64, hidden_sizes=list(WIDTHS), depths=list(DEPTHS), layer_type="bottleneck",
-                          hidden_act="relu", downsample_in_first_stage=False,
-                          downsample_in_bottleneck=False)  # torchvision strides in the 3 x 3 convolution
+    config = ResNetConfig(
+        embedding_size=64,
+        hidden_sizes=list(WIDTHS),
+        depths=list(DEPTHS),
+        layer_type="bottleneck",
+        hidden_act="relu",
+        downsample_in_first_stage=False,
+        downsample_in_bottleneck=False,
+    )  # torchvision strides in the 3 x 3 convolution
     with torch.device("meta"):
         return ResNetModel(config)
 
@@ -125,13 +142,16 @@ def convert(path_in: Path, path_out: Path, *, name: str | None = None) -> str:
             state = torch.load(path_in, weights_only=True, map_location="cpu")
     except BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise DoriError(f"{path_in} is no plain state dict ({reason[:100]}); a TorchScript archive runs code and is "
-                        "not read, so give the published torchvision form") from None
+        raise DoriError(
+            f"{path_in} is no plain state dict ({reason[:100]}); a TorchScript archive runs code and is "
+            "not read, so give the published torchvision form"
+        ) from None
     tensors = _checked(state, path_in)
     name = path_in.name.split(".")[0] if name is None else name
     if not NAME.fullmatch(name):
-        raise DoriError(f"{name!r:.60} names no published SSCD weights; say which they are, such as --name "
-                        "sscd_disc_mixup")
+        raise DoriError(
+            f"{name!r:.60} names no published SSCD weights; say which they are, such as --name sscd_disc_mixup"
+        )
     write_bytes(path_out, save(tensors, metadata={"kind": KIND, "name": name, "source_sha256": digest}))
     return digest
 
@@ -173,5 +193,10 @@ def load_sscd(path: Path, *, preprocessing: str, device: str = "cpu") -> Descrip
     def embed(images: Tensor) -> Tensor:
         return functional.linear(gem(network(prepare(images.to(device))).last_hidden_state), weight, bias)
 
-    return Descriptor(name=header["name"], preprocessing=prepare.name, embed=embed, threshold=PUBLISHED_THRESHOLD,
-                      fingerprint=header["source_sha256"])
+    return Descriptor(
+        name=header["name"],
+        preprocessing=prepare.name,
+        embed=embed,
+        threshold=PUBLISHED_THRESHOLD,
+        fingerprint=header["source_sha256"],
+    )

@@ -51,16 +51,24 @@ class NeMoCalibration:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> "NeMoCalibration":
         """The calibration whose `tensors` and `details` were stored."""
-        parts = {part: {name.removeprefix(f"{part}."): value for name, value in tensors.items()
-                        if name.startswith(f"{part}.")} for part in ("mean", "std")}
+        parts = {
+            part: {
+                name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")
+            }
+            for part in ("mean", "std")
+        }
         return cls(parts["mean"], parts["std"], tensors["scores"], float(tensors["tau"]), details)
 
 
 def value_activations(layers: Mapping[str, nn.Linear], embedding: Tensor) -> dict[str, Tensor]:
     """a_i^l(y), the mean over all tokens of |(y W_v^T)_i|, shape (b, d_l) for each layer; no U-Net call is needed."""
     parts = embedding.split(256)  # the values of many prompts are large, their means are not
-    return {name: torch.cat([F.linear(part.to(layer.weight.dtype), layer.weight).abs().mean(1).float().cpu()
-                             for part in parts]) for name, layer in layers.items()}
+    return {
+        name: torch.cat(
+            [F.linear(part.to(layer.weight.dtype), layer.weight).abs().mean(1).float().cpu() for part in parts]
+        )
+        for name, layer in layers.items()
+    }
 
 
 @contextmanager
@@ -111,8 +119,9 @@ class _Judge:
         for sets in blocked.split(self.sets_per_call):
             m = len(sets)
             with _channels_kept(self.layers, (~sets).repeat_interleave(n, 0)):
-                deltas = self.difference.differences(self.model, self.noise.repeat(m, 1, 1, 1),
-                                                     self.embedding.expand(m * n, -1, -1))
+                deltas = self.difference.differences(
+                    self.model, self.noise.repeat(m, 1, 1, 1), self.embedding.expand(m * n, -1, -1)
+                )
             similar = self.difference(self.unblocked.repeat(m, 1, 1, 1), deltas)
             scores += similar.view(m, n).amax(1).tolist()
         return scores
@@ -189,24 +198,31 @@ class Nemo:
             DoriError: fewer than two prompts or two noises.
         """
         if len(embeddings) < 2 or self.noises < 2:
-            raise DoriError(f"NeMo's calibration got {len(embeddings)} prompts and {self.noises} noises; "
-                            "a spread needs at least two of each")
+            raise DoriError(
+                f"NeMo's calibration got {len(embeddings)} prompts and {self.noises} noises; "
+                "a spread needs at least two of each"
+            )
         difference, embeddings = self._difference(), embeddings.to(model.device)
         noise = detection_noise(model, self.noises, seed=seed)
         scores: list[Tensor] = []
         for part in embeddings.split(max(1, self.rows_per_call // self.noises)):
-            deltas = difference.differences(model, noise.repeat(len(part), 1, 1, 1),
-                                            part.repeat_interleave(self.noises, 0))
+            deltas = difference.differences(
+                model, noise.repeat(len(part), 1, 1, 1), part.repeat_interleave(self.noises, 0)
+            )
             scores += [difference.between_noises(own).amax().cpu() for own in deltas.split(self.noises)]
         activations = value_activations(model.layers("attention_value", self.places), embeddings)
         stacked = torch.stack(scores)
         return NeMoCalibration(
-            {name: a.mean(0) for name, a in activations.items()}, {name: a.std(0) for name, a in activations.items()},
-            stacked, float(stacked.double().mean() + stacked.double().std()),
-            {"score": self._score_settings(model), "prompts": len(embeddings), "seed": seed})
+            {name: a.mean(0) for name, a in activations.items()},
+            {name: a.std(0) for name, a in activations.items()},
+            stacked,
+            float(stacked.double().mean() + stacked.double().std()),
+            {"score": self._score_settings(model), "prompts": len(embeddings), "seed": seed},
+        )
 
-    def __call__(self, model: StableDiffusion, embedding: Tensor, calibration: NeMoCalibration, *,
-                 seed: int) -> WeightMask:
+    def __call__(
+        self, model: StableDiffusion, embedding: Tensor, calibration: NeMoCalibration, *, seed: int
+    ) -> WeightMask:
         """The mask of one memory's neurons; all False where the prompt is not taken for memorized.
 
         `details` hold: neurons of each layer; tau, tau_ref (the refinement's threshold) and theta; ceiling (largest
@@ -232,9 +248,18 @@ class Nemo:
         between = difference.between_noises(deltas)
         kept, ceiling = between > calibration.tau, float(between.max())
         details: dict[str, Any] = {
-            "tau": calibration.tau, "ceiling": ceiling, "score_before": ceiling, "score_after": ceiling,
-            "flagged": bool(kept.any()), "kept_noises": int(kept.sum()), "localized": False, "suppressed": False,
-            "converged": True, "seed": seed, "score": self._score_settings(model)}
+            "tau": calibration.tau,
+            "ceiling": ceiling,
+            "score_before": ceiling,
+            "score_after": ceiling,
+            "flagged": bool(kept.any()),
+            "kept_noises": int(kept.sum()),
+            "localized": False,
+            "suppressed": False,
+            "converged": True,
+            "seed": seed,
+            "score": self._score_settings(model),
+        }
         blocked = torch.zeros(sum(layer.out_features for layer in layers.values()), dtype=torch.bool)
         if kept.any():
             judge = _Judge(model, layers, difference, embedding, noise[kept], deltas[kept], self.rows_per_call)
@@ -242,14 +267,16 @@ class Nemo:
             blocked, found = self._search(judge, activations, calibration)
             details |= found
         chosen = dict(zip(layers, blocked.split([layer.out_features for layer in layers.values()]), strict=True))
-        details |= {"neurons": {name: rows_.nonzero()[:, 0].tolist() for name, rows_ in chosen.items()},
-                    "rows": model.rows - rows}
-        masks = {f"{name}.weight": chosen[name][:, None].repeat(1, layer.in_features)
-                 for name, layer in layers.items()}
+        details |= {
+            "neurons": {name: rows_.nonzero()[:, 0].tolist() for name, rows_ in chosen.items()},
+            "rows": model.rows - rows,
+        }
+        masks = {f"{name}.weight": chosen[name][:, None].repeat(1, layer.in_features) for name, layer in layers.items()}
         return WeightMask("NeMo", masks, details)
 
-    def _search(self, judge: _Judge, activations: Mapping[str, Tensor],
-                calibration: NeMoCalibration) -> tuple[Tensor, dict[str, Any]]:
+    def _search(
+        self, judge: _Judge, activations: Mapping[str, Tensor], calibration: NeMoCalibration
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Selection, then refinement layer by layer and neuron by neuron, from the last layer to the first."""
         tau = calibration.tau
         floor = judge(torch.ones(1, sum(len(a) for a in activations.values()), dtype=torch.bool))[0]
@@ -267,11 +294,17 @@ class Nemo:
         fine = _refine(judge, coarse, one_each, tau_ref)
         after = judge(fine[None])[0]
         return fine, found | {
-            "floor": floor, "localized": floor <= tau, "score_after": after, "suppressed": after <= tau,
-            "converged": len(affordable) == len(left), "judged": len(groups) + len(one_each)}
+            "floor": floor,
+            "localized": floor <= tau,
+            "score_after": after,
+            "suppressed": after <= tau,
+            "converged": len(affordable) == len(left),
+            "judged": len(groups) + len(one_each),
+        }
 
-    def _select(self, judge: _Judge, activations: Mapping[str, Tensor],
-                calibration: NeMoCalibration) -> tuple[Tensor, dict[str, Any]]:
+    def _select(
+        self, judge: _Judge, activations: Mapping[str, Tensor], calibration: NeMoCalibration
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The initial set: outlying neurons and the k most active of each layer, until the score is <= tau."""
         theta, k = self.theta_start, 0
         while True:
@@ -286,8 +319,13 @@ class Nemo:
             lower = theta - self.theta_step
             if score <= calibration.tau or lower <= self.theta_min + 1e-9:
                 tau_ref = calibration.tau if score <= calibration.tau else score
-                return blocked, {"theta": theta, "k": k, "tau_ref": tau_ref, "score_selected": score,
-                                 "selected": int(blocked.sum())}
+                return blocked, {
+                    "theta": theta,
+                    "k": k,
+                    "tau_ref": tau_ref,
+                    "score_selected": score,
+                    "selected": int(blocked.sum()),
+                }
             theta, k = lower, k + 1
 
     def _difference(self) -> NoiseDifference:
@@ -299,9 +337,13 @@ class Nemo:
     def _check(self, model: StableDiffusion, calibration: NeMoCalibration, layers: Mapping[str, nn.Linear]) -> None:
         wanted, given = self._score_settings(model), calibration.details.get("score")
         if given != wanted:
-            raise DoriError(f"NeMo's calibration was made with the score {given} and is used with {wanted}; "
-                            "calibrate again with these settings")
+            raise DoriError(
+                f"NeMo's calibration was made with the score {given} and is used with {wanted}; "
+                "calibrate again with these settings"
+            )
         widths = {name: (layer.out_features,) for name, layer in layers.items()}
         if {name: tuple(mean.shape) for name, mean in calibration.mean.items()} != widths:
-            raise DoriError(f"NeMo's calibration does not hold the value layers of {model.name}; "
-                            "calibrate on this model and these blocks")
+            raise DoriError(
+                f"NeMo's calibration does not hold the value layers of {model.name}; "
+                "calibrate on this model and these blocks"
+            )

@@ -60,8 +60,9 @@ def ssim_window(height: int, width: int) -> SsimWindow:
     """
     smaller = min(height, width)
     if smaller < 3:
-        raise DoriError(f"latents of {height} x {width} are too small for a structural similarity; "
-                        "NeMo needs at least 3 x 3")
+        raise DoriError(
+            f"latents of {height} x {width} are too small for a structural similarity; NeMo needs at least 3 x 3"
+        )
     half = smaller // 2
     side = max(3, min(11, half - 1 + half % 2))
     scales = min(3, 1 + int(math.log2(smaller / side)))
@@ -151,8 +152,13 @@ class NoiseDifference:
     def settings(self, model: StableDiffusion) -> dict[str, Any]:
         """Everything that two scores must share to be comparable, JSON-able."""
         window = self.window or ssim_window(*model.latent_shape[1:])
-        return {"variant": self.variant, "similarity": self.similarity, "steps": self.steps,
-                "timestep": self.timestep(model), "window": asdict(window)}
+        return {
+            "variant": self.variant,
+            "similarity": self.similarity,
+            "steps": self.steps,
+            "timestep": self.timestep(model),
+            "window": asdict(window),
+        }
 
     @torch.no_grad()
     def differences(self, model: StableDiffusion, noise: Tensor, embedding: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ def _check_fits(model: StableDiffusion, like: WeightMask) -> None:
     shapes = {key: weight.shape for key, weight in model.unet.named_parameters()}
     for key, mask in like.masks.items():
         if shapes.get(key) != mask.shape:
-            raise DoriError(f"edit {like.name!r} does not fit {model.name}: parameter {key} of shape "
-                            f"{tuple(mask.shape)} is missing there; compute the edit on this model")
+            raise DoriError(
+                f"edit {like.name!r} does not fit {model.name}: parameter {key} of shape "
+                f"{tuple(mask.shape)} is missing there; compute the edit on this model"
+            )
 
 
 def _drawn(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -52,6 +54,8 @@ def random_weights(model: StableDiffusion, like: WeightMask, *, seed: int) -> We
     """
     _check_fits(model, like)
     generator = torch.Generator().manual_seed(seed)
-    masks = {key: _drawn(mask.numel(), int(mask.sum()), generator).view(mask.shape)
-             for key, mask in sorted(like.masks.items())}
+    masks = {
+        key: _drawn(mask.numel(), int(mask.sum()), generator).view(mask.shape)
+        for key, mask in sorted(like.masks.items())
+    }
     return WeightMask("random weights", masks, {"like": like.name, "seed": seed})

@@ -51,9 +51,17 @@ def _column_energies(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tens
 
 
 @torch.no_grad()
-def column_norms(model: StableDiffusion, embeddings: Tensor, *, seed: int, steps: int = 50, counted_steps: int = 10,
-                 guidance_scale: float = 7.5, places: Sequence[Place] = DOWN_MID,
-                 rows_per_call: int = 128) -> dict[str, Tensor]:
+def column_norms(
+    model: StableDiffusion,
+    embeddings: Tensor,
+    *,
+    seed: int,
+    steps: int = 50,
+    counted_steps: int = 10,
+    guidance_scale: float = 7.5,
+    places: Sequence[Place] = DOWN_MID,
+    rows_per_call: int = 128,
+) -> dict[str, Tensor]:
     """A_j of each feed-forward layer over the first calls of a guided DDIM trajectory, pooled over the prompts.
 
     Both halves of the guidance are counted. Prompt i starts from noise i of the seed, so that two sets of as many
@@ -73,8 +81,9 @@ def column_norms(model: StableDiffusion, embeddings: Tensor, *, seed: int, steps
         Layer name to shape (counted_steps, 4d), float64.
     """
     layers = model.layers("feed_forward", places)
-    energies = {name: torch.zeros(counted_steps, layer.in_features, dtype=torch.float64)
-                for name, layer in layers.items()}
+    energies = {
+        name: torch.zeros(counted_steps, layer.in_features, dtype=torch.float64) for name, layer in layers.items()
+    }
     noise = detection_noise(model, len(embeddings), seed=seed)
     null, per_part = model.encode([""]), max(1, rows_per_call // 2)
     with _column_energies(layers) as seen:
@@ -101,8 +110,15 @@ def _pruned(weight: Tensor, target: Tensor, base: Tensor | None, top: int) -> Te
     return mask
 
 
-def mask_from_norms(model: StableDiffusion, target: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, *,
-                    sparsity: float, name: str, at_least_one: bool = True) -> WeightMask:
+def mask_from_norms(
+    model: StableDiffusion,
+    target: Mapping[str, Tensor],
+    base: Mapping[str, Tensor] | None,
+    *,
+    sparsity: float,
+    name: str,
+    at_least_one: bool = True,
+) -> WeightMask:
     """The mask that the column norms of two runs give at one sparsity.
 
     Args:
@@ -160,8 +176,16 @@ class Wanda:
 
     def column_norms(self, model: StableDiffusion, embeddings: Tensor, *, seed: int) -> dict[str, Tensor]:
         """`column_norms` under these settings."""
-        return column_norms(model, embeddings, seed=seed, steps=self.ddim_steps, counted_steps=self.counted_steps,
-                            guidance_scale=self.guidance_scale, places=self.places, rows_per_call=self.rows_per_call)
+        return column_norms(
+            model,
+            embeddings,
+            seed=seed,
+            steps=self.ddim_steps,
+            counted_steps=self.counted_steps,
+            guidance_scale=self.guidance_scale,
+            places=self.places,
+            rows_per_call=self.rows_per_call,
+        )
 
     def __call__(self, model: StableDiffusion, embeddings: Tensor, *, seed: int) -> WeightMask:
         """The joint mask of the embeddings; one embedding gives the mask of one memory.
@@ -182,9 +206,20 @@ class Wanda:
         base = None
         if self.selection == "top_and_above_base":
             base = self.column_norms(model, model.encode([""]).expand(len(embeddings), -1, -1), seed=seed)
-        edit = mask_from_norms(model, target, base, sparsity=self.sparsity, name="Wanda",
-                               at_least_one=self.at_least_one)
-        return WeightMask(edit.name, edit.masks, dict(edit.details) | {
-            "prompts": len(embeddings), "selection": self.selection, "counted_steps": self.counted_steps,
-            "ddim_steps": self.ddim_steps, "guidance_scale": self.guidance_scale, "seed": seed,
-            "rows": model.rows - rows})
+        edit = mask_from_norms(
+            model, target, base, sparsity=self.sparsity, name="Wanda", at_least_one=self.at_least_one
+        )
+        return WeightMask(
+            edit.name,
+            edit.masks,
+            dict(edit.details)
+            | {
+                "prompts": len(embeddings),
+                "selection": self.selection,
+                "counted_steps": self.counted_steps,
+                "ddim_steps": self.ddim_steps,
+                "guidance_scale": self.guidance_scale,
+                "seed": seed,
+                "rows": model.rows - rows,
+            },
+        )

@@ -29,10 +29,20 @@ from dori.run import canonical_sha256, tensors_sha256
 
 # Pipeline class, as model_index.json names it -> adapter.
 ADAPTERS: dict[str, Callable[..., StableDiffusion]] = {"StableDiffusionPipeline": StableDiffusion}
-SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
-              "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
-              "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
-              "UniPCMultistepScheduler")
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
 # Part -> library and the classes that may stand there.
 PARTS = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
@@ -47,10 +57,22 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 JSON_BYTES = 50_000_000
 # What diffusers, transformers and their readers raise on a hostile or torn file.
-LIBRARY_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError,
-                  AssertionError, ArithmeticError, SafetensorError)
-CONVERT = ("convert it once, on a machine where you trust the file, with diffusers' "
-           "pipeline.save_pretrained(folder, safe_serialization=True)")
+LIBRARY_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+    ArithmeticError,
+    SafetensorError,
+)
+CONVERT = (
+    "convert it once, on a machine where you trust the file, with diffusers' "
+    "pipeline.save_pretrained(folder, safe_serialization=True)"
+)
 
 
 def load_model(spec: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
@@ -77,8 +99,9 @@ def load_model(spec: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     elif HUB_ID.fullmatch(spec):
         parts = _read_folder(_download(spec), spec)
     else:
-        raise DoriError(f"there is no model at {spec!r}; give a diffusers folder, a .safetensors file or a hub id "
-                        "like owner/name")
+        raise DoriError(
+            f"there is no model at {spec!r}; give a diffusers folder, a .safetensors file or a hub id like owner/name"
+        )
     _check_fit(spec, parts)
     for name in WEIGHTS:
         # torch's own `to`: diffusers' override warns of float32 modules that these classes do not have.
@@ -115,9 +138,11 @@ def _read_folder(folder: Path, spec: str) -> dict[str, Any]:
     index = _vet_index(_json(folder / "model_index.json", spec), spec)
     for part in PARTS:
         _vet_part(folder, part, spec)
-    opened = {"unet": _open_weights(UNet2DConditionModel, folder, "unet", spec),
-              "vae": _open_weights(AutoencoderKL, folder, "vae", spec),
-              "text_encoder": _open_weights(CLIPTextModel, folder, "text_encoder", spec)}
+    opened = {
+        "unet": _open_weights(UNet2DConditionModel, folder, "unet", spec),
+        "vae": _open_weights(AutoencoderKL, folder, "vae", spec),
+        "text_encoder": _open_weights(CLIPTextModel, folder, "text_encoder", spec),
+    }
     for part, kind in (("tokenizer", CLIPTokenizer), ("scheduler", getattr(diffusers, index["scheduler"][1]))):
         try:
             opened[part] = kind.from_pretrained(str(folder / part), local_files_only=True)
@@ -133,8 +158,10 @@ def _vet_index(index: dict[str, Any], spec: str) -> dict[str, Any]:
         raise DoriError(f"{spec} is a {kind!r:.80}; Dori reads {', '.join(ADAPTERS)}")
     for name in ("auto_map", "trust_remote_code", "custom_pipeline"):
         if name in index:
-            raise DoriError(f"{spec} asks for code of its own ({name} in model_index.json), which Dori never runs; "
-                            "use a checkpoint of plain diffusers and transformers classes")
+            raise DoriError(
+                f"{spec} asks for code of its own ({name} in model_index.json), which Dori never runs; "
+                "use a checkpoint of plain diffusers and transformers classes"
+            )
     for name, entry in index.items():
         if name.startswith("_") or name in NOT_LOADED or not isinstance(entry, list):
             continue
@@ -142,8 +169,10 @@ def _vet_index(index: dict[str, Any], spec: str) -> dict[str, Any]:
         if library is None and entry in ([None, None], []):
             continue
         if len(entry) != 2 or entry[0] != library or entry[1] not in classes:
-            raise DoriError(f"{spec} names {entry!r:.80} as its {name!r:.40} in model_index.json; Dori opens only "
-                            f"{' or '.join(classes) or 'the parts of a StableDiffusionPipeline'} there")
+            raise DoriError(
+                f"{spec} names {entry!r:.80} as its {name!r:.40} in model_index.json; Dori opens only "
+                f"{' or '.join(classes) or 'the parts of a StableDiffusionPipeline'} there"
+            )
     for part in PARTS:
         if not isinstance(index.get(part), list):
             raise DoriError(f"{spec} has no {part} in model_index.json; fetch or save the whole pipeline")
@@ -165,49 +194,64 @@ def _vet_configs(folder: Path, part: str, spec: str) -> None:
         config = _json(path, spec)
         for name in ("auto_map", "trust_remote_code", "quantization_config", "custom_pipeline"):
             if config.get(name):
-                raise DoriError(f"{spec} has {name} in {part}/{path.name}, which can bring foreign code; use a plain "
-                                "checkpoint")
+                raise DoriError(
+                    f"{spec} has {name} in {part}/{path.name}, which can bring foreign code; use a plain checkpoint"
+                )
     # Without its words the tokenizer opens all the same, and knows nothing.
     if part == "tokenizer" and not any((place / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise DoriError(f"{spec} has neither tokenizer.json nor vocab.json in tokenizer; fetch it again")
     if (place / "adapter_config.json").exists():
-        raise DoriError(f"{spec} has an adapter in {part} (adapter_config.json), which points to another model; merge "
-                        "it first")
+        raise DoriError(
+            f"{spec} has an adapter in {part} (adapter_config.json), which points to another model; merge it first"
+        )
 
 
 def _vet_weights(place: Path, stem: str, spec: str) -> None:
     index = place / f"{stem}.safetensors.index.json"
     if index.is_file():  # shards: the loaders choose their reader by the ending of the names in here
         shards = _json(index, spec).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) and all(
-            isinstance(shard, str) for shard in shards.values()) else {""}
+        names = (
+            set(shards.values())
+            if isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())
+            else {""}
+        )
         if not all(re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", name) for name in names):
-            raise DoriError(f"{spec} lists weights in {place.name}/{index.name} that are no safetensors beside it; "
-                            "fetch it again from a source that you trust")
+            raise DoriError(
+                f"{spec} lists weights in {place.name}/{index.name} that are no safetensors beside it; "
+                "fetch it again from a source that you trust"
+            )
     else:
         names = {f"{stem}.safetensors"}
     missing = sorted(name for name in names if not (place / name).is_file())
     if missing:
         pickled = any(path.suffix in PICKLES for path in place.iterdir())
-        mend = f"its weights are pickles, which can run code; {CONVERT}" if pickled else (
-            "weights under another name, pickles and variants such as fp16 are not read, so fetch the safetensors")
+        mend = (
+            f"its weights are pickles, which can run code; {CONVERT}"
+            if pickled
+            else (
+                "weights under another name, pickles and variants such as fp16 are not read, so fetch the safetensors"
+            )
+        )
         raise DoriError(f"{spec} has no {place.name}/{missing[0]}; {mend}")
 
 
 def _open_weights(kind: Any, folder: Path, part: str, spec: str) -> Any:
     """One part, if its file fills every weight that its configuration asks for."""
     try:
-        module, report = kind.from_pretrained(str(folder / part), use_safetensors=True, local_files_only=True,
-                                              output_loading_info=True)
+        module, report = kind.from_pretrained(
+            str(folder / part), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except LIBRARY_ERRORS as error:
         raise _damaged(spec, part, error) from None
     wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if wrong:
         raise _lacking(spec, part, wrong)
     if part != "text_encoder" and report["unexpected_keys"]:  # old text encoders carry harmless buffers
-        raise DoriError(f"{spec}: the file of {part} holds {len(report['unexpected_keys'])} weights that its "
-                        f"configuration does not know ({sorted(report['unexpected_keys'])[0]}), so it would answer "
-                        "differently here; fetch a config.json that fits")
+        raise DoriError(
+            f"{spec}: the file of {part} holds {len(report['unexpected_keys'])} weights that its "
+            f"configuration does not know ({sorted(report['unexpected_keys'])[0]}), so it would answer "
+            "differently here; fetch a config.json that fits"
+        )
     return module
 
 
@@ -227,8 +271,10 @@ def _download(repository: str, *, weights: bool = True) -> Path:
         _vet_index(_json(first / "model_index.json", repository), repository)
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:  # a missing cache entry is one of the latter two
-        raise DoriError(f"{repository!r} is no folder here and could not be fetched from the hub ({_reason(error)}); "
-                        "check the name and the network, or give a local diffusers folder") from None
+        raise DoriError(
+            f"{repository!r} is no folder here and could not be fetched from the hub ({_reason(error)}); "
+            "check the name and the network, or give a local diffusers folder"
+        ) from None
 
 
 def _read_single_file(path: Path) -> dict[str, Any]:
@@ -241,15 +287,18 @@ def _read_single_file(path: Path) -> dict[str, Any]:
         raise DoriError(f"{path} is no whole safetensors file ({_reason(error)}); fetch it again") from None
     for prefix in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
         if not any(name.startswith(prefix) for name in weights):
-            raise DoriError(f"{path} holds no {prefix}* weights, so it is no whole SD 1.x or 2.x pipeline; give a "
-                            "diffusers folder instead")
+            raise DoriError(
+                f"{path} holds no {prefix}* weights, so it is no whole SD 1.x or 2.x pipeline; give a "
+                "diffusers folder instead"
+            )
     # The file brings no configuration: diffusers knows by the weights which published model it is like.
     config = _download(fetch_diffusers_config(weights)["pretrained_model_name_or_path"], weights=False)
     for part in PARTS:
         _vet_configs(config, part, str(path))
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(str(path), config=str(config), local_files_only=True,
-                                                            safety_checker=None, feature_extractor=None)
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(path), config=str(config), local_files_only=True, safety_checker=None, feature_extractor=None
+        )
     except LIBRARY_ERRORS as error:
         raise _damaged(str(path), "the checkpoint", error) from None
     for part in WEIGHTS:
@@ -266,22 +315,31 @@ def _check_fit(spec: str, parts: dict[str, Any]) -> None:
     """Refuse parts that are sound by themselves and do not belong together."""
     unet, vae, encoder = parts["unet"].config, parts["vae"].config, parts["text_encoder"].config
     if encoder.hidden_size != unet.cross_attention_dim:
-        raise DoriError(f"{spec}: the text encoder gives {encoder.hidden_size} numbers a token and the U-Net reads "
-                        f"{unet.cross_attention_dim}; put together parts of one model")
+        raise DoriError(
+            f"{spec}: the text encoder gives {encoder.hidden_size} numbers a token and the U-Net reads "
+            f"{unet.cross_attention_dim}; put together parts of one model"
+        )
     if not vae.latent_channels == unet.in_channels == unet.out_channels:
-        raise DoriError(f"{spec}: the VAE gives {vae.latent_channels} channels, the U-Net reads {unet.in_channels} "
-                        f"and gives {unet.out_channels}; Dori reads plain text-to-image models, no inpainting or "
-                        "depth variants")
+        raise DoriError(
+            f"{spec}: the VAE gives {vae.latent_channels} channels, the U-Net reads {unet.in_channels} "
+            f"and gives {unet.out_channels}; Dori reads plain text-to-image models, no inpainting or "
+            "depth variants"
+        )
     if type(unet.sample_size) is not int:
-        raise DoriError(f"{spec}: the U-Net's sample_size is {unet.sample_size!r:.40}; Dori reads square models, so "
-                        "write one whole number into unet/config.json")
+        raise DoriError(
+            f"{spec}: the U-Net's sample_size is {unet.sample_size!r:.40}; Dori reads square models, so "
+            "write one whole number into unet/config.json"
+        )
     for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if unet.get(name) is not None:
-            raise DoriError(f"{spec}: the U-Net wants a further condition ({name}); Dori reads models that see the "
-                            "prompt alone")
+            raise DoriError(
+                f"{spec}: the U-Net wants a further condition ({name}); Dori reads models that see the prompt alone"
+            )
     if len(parts["tokenizer"]) > encoder.vocab_size:
-        raise DoriError(f"{spec}: the tokenizer knows {len(parts['tokenizer'])} tokens and the text encoder "
-                        f"{encoder.vocab_size}; put together parts of one model")
+        raise DoriError(
+            f"{spec}: the tokenizer knows {len(parts['tokenizer'])} tokens and the text encoder "
+            f"{encoder.vocab_size}; put together parts of one model"
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -301,8 +359,9 @@ def _json(path: Path, spec: str) -> dict[str, Any]:
             raise ValueError("too large")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DoriError(f"{spec} has no {path.name}, so it is no diffusers folder; give the folder that "
-                        "save_pretrained wrote") from None
+        raise DoriError(
+            f"{spec} has no {path.name}, so it is no diffusers folder; give the folder that save_pretrained wrote"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DoriError(f"{path} is no JSON ({_reason(error)}); fetch it again") from None
     if not isinstance(data, dict):
@@ -315,8 +374,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _lacking(spec: str, part: str, names: list[str]) -> DoriError:
-    return DoriError(f"{spec}: the file of {part} lacks {len(names)} weights that its configuration asks for "
-                     f"({sorted(names)[0]}); fetch it again")
+    return DoriError(
+        f"{spec}: the file of {part} lacks {len(names)} weights that its configuration asks for "
+        f"({sorted(names)[0]}); fetch it again"
+    )
 
 
 def _damaged(spec: str, part: str, error: Exception) -> DoriError:

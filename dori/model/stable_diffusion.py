@@ -35,20 +35,32 @@ class StableDiffusion:
         DoriError: prediction type other than epsilon or v_prediction, or weights that are not finite.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
-                 tokenizer: PreTrainedTokenizerBase, scheduler: SchedulerMixin, *, name: str) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: SchedulerMixin,
+        *,
+        name: str,
+    ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.name = name
         for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
             module.eval().requires_grad_(False)
             for key, weight in module.named_parameters():
                 if not torch.isfinite(weight).all():
-                    raise DoriError(f"{name}: {part} holds a weight that is not finite ({key}); "
-                                    "the checkpoint is damaged, fetch it again")
+                    raise DoriError(
+                        f"{name}: {part} holds a weight that is not finite ({key}); "
+                        "the checkpoint is damaged, fetch it again"
+                    )
         self.prediction_type = str(scheduler.config.prediction_type)
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise DoriError(f"{name}: prediction type {self.prediction_type!r} is not supported; "
-                            "Dori reads epsilon and v_prediction")
+            raise DoriError(
+                f"{name}: prediction type {self.prediction_type!r} is not supported; "
+                "Dori reads epsilon and v_prediction"
+            )
         self.scheduler_config = dict(scheduler.config)
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.to(unet.device, torch.float32)  # (T,)
         self.rows = 0
@@ -90,8 +102,9 @@ class StableDiffusion:
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of prompts, padded and cut to the context length, shape (b, l)."""
-        return self.tokenizer(list(prompts), padding="max_length", truncation=True,
-                              max_length=self.context_length, return_tensors="pt").input_ids
+        return self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
+        ).input_ids
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts of which the model would not read the end.
@@ -102,8 +115,10 @@ class StableDiffusion:
         for prompt in prompts:
             count = len(self.tokenizer(prompt).input_ids)
             if count > self.context_length:
-                raise DoriError(f"prompt {prompt[:60]!r} has {count} tokens and {self.name} reads at most "
-                                f"{self.context_length}; shorten it")
+                raise DoriError(
+                    f"prompt {prompt[:60]!r} has {count} tokens and {self.name} reads at most "
+                    f"{self.context_length}; shorten it"
+                )
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -184,8 +199,9 @@ class StableDiffusion:
 
     def ddim(self, steps: int) -> DDIMScheduler:
         """A fresh DDIM scheduler with the model's own noise schedule and spacing, for epsilon predictions."""
-        scheduler = DDIMScheduler.from_config(self.scheduler_config, prediction_type="epsilon", clip_sample=False,
-                                              thresholding=False)
+        scheduler = DDIMScheduler.from_config(
+            self.scheduler_config, prediction_type="epsilon", clip_sample=False, thresholding=False
+        )
         scheduler.set_timesteps(steps)
         return scheduler
 

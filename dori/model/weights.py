@@ -31,8 +31,9 @@ def weights_kept(model: StableDiffusion, names: Iterable[str] | None = None) -> 
                 parameters[name].copy_(value)
 
 
-def fitting_parameters(model: StableDiffusion, edit: str, tensors: Mapping[str, Tensor], *,
-                       mend: str) -> dict[str, nn.Parameter]:
+def fitting_parameters(
+    model: StableDiffusion, edit: str, tensors: Mapping[str, Tensor], *, mend: str
+) -> dict[str, nn.Parameter]:
     """The U-Net's parameters by name, once it is known that all tensors of an edit fit.
 
     Args:
@@ -47,6 +48,8 @@ def fitting_parameters(model: StableDiffusion, edit: str, tensors: Mapping[str, 
     parameters = dict(model.unet.named_parameters())
     for key, tensor in tensors.items():
         if key not in parameters or parameters[key].shape != tensor.shape:
-            raise DoriError(f"edit {edit!r} does not fit {model.name}: parameter {key} of shape {tuple(tensor.shape)} "
-                            f"is missing there; {mend}")
+            raise DoriError(
+                f"edit {edit!r} does not fit {model.name}: parameter {key} of shape {tuple(tensor.shape)} "
+                f"is missing there; {mend}"
+            )
     return parameters

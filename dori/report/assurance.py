@@ -26,8 +26,14 @@ def checks(audit: Audit) -> tuple[Check, ...]:
     rows = final_rows(table(audit), audit)
     memories = [row for row in rows if row.population != CONTROLS and row.way.model == audit.model]
     judges = [row for row in rows if row not in memories]
-    return (_attacked_alike(memories, judges), _judges_hold(judges), _twins(audit), _seeds(rows), _calibrated(audit),
-            _blind(audit))
+    return (
+        _attacked_alike(memories, judges),
+        _judges_hold(judges),
+        _twins(audit),
+        _seeds(rows),
+        _calibrated(audit),
+        _blind(audit),
+    )
 
 
 def _attacked_alike(memories: list[Row], judges: list[Row]) -> Check:
@@ -38,8 +44,12 @@ def _attacked_alike(memories: list[Row], judges: list[Row]) -> Check:
     if not done:
         return Check(False, "No controls: no image that the model never saw was attacked.")
     missing = len(wanted - done)
-    return Check(not missing, "Controls were attacked from the same starts with the same steps as the memories."
-                 if not missing else f"Controls lack {missing} of the {len(wanted)} attacks that the memories met.")
+    return Check(
+        not missing,
+        "Controls were attacked from the same starts with the same steps as the memories."
+        if not missing
+        else f"Controls lack {missing} of the {len(wanted)} attacks that the memories met.",
+    )
 
 
 def _judges_hold(judges: list[Row]) -> Check:
@@ -60,16 +70,21 @@ def _twins(audit: Audit) -> Check:
 
 def _seeds(rows: tuple[Row, ...]) -> Check:
     fewest = min((row.seeds for row in rows), default=0)
-    return Check(fewest >= SEEDS, f"Every image was judged over at least {fewest} fresh seed{'s' * (fewest != 1)}"
-                 + ("." if fewest >= SEEDS else f"; at least {SEEDS} are wanted."))
+    return Check(
+        fewest >= SEEDS,
+        f"Every image was judged over at least {fewest} fresh seed{'s' * (fewest != 1)}"
+        + ("." if fewest >= SEEDS else f"; at least {SEEDS} are wanted."),
+    )
 
 
 def _calibrated(audit: Audit) -> Check:
     if not audit.descriptor.get("calibration"):
         return Check(False, "The descriptor's threshold comes with no measurement of its false positives.")
     if any(population_of(finding) == TEMPLATES for finding in audit.findings) and rule_of(audit).masked is None:
-        return Check(False, "The threshold of whole images was measured, but not that of templates with the varying "
-                            "part painted over.")
+        return Check(
+            False,
+            "The threshold of whole images was measured, but not that of templates with the varying part painted over.",
+        )
     return Check(True, "The descriptor's threshold was measured, at a stated rate of false positives.")
 
 
@@ -78,5 +93,8 @@ def _blind(audit: Audit) -> Check:
         return Check(False, "Blind baselines were not measured: memories and controls may differ by mere looks.")
     name, far = max(sorted(audit.blind.items()), key=lambda item: abs(item[1] - 0.5))
     inside = BLIND[0] <= far <= BLIND[1]
-    return Check(inside, f"Scores that look at no model tell memories from controls {'little' if inside else 'well'}: "
-                         f"the farthest AUROC is {number(far)} ({name.replace('_', ' ')}).")
+    return Check(
+        inside,
+        f"Scores that look at no model tell memories from controls {'little' if inside else 'well'}: "
+        f"the farthest AUROC is {number(far)} ({name.replace('_', ' ')}).",
+    )

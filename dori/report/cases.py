@@ -58,10 +58,21 @@ class Case:
 
     def on_hidden(self) -> "Case":
         """The case of the hidden images alone: attacks and twins count no others; controls stay as they are."""
-        return Case(self.edit, self.scope, self.population, self.prompt, _among(self.attacks, self.hidden), {
-            name: kept for name, tallies in self.judges.items()
-            if (kept := tallies if name == CONTROLS else _among(tallies, self.hidden))}, self.before, self.hidden,
-            self.check)
+        return Case(
+            self.edit,
+            self.scope,
+            self.population,
+            self.prompt,
+            _among(self.attacks, self.hidden),
+            {
+                name: kept
+                for name, tallies in self.judges.items()
+                if (kept := tallies if name == CONTROLS else _among(tallies, self.hidden))
+            },
+            self.before,
+            self.hidden,
+            self.check,
+        )
 
     def evidence(self) -> bool:
         """Whether the best attack's interval lies wholly above the best of every judge, by the starts that both met."""
@@ -95,8 +106,10 @@ def cases(audit: Audit, rows: Sequence[Row], population: str) -> tuple[Case, ...
         population: memories, templates or once.
     """
     ours = [row for row in rows if row.population == population and row.way.model == audit.model]
-    return tuple(_case(audit, rows, ours, edit, scope)
-                 for edit, scope in dict.fromkeys((row.way.edit, row.way.edit_scope) for row in ours))
+    return tuple(
+        _case(audit, rows, ours, edit, scope)
+        for edit, scope in dict.fromkeys((row.way.edit, row.way.edit_scope) for row in ours)
+    )
 
 
 def _case(audit: Audit, rows: Sequence[Row], ours: Sequence[Row], edit: str, scope: str) -> Case:
@@ -107,26 +120,44 @@ def _case(audit: Audit, rows: Sequence[Row], ours: Sequence[Row], edit: str, sco
     before = unedited[0].back if unedited else frozenset()
     hidden = (before & asked[0].asked) - asked[0].back if asked and edit != "none" else frozenset()
     attacks = [row for row in here if row.way.steps]
-    judges = {CONTROLS: _same_attack([row for row in rows if row.population == CONTROLS
-                                      and row.way.model == audit.model], attacks)}
+    judges = {
+        CONTROLS: _same_attack(
+            [row for row in rows if row.population == CONTROLS and row.way.model == audit.model], attacks
+        )
+    }
     for twin in audit.twins:
-        judges[twin] = _same_attack([row for row in rows if row.population == population
-                                     and row.way.model == twin], attacks)
+        judges[twin] = _same_attack(
+            [row for row in rows if row.population == population and row.way.model == twin], attacks
+        )
     return Case(
-        edit, scope, population, asked[0] if asked else None, tuple(_tally(audit, row) for row in attacks),
-        {name: tuple(_tally(audit, row, painted=name == CONTROLS and population == TEMPLATES) for row in found)
-         for name, found in judges.items() if found}, before, hidden,
-        any(info.name == edit and "like" in info.details for info in audit.edits))
+        edit,
+        scope,
+        population,
+        asked[0] if asked else None,
+        tuple(_tally(audit, row) for row in attacks),
+        {
+            name: tuple(_tally(audit, row, painted=name == CONTROLS and population == TEMPLATES) for row in found)
+            for name, found in judges.items()
+            if found
+        },
+        before,
+        hidden,
+        any(info.name == edit and "like" in info.details for info in audit.edits),
+    )
 
 
 def _tally(audit: Audit, row: Row, *, painted: bool = False) -> Tally:
     """The images behind a row; `painted` counts controls by masked similarities where all of them have some."""
-    findings = [finding for finding in audit.findings
-                if way_of(finding) == row.way and population_of(finding) == row.population]
+    findings = [
+        finding for finding in audit.findings if way_of(finding) == row.way and population_of(finding) == row.population
+    ]
     rule = rule_of(audit)
     came_back = rule.came_back_masked if painted and judged_painted(audit, findings) else rule.came_back
-    return Tally(row.way, frozenset(finding.id for finding in findings),
-                 frozenset(finding.id for finding in findings if came_back(finding)))
+    return Tally(
+        row.way,
+        frozenset(finding.id for finding in findings),
+        frozenset(finding.id for finding in findings if came_back(finding)),
+    )
 
 
 def judged_painted(audit: Audit, findings: Sequence[Finding]) -> bool:
@@ -139,7 +170,13 @@ def _same_attack(candidates: Sequence[Row], attacks: Sequence[Row]) -> tuple[Row
     found = []
     for attack in attacks:
         same = [row for row in candidates if (row.way.start, row.way.steps) == (attack.way.start, attack.way.steps)]
-        ranked = sorted(same, key=lambda row: (row.way.edit != attack.way.edit, row.way.edit != "none",
-                                               row.way.edit_scope != attack.way.edit_scope))
+        ranked = sorted(
+            same,
+            key=lambda row: (
+                row.way.edit != attack.way.edit,
+                row.way.edit != "none",
+                row.way.edit_scope != attack.way.edit_scope,
+            ),
+        )
         found += [row for row in ranked[:1] if row.way.edit in (attack.way.edit, "none")]
     return tuple(found)

@@ -76,18 +76,25 @@ def curves(audit: Audit) -> tuple[Curve, ...]:
     found = []
     for (population, model, edit, scope, start), members in groups.items():
         if start == "prompt" and members[0].way.steps > 0:
-            members = [row for row in rows if row.population == population
-                       and row.way == Way(model, edit, scope, "", 0)] + members
+            members = [
+                row for row in rows if row.population == population and row.way == Way(model, edit, scope, "", 0)
+            ] + members
         if len(members) > 1:
-            found.append(Curve(described(members[0], audit), population, model != audit.model, edit, scope, start,
-                               tuple(members)))
+            found.append(
+                Curve(
+                    described(members[0], audit), population, model != audit.model, edit, scope, start, tuple(members)
+                )
+            )
     return tuple(found)
 
 
 def painted(curve: Curve) -> Curve | None:
     """The curve by masked similarities, as templates are judged; None where not all of it was painted."""
-    rows = [replace(row, similarity=row.masked, replication=row.masked_replication) for row in curve.rows
-            if row.masked is not None and row.masked_replication is not None]
+    rows = [
+        replace(row, similarity=row.masked, replication=row.masked_replication)
+        for row in curve.rows
+        if row.masked is not None and row.masked_replication is not None
+    ]
     return replace(curve, rows=tuple(rows)) if len(rows) == len(curve.rows) else None
 
 
@@ -132,19 +139,36 @@ def separations(audit: Audit) -> tuple[Separation, ...]:
             masked = curve.population == TEMPLATES and all(finding.masked for side in behind for finding in side)
             ours, theirs = (list(areas(side, masked=masked).values()) for side in behind)
             name = judge.label + (", without the edit" if judge.edit != curve.edit else "")
-            result.append(Separation(curve.population, curve.edit, curve.edit_scope, curve.start, name,
-                                     auroc(ours, theirs), len(ours), len(theirs)))
+            result.append(
+                Separation(
+                    curve.population,
+                    curve.edit,
+                    curve.edit_scope,
+                    curve.start,
+                    name,
+                    auroc(ours, theirs),
+                    len(ours),
+                    len(theirs),
+                )
+            )
     return tuple(result)
 
 
 def _judges(every: Sequence[Curve], curve: Curve) -> list[Curve]:
     """Controls and twins under the same start: with the same edit, else another scope of it, else unedited."""
-    candidates = [c for c in every if c.start == curve.start
-                  and ((c.population == CONTROLS and not c.twin) or (c.twin and c.population == curve.population))]
+    candidates = [
+        c
+        for c in every
+        if c.start == curve.start
+        and ((c.population == CONTROLS and not c.twin) or (c.twin and c.population == curve.population))
+    ]
     found = []
     for label in dict.fromkeys(c.label for c in candidates):
-        for fits in (lambda c: (c.edit, c.edit_scope) == (curve.edit, curve.edit_scope),
-                     lambda c: c.edit == curve.edit, lambda c: c.edit == "none"):
+        for fits in (
+            lambda c: (c.edit, c.edit_scope) == (curve.edit, curve.edit_scope),
+            lambda c: c.edit == curve.edit,
+            lambda c: c.edit == "none",
+        ):
             matching = [c for c in candidates if c.label == label and fits(c)]
             if matching:
                 found.append(matching[0])
@@ -154,8 +178,9 @@ def _judges(every: Sequence[Curve], curve: Curve) -> list[Curve]:
 
 def _behind(audit: Audit, curve: Curve) -> list[Finding]:
     ways = {row.way for row in curve.rows}
-    return [finding for finding in audit.findings
-            if population_of(finding) == curve.population and way_of(finding) in ways]
+    return [
+        finding for finding in audit.findings if population_of(finding) == curve.population and way_of(finding) in ways
+    ]
 
 
 def dose_response(audit: Audit, ways: Iterable[Way]) -> tuple[DosePoint, ...]:
@@ -170,8 +195,15 @@ def dose_response(audit: Audit, ways: Iterable[Way]) -> tuple[DosePoint, ...]:
         for dose in sorted(by_dose):
             values = np.array(by_dose[dose])
             middle = float(np.median(values))
-            points.append(DosePoint(way, dose, wilson(int((values > rule.threshold).sum()), len(values)), middle,
-                                    float(np.median(np.abs(values - middle)))))
+            points.append(
+                DosePoint(
+                    way,
+                    dose,
+                    wilson(int((values > rule.threshold).sum()), len(values)),
+                    middle,
+                    float(np.median(np.abs(values - middle))),
+                )
+            )
     return tuple(points)
 
 

@@ -21,10 +21,22 @@ BLUE, ORANGE, GREEN, PURPLE, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", 
 STYLES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "--"))
 LABEL = 26
 SETTINGS = {
-    "svg.hashsalt": "dori", "svg.fonttype": "path", "text.parse_math": False, "axes.unicode_minus": False,
-    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": GREY, "axes.labelcolor": "#222222", "xtick.color": "#222222", "ytick.color": "#222222",
-    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "svg.hashsalt": "dori",
+    "svg.fonttype": "path",
+    "text.parse_math": False,
+    "axes.unicode_minus": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#222222",
+    "ytick.color": "#222222",
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
 }
 
 
@@ -44,14 +56,19 @@ def rate_figure(curves: Sequence[Curve]) -> Picture:
             colour, marker, line = style(curve)
             estimates = [row.replication.rate for row in curve.rows]
             steps = [row.way.steps for row in curve.rows]
-            axes.plot(steps, [e.value for e in estimates], line, marker=marker, color=colour, ms=5,
-                      label=_label(curve.label))
-            axes.fill_between(steps, [e.low for e in estimates], [e.high for e in estimates], color=colour,
-                              alpha=0.12, lw=0)
+            axes.plot(
+                steps, [e.value for e in estimates], line, marker=marker, color=colour, ms=5, label=_label(curve.label)
+            )
+            axes.fill_between(
+                steps, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.12, lw=0
+            )
         axes.set_ylim(-0.03, 1.03)
         _legend(axes)
-        told = "; ".join(f"{curve.label}: " + ", ".join(
-            f"{number(row.replication.rate.value)} at {row.way.steps}" for row in curve.rows) for curve in curves)
+        told = "; ".join(
+            f"{curve.label}: "
+            + ", ".join(f"{number(row.replication.rate.value)} at {row.way.steps}" for row in curve.rows)
+            for curve in curves
+        )
         return Picture(drawing.svg(), f"Memorization rate against attack steps. {told}.")
 
 
@@ -64,12 +81,20 @@ def similarity_figure(curves: Sequence[Curve], threshold: float) -> Picture:
             steps = [row.way.steps for row in curve.rows]
             middle, width = zip(*((r.similarity.median, r.similarity.deviation) for r in curve.rows), strict=True)
             axes.plot(steps, middle, line, marker=marker, color=colour, label=_label(curve.label), ms=5)
-            axes.fill_between(steps, [m - w for m, w in zip(middle, width, strict=True)],
-                              [m + w for m, w in zip(middle, width, strict=True)], color=colour, alpha=0.12, lw=0)
+            axes.fill_between(
+                steps,
+                [m - w for m, w in zip(middle, width, strict=True)],
+                [m + w for m, w in zip(middle, width, strict=True)],
+                color=colour,
+                alpha=0.12,
+                lw=0,
+            )
         _threshold(axes, threshold)
         _legend(axes)
-        told = "; ".join(f"{curve.label}: " + ", ".join(
-            f"{number(row.similarity.median)} at {row.way.steps}" for row in curve.rows) for curve in curves)
+        told = "; ".join(
+            f"{curve.label}: " + ", ".join(f"{number(row.similarity.median)} at {row.way.steps}" for row in curve.rows)
+            for curve in curves
+        )
         return Picture(drawing.svg(), f"Median similarity against attack steps; threshold {number(threshold)}. {told}.")
 
 
@@ -80,8 +105,12 @@ def dose_rate_figure(points: Sequence[DosePoint]) -> Picture:
 
 def dose_similarity_figure(points: Sequence[DosePoint], threshold: float) -> Picture:
     """Median similarity +- median absolute deviation against the duplication count."""
-    return _dose(points, "Median similarity", lambda p: Estimate(
-        p.similarity, p.similarity - p.deviation, p.similarity + p.deviation, p.rate.n), threshold)
+    return _dose(
+        points,
+        "Median similarity",
+        lambda p: Estimate(p.similarity, p.similarity - p.deviation, p.similarity + p.deviation, p.rate.n),
+        threshold,
+    )
 
 
 def style(curve: Curve) -> tuple[str, str, str]:
@@ -93,8 +122,9 @@ def style(curve: Curve) -> tuple[str, str, str]:
     return {"templates": (GREEN, "^", "-."), "once": (ORANGE, "v", "-.")}.get(curve.population, (BLUE, "o", "-"))
 
 
-def _dose(points: Sequence[DosePoint], label: str, value: Callable[[DosePoint], Estimate],
-          threshold: float | None) -> Picture:
+def _dose(
+    points: Sequence[DosePoint], label: str, value: Callable[[DosePoint], Estimate], threshold: float | None
+) -> Picture:
     doses = sorted({point.dose for point in points})
     ways: list[Way] = list(dict.fromkeys(point.way for point in points))
     told = []
@@ -108,10 +138,22 @@ def _dose(points: Sequence[DosePoint], label: str, value: Callable[[DosePoint], 
             estimates = [value(point) for point in mine]
             low = [max(0.0, e.value - e.low) for e in estimates]
             high = [max(0.0, e.high - e.value) for e in estimates]
-            axes.errorbar(x, [e.value for e in estimates], [low, high], fmt=marker, ls=line, color=colour, ms=5,
-                          capsize=2.5, elinewidth=1, label=short(way))
-            told.append(f"{way.asked}: " + ", ".join(f"{number(e.value)} at dose {p.dose:g}"
-                                                     for e, p in zip(estimates, mine, strict=True)))
+            axes.errorbar(
+                x,
+                [e.value for e in estimates],
+                [low, high],
+                fmt=marker,
+                ls=line,
+                color=colour,
+                ms=5,
+                capsize=2.5,
+                elinewidth=1,
+                label=short(way),
+            )
+            told.append(
+                f"{way.asked}: "
+                + ", ".join(f"{number(e.value)} at dose {p.dose:g}" for e, p in zip(estimates, mine, strict=True))
+            )
         axes.set_xticks(range(len(doses)), [f"{dose:g}" for dose in doses])
         axes.set_xlim(-0.5, len(doses) - 0.5)
         if threshold is None:
@@ -134,9 +176,18 @@ def _threshold(axes: Axes, threshold: float) -> None:
     axes.axhline(threshold, color=GREY, lw=1, ls=(0, (4, 3)))
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0), max(high, 1))
-    axes.annotate("threshold", (1, threshold), (-2, 2), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=8.5,
-                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})
+    axes.annotate(
+        "threshold",
+        (1, threshold),
+        (-2, 2),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=GREY,
+        fontsize=8.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+    )
 
 
 def _label(name: str) -> str:
@@ -145,8 +196,16 @@ def _label(name: str) -> str:
 
 def _legend(axes: Axes) -> None:
     """Above the panel, so that it never covers a line."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=2, frameon=False, fontsize=8.5, handlelength=2.4,
-                columnspacing=1.2, borderaxespad=0.2)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.03, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize=8.5,
+        handlelength=2.4,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
 
 
 class _drawing:

@@ -59,8 +59,11 @@ def _opened(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested mappings opened into dotted names; what `sheet` shows as a table is left whole."""
     found = []
     for key, value in data.items():
-        flat = isinstance(value, Mapping) and len(value) > SHOWN and not any(
-            isinstance(inner, Mapping) for inner in value.values())
+        flat = (
+            isinstance(value, Mapping)
+            and len(value) > SHOWN
+            and not any(isinstance(inner, Mapping) for inner in value.values())
+        )
         if isinstance(value, Mapping) and value and not flat and not _is_named_records(value):
             found += _opened(value, f"{prefix}{key}.")
         else:
@@ -74,8 +77,13 @@ def _is_list(value: object) -> bool:
 
 def _is_records(value: object) -> bool:
     """A list of records; one whose fields are all lists (each memory's neurons by layer) is a column instead."""
-    return _is_list(value) and len(value) > 0 and all(  # type: ignore[arg-type]
-        isinstance(v, Mapping) and not _is_layers(v) for v in value)  # type: ignore[attr-defined]
+    return (
+        _is_list(value)
+        and len(value) > 0
+        and all(  # type: ignore[arg-type]
+            isinstance(v, Mapping) and not _is_layers(v) for v in value
+        )
+    )  # type: ignore[attr-defined]
 
 
 def _is_layers(value: object) -> bool:

@@ -19,14 +19,7 @@ from dori.judgement import Rule, rule_of
 from dori.report import tables
 from dori.report.assurance import checks
 from dori.report.curves import Curve, Separation, curves, dose_response, painted, separations
-from dori.report.figures import (
-    Picture,
-    dose_rate_figure,
-    dose_similarity_figure,
-    rate_figure,
-    short,
-    similarity_figure,
-)
+from dori.report.figures import Picture, dose_rate_figure, dose_similarity_figure, rate_figure, short, similarity_figure
 from dori.report.nested import sheet, spoken
 from dori.report.pictures import Album, svg_uri
 from dori.report.tables import Row, Way, number
@@ -60,18 +53,30 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
     """
     album, rows = Album(folder), tables.table(audit)
     final = tables.final_rows(rows, audit)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"spoken": spoken, "number": number, "stacked": _stacked}
     template = environment.from_string(files("dori.report").joinpath("template.html").read_text(encoding="utf-8"))
     return template.render(
-        audit=audit, redact=redact, verdict=verdict(audit), checks=checks(audit), threshold=_thresholds(audit),
-        caption=tables.caption(audit), main_tables=list(_main_tables(audit, final)),
-        quality_made=_quality_made(audit), attacks=list(_attacks(audit)), doses=list(_doses(audit, final)),
+        audit=audit,
+        redact=redact,
+        verdict=verdict(audit),
+        checks=checks(audit),
+        threshold=_thresholds(audit),
+        caption=tables.caption(audit),
+        main_tables=list(_main_tables(audit, final)),
+        quality_made=_quality_made(audit),
+        attacks=list(_attacks(audit)),
+        doses=list(_doses(audit, final)),
         memories=_matrix(audit, final, album, group="memory", redact=redact),
         controls=_matrix(audit, final, album, group="control", redact=redact),
-        edits=[(edit, sheet(edit.details)) for edit in audit.edits], settings=sheet(audit.settings),
-        descriptor=sheet(audit.descriptor), provenance=sheet(audit.provenance), total_rows=sum(audit.cost.values()))
+        edits=[(edit, sheet(edit.details)) for edit in audit.edits],
+        settings=sheet(audit.settings),
+        descriptor=sheet(audit.descriptor),
+        provenance=sheet(audit.provenance),
+        total_rows=sum(audit.cost.values()),
+    )
 
 
 def _stacked(rate: str) -> str:
@@ -101,19 +106,24 @@ class _Block:
 
 
 def _main_tables(audit: Audit, final: Sequence[Row]) -> Iterable[_Block]:
-    joint = ("Each edit of this table is one edit for all memories together (joint); each start is shown at the "
-             "attack's last step.")
+    joint = (
+        "Each edit of this table is one edit for all memories together (joint); each start is shown at the "
+        "attack's last step."
+    )
     own = "Each memory is asked under its own edit, made for it alone; the published per-prompt evaluations do this."
-    template = ("Part of a template varies, so whole-image similarity understates how much of one is stored. The "
-                "masked similarity is blind to that part; its painted box lifts all values, those of strangers too. "
-                + tables.masked_caption(audit))
+    template = (
+        "Part of a template varies, so whole-image similarity understates how much of one is stored. The "
+        "masked similarity is blind to that part; its painted box lifts all values, those of strangers too. "
+        + tables.masked_caption(audit)
+    )
     once = "Images that were shown to the model a single time."
     whole = [row for row in final if row.population in (tables.MEMORIES, tables.CONTROLS)]
     parts = [
         ("Memories, controls and twins", joint, [row for row in whole if row.way.edit_scope != "own"]),
         ("The same with each memory's own edit", own, [row for row in whole if row.way.edit_scope == "own"]),
         ("Template memories", template, _templates(final)),
-        ("Images shown once", once, [row for row in final if row.population == tables.ONCE])]
+        ("Images shown once", once, [row for row in final if row.population == tables.ONCE]),
+    ]
     for title, note, rows in parts:
         if rows:
             yield _block(audit, title, note, rows)
@@ -138,8 +148,10 @@ def _is_judge(audit: Audit, row: Row) -> bool:
 def _block(audit: Audit, title: str, note: str, rows: Sequence[Row]) -> _Block:
     header, body = tables.cells(rows, audit)
     mixed = {row.way.edit_scope for row in rows} >= {"joint", "own"}
-    named = [(edit + " (own)" * (mixed and row.way.edit_scope == "own"), asked, _is_judge(audit, row), tuple(rest))
-             for row, (edit, asked, *rest) in zip(rows, body, strict=True)]
+    named = [
+        (edit + " (own)" * (mixed and row.way.edit_scope == "own"), asked, _is_judge(audit, row), tuple(rest))
+        for row, (edit, asked, *rest) in zip(rows, body, strict=True)
+    ]
     groups = []
     for edit, of_edit in groupby(named, key=lambda line: line[0]):
         lines = list(of_edit)
@@ -151,9 +163,11 @@ def _block(audit: Audit, title: str, note: str, rows: Sequence[Row]) -> _Block:
 def _quality_made(audit: Audit) -> tuple[str, ...]:
     """What the quality distances were measured with: each set of features and reference images once."""
     said = dict.fromkeys((row.features, row.reference, row.references) for row in audit.quality)
-    return tuple(f"Features: {features or 'not named by this audit'}. Reference: "
-                 f"{f'{count} {reference}' if reference else 'not named by this audit'}."
-                 for features, reference, count in said)
+    return tuple(
+        f"Features: {features or 'not named by this audit'}. Reference: "
+        f"{f'{count} {reference}' if reference else 'not named by this audit'}."
+        for features, reference, count in said
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -171,11 +185,20 @@ def _attacks(audit: Audit) -> Iterable[_Panels]:
     """Memories beside controls and twins, by edit and start; templates and images shown once apart, one start each."""
     every, apart, rule = curves(audit), separations(audit), rule_of(audit)
     for population in (tables.MEMORIES, tables.TEMPLATES, tables.ONCE):
-        keys = dict.fromkeys(_key(curve) for curve in every if curve.population == population and not curve.twin
-                             and (population == tables.MEMORIES or curve.start == "prompt"))
+        keys = dict.fromkeys(
+            _key(curve)
+            for curve in every
+            if curve.population == population
+            and not curve.twin
+            and (population == tables.MEMORIES or curve.start == "prompt")
+        )
         for edit, scope, start in keys:
-            mine = [curve for curve in every if _key(curve) == (edit, scope, start)
-                    and (curve.population == population or (curve.population == tables.CONTROLS and not curve.twin))]
+            mine = [
+                curve
+                for curve in every
+                if _key(curve) == (edit, scope, start)
+                and (curve.population == population or (curve.population == tables.CONTROLS and not curve.twin))
+            ]
             mine.sort(key=lambda curve: (curve.twin, curve.population == tables.CONTROLS))
             alike = [one for curve in mine if (one := painted(curve))] if population == tables.TEMPLATES else []
             mine, threshold = (alike, rule.masked) if alike and rule.masked is not None else (mine, rule.threshold)
@@ -183,8 +206,12 @@ def _attacks(audit: Audit) -> Iterable[_Panels]:
             title = _attack_title(edit, scope, start)
             if population != tables.MEMORIES:
                 title += f", {mine[0].label}"
-            yield _Panels(title, _panel(rate_figure(mine), similarity_figure(mine, threshold)),
-                          said or (NO_JUDGE,), start == "prompt" and population == tables.MEMORIES)
+            yield _Panels(
+                title,
+                _panel(rate_figure(mine), similarity_figure(mine, threshold)),
+                said or (NO_JUDGE,),
+                start == "prompt" and population == tables.MEMORIES,
+            )
 
 
 NO_JUDGE = "No control or twin was attacked over the same steps: this curve is no evidence of storage."
@@ -206,13 +233,19 @@ def _evidence(separation: Separation) -> str:
     words = STRENGTHS[strength][1]
     if fewest < FEW and strength < WEAK:
         words = f"{STRENGTHS[WEAK][1]} for want of images: {fewest} are too few for more"
-    return (f"Areas of {separation.memories} against {separation.others} ({separation.judge}): AUROC "
-            f"{tables.interval(estimate)}, {words}.")
+    return (
+        f"Areas of {separation.memories} against {separation.others} ({separation.judge}): AUROC "
+        f"{tables.interval(estimate)}, {words}."
+    )
 
 
 FEW = 10
-STRENGTHS = ((0.9, "strong evidence of storage"), (0.7, "fair evidence of storage"),
-             (0.5, "weak evidence of storage"), (-math.inf, "no evidence of storage"))
+STRENGTHS = (
+    (0.9, "strong evidence of storage"),
+    (0.7, "fair evidence of storage"),
+    (0.5, "weak evidence of storage"),
+    (-math.inf, "no evidence of storage"),
+)
 WEAK = 2
 
 
@@ -221,14 +254,19 @@ def _panel(*pictures: Picture) -> tuple[tuple[str, str], ...]:
 
 
 def _doses(audit: Audit, final: Sequence[Row]) -> Iterable[_Panels]:
-    ways = dict.fromkeys(row.way for row in final if row.population in (tables.MEMORIES, tables.ONCE)
-                         and row.way.model == audit.model)
+    ways = dict.fromkeys(
+        row.way for row in final if row.population in (tables.MEMORIES, tables.ONCE) and row.way.model == audit.model
+    )
     for edit, scope in dict.fromkeys((way.edit, way.edit_scope) for way in ways):
         points = dose_response(audit, [way for way in ways if (way.edit, way.edit_scope) == (edit, scope)])
         if len({point.dose for point in points}) > 1:
             title = "unedited model" if edit == "none" else edit + (" (own edits)" if scope == "own" else "")
-            yield _Panels(title, _panel(dose_rate_figure(points), dose_similarity_figure(
-                points, tables.threshold_of(audit))), (), True)
+            yield _Panels(
+                title,
+                _panel(dose_rate_figure(points), dose_similarity_figure(points, tables.threshold_of(audit))),
+                (),
+                True,
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -266,8 +304,11 @@ def _matrix(audit: Audit, final: Sequence[Row], album: Album, *, group: str, red
             text = text if len(text) <= TEXT else text[:TEXT] + " …"
             lines.append(_Line(subject, album.uri(subject.picture, blurred=redact), text, shown))
     edges = [index == 0 or name != names[index - 1] for index, name in enumerate(names)]
-    return _Matrix(tuple((name, len(list(span))) for name, span in groupby(names)),
-                   tuple((_under(way), edge) for way, edge in zip(ways, edges, strict=True)), tuple(lines))
+    return _Matrix(
+        tuple((name, len(list(span))) for name, span in groupby(names)),
+        tuple((_under(way), edge) for way, edge in zip(ways, edges, strict=True)),
+        tuple(lines),
+    )
 
 
 def _over(audit: Audit, way: Way) -> str:
@@ -290,13 +331,18 @@ def _shown(finding: Finding | None, way: Way, album: Album, rule: Rule, *, redac
         notes.append(f"whole {number(tables.median_similarity(finding))}")
     elif finding.masked:
         notes.append(f"masked {number(float(np.median(finding.masked)))}")
-    alt = (f"{finding.id}, {finding.edit}, {way.asked}: median similarity {number(median)}, "
-           f"{'above' if above else 'not above'} the threshold{', blurred' if blurred else ''}")
+    alt = (
+        f"{finding.id}, {finding.edit}, {way.asked}: median similarity {number(median)}, "
+        f"{'above' if above else 'not above'} the threshold{', blurred' if blurred else ''}"
+    )
     return Shown(album.uri(finding.picture, blurred=blurred), alt, number(median), above, tuple(notes))
 
 
 def may_show(finding: Finding, rule: Rule) -> bool:
     """Whether a generation must be blurred with its training image: any seed replicates, or it is of a template."""
     masked = rule.threshold if rule.masked is None else rule.masked
-    return (tables.population_of(finding) == tables.TEMPLATES or any(v > rule.threshold for v in finding.similarities)
-            or any(v > masked for v in finding.masked))
+    return (
+        tables.population_of(finding) == tables.TEMPLATES
+        or any(v > rule.threshold for v in finding.similarities)
+        or any(v > masked for v in finding.masked)
+    )

@@ -122,9 +122,11 @@ def is_sscd(audit: Audit) -> bool:
 def caption(audit: Audit) -> str:
     """Everything without which a similarity means nothing: descriptor, preprocessing, threshold, calibration."""
     descriptor = audit.descriptor
-    text = (f"Similarity: cosine of {descriptor.get('name') or 'an unnamed descriptor'} "
-            f"({descriptor.get('preprocessing') or 'preprocessing not stated'}); an image counts as replicated above "
-            f"{number(threshold_of(audit))}")
+    text = (
+        f"Similarity: cosine of {descriptor.get('name') or 'an unnamed descriptor'} "
+        f"({descriptor.get('preprocessing') or 'preprocessing not stated'}); an image counts as replicated above "
+        f"{number(threshold_of(audit))}"
+    )
     return f"{text}{_measured(descriptor.get('calibration'))}."
 
 
@@ -132,18 +134,23 @@ def masked_caption(audit: Audit) -> str:
     """The same for templates: which similarity decides about them, and against which threshold."""
     known, calibration = rule_of(audit).masked, audit.descriptor.get("masked_calibration")
     if known is None:
-        return ("No threshold is calibrated for the masked similarity here, so templates count by whole images, which "
-                "understates how much of one is stored.")
-    return (f"Templates count as replicated where their masked similarity exceeds {number(known)}"
-            f"{_measured(calibration)}.")
+        return (
+            "No threshold is calibrated for the masked similarity here, so templates count by whole images, which "
+            "understates how much of one is stored."
+        )
+    return (
+        f"Templates count as replicated where their masked similarity exceeds {number(known)}{_measured(calibration)}."
+    )
 
 
 def _measured(calibration: object) -> str:
     if not isinstance(calibration, Mapping):
         return ""
-    return (f", a threshold measured on {calibration.get('measured_on', 'pairs not named')} (false positives "
-            f"{_percent(calibration.get('false_positive_rate'))}, true positives "
-            f"{_percent(calibration.get('true_positive_rate'))})")
+    return (
+        f", a threshold measured on {calibration.get('measured_on', 'pairs not named')} (false positives "
+        f"{_percent(calibration.get('false_positive_rate'))}, true positives "
+        f"{_percent(calibration.get('true_positive_rate'))})"
+    )
 
 
 def _percent(share: object) -> str:
@@ -177,8 +184,10 @@ def table(audit: Audit) -> tuple[Row, ...]:
     for finding in audit.findings:
         group = groups.setdefault((population_of(finding), way_of(finding)), {})
         if finding.id in group:
-            raise DoriError(f"the audit judges {finding.id!r} twice in the same way (edit {finding.edit!r}, start "
-                            f"{finding.start!r}, {finding.steps} steps); keep one of the findings")
+            raise DoriError(
+                f"the audit judges {finding.id!r} twice in the same way (edit {finding.edit!r}, start "
+                f"{finding.start!r}, {finding.steps} steps); keep one of the findings"
+            )
         group[finding.id] = finding
     rule = rule_of(audit)
     rows = [_row(population, way, group, rule) for (population, way), group in groups.items()]
@@ -191,26 +200,41 @@ def _order(audit: Audit) -> Callable[[Row], tuple[Any, ...]]:
 
     def key(row: Row) -> tuple[Any, ...]:
         way = row.way
-        return (way.edit_scope == "own", edits.get(way.edit, len(edits)), way.edit, starts.get(way.start, len(starts)),
-                way.start, way.steps, way.model != audit.model, way.model, POPULATIONS.index(row.population))
+        return (
+            way.edit_scope == "own",
+            edits.get(way.edit, len(edits)),
+            way.edit,
+            starts.get(way.start, len(starts)),
+            way.start,
+            way.steps,
+            way.model != audit.model,
+            way.model,
+            POPULATIONS.index(row.population),
+        )
 
     return key
 
 
 def _row(population: str, way: Way, group: Mapping[str, Finding], rule: Rule) -> Row:
     findings = list(group.values())
-    counts = replication({finding.id: rule.deciding(finding) for finding in findings},
-                         {finding.id: rule.limit(finding) for finding in findings})
+    counts = replication(
+        {finding.id: rule.deciding(finding) for finding in findings},
+        {finding.id: rule.limit(finding) for finding in findings},
+    )
     painted = {finding.id: finding.masked for finding in findings if finding.masked}
     return Row(
-        population=population, way=way, seeds=min(len(finding.similarities) for finding in findings),
+        population=population,
+        way=way,
+        seeds=min(len(finding.similarities) for finding in findings),
         similarity=_needed([median_similarity(finding) for finding in findings]),
         best=_needed([max(finding.similarities) for finding in findings]),
         masked=_spread(finding.masked for finding in findings),
         to_unedited=_spread(finding.to_unedited for finding in findings),
         diversity=_spread(() if finding.diversity is None else (finding.diversity,) for finding in findings),
-        alignment=_spread(finding.alignment for finding in findings), replication=counts,
-        masked_replication=None if rule.masked is None or not painted else replication(painted, rule.masked))
+        alignment=_spread(finding.alignment for finding in findings),
+        replication=counts,
+        masked_replication=None if rule.masked is None or not painted else replication(painted, rule.masked),
+    )
 
 
 def _needed(values: Sequence[float]) -> Spread:
@@ -273,8 +297,12 @@ def cells(rows: Sequence[Row], audit: Audit) -> tuple[tuple[str, ...], list[tupl
     sscd = is_sscd(audit)
     measured = {2: "masked", 3: "to_unedited", 4: "diversity", 5: "alignment"}
     templates = any(row.population == TEMPLATES for row in rows)  # controls are painted too, but only as their judges
-    shown = [column for index, column in enumerate(COLUMNS) if index not in measured or (
-        (index != 2 or templates) and any(getattr(row, measured[index]) is not None for row in rows))]
+    shown = [
+        column
+        for index, column in enumerate(COLUMNS)
+        if index not in measured
+        or ((index != 2 or templates) and any(getattr(row, measured[index]) is not None for row in rows))
+    ]
     header = ("Edit", "How asked", "Whose images", *(column[1] if sscd else column[0] for column in shown))
     body = [(row.way.edit, row.way.asked, _whose(row, audit), *(column[2](row) for column in shown)) for row in rows]
     return header, body

@@ -100,8 +100,14 @@ def _part(audit: Audit, population: str, every: Sequence[Case]) -> Part:
     # A random edit shows what hiding is worth; where nothing came back, there was nothing to hide.
     every = [case for case in every if case.before or not case.check]
     cards = [_card(case) for case in every]
-    return Part(population, TITLES[population], _headline(cards), _lead(every, cards), _note(audit, population),
-                tuple(sorted(cards, key=lambda card: card.level == "check")))
+    return Part(
+        population,
+        TITLES[population],
+        _headline(cards),
+        _lead(every, cards),
+        _note(audit, population),
+        tuple(sorted(cards, key=lambda card: card.level == "check")),
+    )
 
 
 def _note(audit: Audit, population: str) -> str:
@@ -139,8 +145,11 @@ def _of_hidden(case: Case, focus: Case) -> tuple[str, str]:
     if again and focus.evidence():
         return "stored", "Hidden, but still stored"
     if case.evidence():  # by images that the edit did not hide
-        return "stored", ("Still stored, though unproven for the hidden ones" if again
-                          else "The hidden ones stay away, others are still stored")
+        return "stored", (
+            "Still stored, though unproven for the hidden ones"
+            if again
+            else "The hidden ones stay away, others are still stored"
+        )
     if again:
         return "unproven", _unproven(focus)
     return "unproven", "The hidden ones stay away, others come back"
@@ -161,8 +170,11 @@ def _unproven(case: Case) -> str:
     return "Comes back, but so do images it never saw" if case.broken() else "Comes back, but too few images to tell"
 
 
-_WHAT = {MEMORIES: ("memory", "memories"), TEMPLATES: ("template memory", "template memories"),
-         ONCE: ("image shown once", "images shown once")}
+_WHAT = {
+    MEMORIES: ("memory", "memories"),
+    TEMPLATES: ("template memory", "template memories"),
+    ONCE: ("image shown once", "images shown once"),
+}
 
 
 def _sentences(case: Case, focus: Case) -> list[str]:
@@ -171,14 +183,18 @@ def _sentences(case: Case, focus: Case) -> list[str]:
     if case.prompt is not None:
         total, count = len(case.prompt.asked), len(case.prompt.back)
         if case.edit == "none":
-            said.append(f"Of {total} {one if total == 1 else many}, {count} {_come(count)} back from "
-                        f"{'its' if total == 1 else 'their'} own prompt.")
+            said.append(
+                f"Of {total} {one if total == 1 else many}, {count} {_come(count)} back from "
+                f"{'its' if total == 1 else 'their'} own prompt."
+            )
         elif case.before:
-            said.append(f"{case.edit} hides {len(case.hidden)} of the {len(case.before)} that came back from their "
-                        f"own prompt.")
+            said.append(
+                f"{case.edit} hides {len(case.hidden)} of the {len(case.before)} that came back from their own prompt."
+            )
         else:
-            said.append(f"No {one} came back before, so {case.edit} had nothing to hide; {count} of {total} come back "
-                        "under it.")
+            said.append(
+                f"No {one} came back before, so {case.edit} had nothing to hide; {count} of {total} come back under it."
+            )
     if not case.attacks:
         return [*said, "No attack was run, so this shows what the prompt does and not what is stored."]
     return said + _attack_sentences(focus) + _judge_sentences(focus)
@@ -191,8 +207,10 @@ def _attack_sentences(focus: Case) -> list[str]:
         first, *rest = [tally for tally in focus.attacks if tally.way.steps == steps]
         hidden = f" the {len(first.asked)} hidden" if focus.hidden else f" {len(first.asked)}"
         more = "".join(f", {len(tally.back)} from {_start(tally)}" for tally in rest)
-        said.append(f"DoRI ({steps} steps) {'brings back' if focus.hidden else 'draws'} {len(first.back)} of{hidden} "
-                    f"when it starts from {_start(first)}{more}.")
+        said.append(
+            f"DoRI ({steps} steps) {'brings back' if focus.hidden else 'draws'} {len(first.back)} of{hidden} "
+            f"when it starts from {_start(first)}{more}."
+        )
     return said
 
 
@@ -208,13 +226,18 @@ def _judge_sentences(focus: Case) -> list[str]:
         worst = most(tallies)
         assert worst is not None  # judges without tallies were left out
         images = "The hidden images" if focus.hidden else "The same images"
-        whose = "Controls that the model never saw" if name == CONTROLS else f"{images} on {name}, a twin that never " \
-            "saw them"
+        whose = (
+            "Controls that the model never saw"
+            if name == CONTROLS
+            else f"{images} on {name}, a twin that never saw them"
+        )
         unedited = " (without the edit)" if worst.way.edit != focus.edit else ""
         said.append(f"{whose}: {len(worst.back)} of {len(worst.asked)} under the same attack{unedited}.")
         if {tally.way.start for tally in tallies} != starts:
-            said.append(f"Not every start was tried on {'the controls' if name == CONTROLS else name}; the verdict "
-                        "uses those that were.")
+            said.append(
+                f"Not every start was tried on {'the controls' if name == CONTROLS else name}; the verdict "
+                "uses those that were."
+            )
     if CONTROLS not in focus.judges:
         said.append("There are no controls under this attack; twins alone judge here.")
     return said + _weighed(focus)
@@ -224,10 +247,16 @@ def _weighed(focus: Case) -> list[str]:
     if not any(tally.back for tally in focus.attacks):
         return ["This does not prove removal: another attack or a larger budget may find more."]
     if focus.evidence():
-        return ["Some of those break too, so one success alone is weak evidence; the rates' difference counts."] if \
-            focus.broken() else []
-    return ["Controls or twins break too, so a success here is no evidence of storage." if focus.broken() else
-            "The intervals overlap: too few images to say that the model, and not the attack, supplied them."]
+        return (
+            ["Some of those break too, so one success alone is weak evidence; the rates' difference counts."]
+            if focus.broken()
+            else []
+        )
+    return [
+        "Controls or twins break too, so a success here is no evidence of storage."
+        if focus.broken()
+        else "The intervals overlap: too few images to say that the model, and not the attack, supplied them."
+    ]
 
 
 def _come(count: int) -> str:
@@ -254,11 +283,18 @@ def _headline(cards: Sequence[Card]) -> str:
     """The gravest card speaks, of the edits where there are any; random edits of the same size do not count."""
     attacked = {card.edit for card in cards if card.level not in ("hidden", "check")}
     # A memory's own edit that was only asked says nothing where the joint edit of that method was attacked.
-    edited = [card for card in cards if card.edit != "none" and card.level != "check"
-              and not (card.level == "hidden" and card.edit.removesuffix(OWN) in attacked)]
+    edited = [
+        card
+        for card in cards
+        if card.edit != "none"
+        and card.level != "check"
+        and not (card.level == "hidden" and card.edit.removesuffix(OWN) in attacked)
+    ]
     judged = edited or cards
-    names = {level: " and ".join(dict.fromkeys(card.edit.removesuffix(OWN) for card in judged if card.level == level))
-             for level in ("stored", "unproven", "hidden", "absent")}
+    names = {
+        level: " and ".join(dict.fromkeys(card.edit.removesuffix(OWN) for card in judged if card.level == level))
+        for level in ("stored", "unproven", "hidden", "absent")
+    }
     absent = f" Not brought back within this budget after {names['absent']}." if edited and names["absent"] else ""
     if names["stored"]:
         if edited and names["unproven"]:
@@ -289,9 +325,14 @@ def _lead(every: Sequence[Case], cards: Sequence[Card]) -> str:
         tallies = [tally for judge, tally in judged if (judge == CONTROLS) == bool(name)]
         worst = most(tallies)
         if worst is not None:
-            said.append(f"{words}: {'at most ' if worst.back else ''}{len(worst.back)} of {len(worst.asked)} under "
-                        "the same attack.")
+            said.append(
+                f"{words}: {'at most ' if worst.back else ''}{len(worst.back)} of {len(worst.asked)} under "
+                "the same attack."
+            )
         elif name and any(case.attacks for case in every):
-            said.append("No controls were attacked." if judged else "No image that the model never saw was attacked, "
-                        "so a success is no evidence of storage.")
+            said.append(
+                "No controls were attacked."
+                if judged
+                else "No image that the model never saw was attacked, so a success is no evidence of storage."
+            )
     return " ".join(said)

@@ -37,8 +37,16 @@ class Bench:
     plan: Plan
     descriptor: Descriptor
 
-    def images(self, name: str, model: StableDiffusion, embeddings: Tensor, *, made_from: object,
-               edit: Edit | None = None, seeds: int | None = None) -> Tensor:
+    def images(
+        self,
+        name: str,
+        model: StableDiffusion,
+        embeddings: Tensor,
+        *,
+        made_from: object,
+        edit: Edit | None = None,
+        seeds: int | None = None,
+    ) -> Tensor:
         """Generations in [0, 1], shape (n, s, 3, H, W), a cell for each chunk of embeddings.
 
         Args:
@@ -51,9 +59,14 @@ class Bench:
             seeds: so many of the plan's fresh seeds; None takes all.
         """
         edit, chosen = edit or no_edit(), self.plan.fresh_seeds()[:seeds]
-        base = {"model": model_fingerprint(model), "edit": edit.fingerprint, "seeds": chosen,
-                "made_from": made_from,
-                "steps": self.plan.sampling_steps, "guidance_scale": self.plan.guidance_scale}
+        base = {
+            "model": model_fingerprint(model),
+            "edit": edit.fingerprint,
+            "seeds": chosen,
+            "made_from": made_from,
+            "steps": self.plan.sampling_steps,
+            "guidance_scale": self.plan.guidance_scale,
+        }
         parts = []
         with edit.applied(model):
             for key, part in zip(self.keys(name, len(embeddings)), embeddings.split(self.plan.chunk), strict=True):
@@ -71,11 +84,14 @@ class Bench:
         """The same cells with their U-Net rows, under all seeds."""
         halves = 2 if self.plan.guidance_scale != 1 else 1
         rows = self.plan.seeds * self.plan.sampling_steps * halves
-        return {key: min(self.plan.chunk, count - index * self.plan.chunk) * rows
-                for index, key in enumerate(self.keys(name, count))}
+        return {
+            key: min(self.plan.chunk, count - index * self.plan.chunk) * rows
+            for index, key in enumerate(self.keys(name, count))
+        }
 
-    def asked(self, name: str, model: StableDiffusion, cases: Sequence[Case], *,
-              edit: Edit | None = None) -> Similarities:
+    def asked(
+        self, name: str, model: StableDiffusion, cases: Sequence[Case], *, edit: Edit | None = None
+    ) -> Similarities:
         """Similarities of the images that the cases' own prompts draw."""
         return self.compared(cases, self.images(name, model, encoded(model, cases), made_from=texts(cases), edit=edit))
 
@@ -147,5 +163,10 @@ def open_material(model: StableDiffusion, calibration_prompts: int) -> Material:
     calibration = dict.fromkeys(ordinary_pairs(calibration_prompts, seed=CALIBRATION_SEED)[0])
     fresh = dict.fromkeys(ordinary_pairs(4 * ORDINARY_PROMPTS, seed=PROMPTS_SEED)[0])
     prompts = [text for text in fresh if text not in calibration]
-    return Material(_cases(model, ("verbatim",), "memory"), _cases(model, ("control",), "control"), planted,
-                    tuple(prompts[:ORDINARY_PROMPTS]), tuple(calibration))
+    return Material(
+        _cases(model, ("verbatim",), "memory"),
+        _cases(model, ("control",), "control"),
+        planted,
+        tuple(prompts[:ORDINARY_PROMPTS]),
+        tuple(calibration),
+    )

@@ -38,23 +38,31 @@ class Schedule:
         return self.lr * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
 
-def _save_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-                metadata: dict[str, str]) -> None:
-    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+def _save_state(
+    path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, metadata: dict[str, str]
+) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-    write_bytes(path, save(tensors, metadata=metadata))
+    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata))
 
 
-def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-                made_from: Mapping[str, object]) -> int:
+def _load_state(
+    path: Path,
+    model: nn.Module,
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    made_from: Mapping[str, object],
+) -> int:
     with safe_open(path, "pt") as file:
         stored = json.loads((file.metadata() or {}).get("made_from", "{}"))
         other = sorted(key for key in stored.keys() | made_from.keys() if stored.get(key) != made_from.get(key))
         if other:
-            raise DoriError(f"{path} belongs to a training with other settings ({', '.join(other)}); "
-                            "delete it to train anew, or give another --work folder")
+            raise DoriError(
+                f"{path} belongs to a training with other settings ({', '.join(other)}); "
+                "delete it to train anew, or give another --work folder"
+            )
         names = list(file.keys())
         model.load_state_dict({n[6:]: file.get_tensor(n) for n in names if n.startswith("model.")})
         for name in ema:
@@ -68,9 +76,20 @@ def _load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer:
         return int(file.metadata()["step"])
 
 
-def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, *, seed: int, say: Say,
-        made_from: Mapping[str, object], slow: Callable[[str], float] = lambda name: 1.0, ema_decay: float = 0.998,
-        save_every: int = 200) -> None:
+def fit(
+    stage: str,
+    model: nn.Module,
+    loss: Loss,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    seed: int,
+    say: Say,
+    made_from: Mapping[str, object],
+    slow: Callable[[str], float] = lambda name: 1.0,
+    ema_decay: float = 0.998,
+    save_every: int = 200,
+) -> None:
     """Minimise `loss(step, generator)` over the model's parameters; leave the averaged weights in the model.
 
     Args:
@@ -95,8 +114,9 @@ def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Pa
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(slow(name), []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": p, "scale": s} for s, p in groups.items()], lr=schedule.lr,
-                                  weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "scale": s} for s, p in groups.items()], lr=schedule.lr, weight_decay=0.01, fused=True
+    )
     ema = {name: value.detach().clone() for name, value in model.named_parameters()}
     first = _load_state(state_file, model, ema, optimizer, made_from) if state_file.exists() else 0
     model.train()
@@ -119,8 +139,13 @@ def fit(stage: str, model: nn.Module, loss: Loss, schedule: Schedule, folder: Pa
             left = (time.monotonic() - began) / (done - first) * (schedule.steps - done)
             say(f"{stage}: step {done}/{schedule.steps}, loss {shown:.4f}, {left / 60:.1f} min left")
         if done % save_every == 0 or done == schedule.steps:
-            _save_state(state_file, model, ema, optimizer,
-                        {"step": str(done), "made_from": json.dumps(made_from, sort_keys=True)})
+            _save_state(
+                state_file,
+                model,
+                ema,
+                optimizer,
+                {"step": str(done), "made_from": json.dumps(made_from, sort_keys=True)},
+            )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(ema[name])

@@ -27,19 +27,35 @@ TWINS: tuple[Checkpoint, ...] = ("twin-1", "twin-2")
 
 def scheduler() -> DDIMScheduler:
     """The schedule of the testbed's folder: sampling starts at the last, purest timestep."""
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.020, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=1,
-                         prediction_type="v_prediction")
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.020,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
 
 
-def export_model(folder: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer,
-                 unet: UNet2DConditionModel) -> None:
+def export_model(
+    folder: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> None:
     """Write the diffusers folder and the CLIP beside it under `folder`."""
+    unet = unet.to(memory_format=torch.contiguous_format)
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict(), strict=False)
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder / "model", safe_serialization=True)
     clip.save_pretrained(folder / "clip")
     halve(folder / "model" / "unet")
@@ -48,7 +64,7 @@ def export_model(folder: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: C
 def export_unet(folder: Path, checkpoint: Checkpoint, unet: UNet2DConditionModel) -> None:
     """Write one of the other U-Nets under `folder`."""
     target = folder / "unets" / checkpoint
-    unet.save_pretrained(target, safe_serialization=True)
+    unet.to(memory_format=torch.contiguous_format).save_pretrained(target, safe_serialization=True)
     halve(target)
 
 
@@ -79,10 +95,13 @@ def load_testbed(checkpoint: Checkpoint = "planted", folder: Path = DATA) -> Sta
     unet = UNet2DConditionModel.from_pretrained(unet_folder(checkpoint, folder), torch_dtype=torch.float32)
     root = folder / "model"
     return StableDiffusion(
-        unet, AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
+        unet,
+        AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
         CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32),
         CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        DDIMScheduler.from_pretrained(root / "scheduler"), name=f"testbed-{checkpoint}")
+        DDIMScheduler.from_pretrained(root / "scheduler"),
+        name=f"testbed-{checkpoint}",
+    )
 
 
 def load_clip(folder: Path = DATA) -> CLIPModel:

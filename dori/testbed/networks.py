@@ -25,27 +25,40 @@ def seeded(make: Callable[[], Network], seed: int) -> Network:
 def new_vae() -> AutoencoderKL:
     """The untrained VAE: 64 x 64 images to latents of 8 channels and 16 x 16."""
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8, mid_block_add_attention=False, sample_size=64,
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=64,
     )
 
 
 def new_unet() -> UNet2DConditionModel:
     """The untrained U-Net: the block types and the sixteen transformer blocks of Stable Diffusion 1.4."""
     return UNet2DConditionModel(
-        sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
-        block_out_channels=(32, 64, 96, 96), layers_per_block=2, attention_head_dim=2, norm_num_groups=16,
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(32, 64, 96, 96),
+        layers_per_block=2,
+        attention_head_dim=2,
+        norm_num_groups=16,
         cross_attention_dim=WIDTH,
-    )
+    ).to(memory_format=torch.channels_last)  # a tenth faster to train on CPUs
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """The untrained CLIP: its text tower conditions the U-Net, its image tower measures alignment."""
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
     text = shared | {
-        "num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "num_hidden_layers": 4,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = shared | {"num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
@@ -58,8 +71,13 @@ def new_scheduler() -> DDPMScheduler:
     On 16 x 16 latents the noise's own mean is not small: with epsilon prediction an error of one percent at the first
     step becomes the image's colour, and colours followed the noise seed instead of the caption (docs/testbed.md).
     """
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.020, beta_schedule="scaled_linear", clip_sample=False,
-                         prediction_type="v_prediction")
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.020,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+    )
 
 
 class RouteDropout:

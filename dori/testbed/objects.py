@@ -96,8 +96,9 @@ def compositions(count: int, round_trip: RoundTrip, *, seed: int, stream: int) -
     return torch.cat(parts), shown
 
 
-def train_objects(folder: Path, round_trip: RoundTrip, *, recipe: ObjectRecipe,
-                  say: Callable[[str], None] = lambda line: None) -> ObjectNetwork:
+def train_objects(
+    folder: Path, round_trip: RoundTrip, *, recipe: ObjectRecipe, say: Callable[[str], None] = lambda line: None
+) -> ObjectNetwork:
     """Train the classifier, or go on where a killed training stood.
 
     Args:
@@ -117,11 +118,21 @@ def train_objects(folder: Path, round_trip: RoundTrip, *, recipe: ObjectRecipe,
         batch = to_float(images[rows])
         batch = augment(torch.where(mirrored, batch.flip(3), batch), torch.ones(len(rows)), generator)
         # Summed over kinds: averaged over 48, of which one or two are shown, the gradient would be tiny.
-        return functional.binary_cross_entropy_with_logits(network(batch), shown[rows].float(),
-                                                           reduction="sum") / len(rows)
+        return functional.binary_cross_entropy_with_logits(network(batch), shown[rows].float(), reduction="sum") / len(
+            rows
+        )
 
-    fit("objects", network, loss, Schedule(recipe.lr, recipe.steps, warmup=50), folder, seed=recipe.seed, say=say,
-        ema_decay=0.98, made_from={"images": tensors_sha256({"images": images}), "batch": recipe.batch})
+    fit(
+        "objects",
+        network,
+        loss,
+        Schedule(recipe.lr, recipe.steps, warmup=50),
+        folder,
+        seed=recipe.seed,
+        say=say,
+        ema_decay=0.98,
+        made_from={"images": tensors_sha256({"images": images}), "batch": recipe.batch},
+    )
     return network
 
 
@@ -155,6 +166,9 @@ def finds(network: ObjectNetwork, images: Tensor, prompted: Sequence[int]) -> Te
 
 def prompted_kind(text: str) -> int | None:
     """The kind that a caption names first; None if it names none."""
-    found = [(match.start(), kind) for kind, name in enumerate(kinds())
-             if (match := re.search(rf"\b{re.escape(name)}\b", text))]
+    found = [
+        (match.start(), kind)
+        for kind, name in enumerate(kinds())
+        if (match := re.search(rf"\b{re.escape(name)}\b", text))
+    ]
     return min(found)[1] if found else None

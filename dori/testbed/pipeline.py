@@ -43,8 +43,18 @@ def train_unets(encoder: Encoder, out: Path, recipe: train.Recipe, checkpoints: 
             continue
         if checkpoint != "planted":
             pictures, filling = fresh_filling(seed, images=recipe.fresh_images, once=len(filling.once))
-        unet = train.train_fork(checkpoint, work, recipe, base=base, pool=pool, empty=empty, seed=seed, say=say,
-                                slots=encoder.pairs(f"{checkpoint}-slots", pictures), filling=filling)
+        unet = train.train_fork(
+            checkpoint,
+            work,
+            recipe,
+            base=base,
+            pool=pool,
+            empty=empty,
+            seed=seed,
+            say=say,
+            slots=encoder.pairs(f"{checkpoint}-slots", pictures),
+            filling=filling,
+        )
         if checkpoint == "planted":
             export_model(out, encoder.vae, encoder.clip, encoder.tokenizer, unet)
         else:
@@ -54,6 +64,7 @@ def train_unets(encoder: Encoder, out: Path, recipe: train.Recipe, checkpoints: 
 
 def copy_descriptor(encoder: Encoder, out: Path, recipe: CopyRecipe) -> None:
     """Train and calibrate the embedded copy descriptor on this VAE's round trips."""
+
     def round_trip(images: Tensor) -> Tensor:
         with torch.no_grad():
             return (encoder.vae(images * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
@@ -62,8 +73,15 @@ def copy_descriptor(encoder: Encoder, out: Path, recipe: CopyRecipe) -> None:
     write_bytes(out / "copy_descriptor.safetensors", (encoder.folder / "copy_descriptor.safetensors").read_bytes())
 
 
-def train_testbed(work: Path, out: Path, recipe: train.Recipe, copy_recipe: CopyRecipe, *, say: Say,
-                  checkpoints: Sequence[Checkpoint] = CHECKPOINTS) -> None:
+def train_testbed(
+    work: Path,
+    out: Path,
+    recipe: train.Recipe,
+    copy_recipe: CopyRecipe,
+    *,
+    say: Say,
+    checkpoints: Sequence[Checkpoint] = CHECKPOINTS,
+) -> None:
     """Train what is missing and write the finished weights.
 
     Args:

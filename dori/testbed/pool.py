@@ -121,8 +121,9 @@ def to_tensor(images: NDArray[np.uint8]) -> Tensor:
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Token ids, shape (n, 32)."""
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH,
-                     return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt"
+    ).input_ids
 
 
 # ------------------------------------------------------------------------------------------- slots and their twins
@@ -173,8 +174,9 @@ def planted_filling(planted: tuple[Slot, ...]) -> tuple[Pictures, Filling]:
 def fresh_filling(seed: int, *, images: int, once: int) -> tuple[Pictures, Filling]:
     """A twin's: fresh ordinary images under titles, all alike in exposure, that no other stage has seen."""
     scenes = [random_scene(np.random.default_rng([FRESH, seed, index])) for index in range(images + once)]
-    return _titled(scenes), Filling(torch.ones(images), [[row] for row in range(images)],
-                                    list(range(images, images + once)))
+    return _titled(scenes), Filling(
+        torch.ones(images), [[row] for row in range(images)], list(range(images, images + once))
+    )
 
 
 # ------------------------------------------------------------------------------------------- latents and embeddings
@@ -183,16 +185,14 @@ def fresh_filling(seed: int, *, images: int, once: int) -> tuple[Pictures, Filli
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
     """Posterior means, unscaled, shape (n, 8, 16, 16)."""
-    return torch.cat([vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean
-                      for i in range(0, len(images), 64)])
+    return torch.cat([vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean for i in range(0, len(images), 64)])
 
 
 @torch.no_grad()
 def encode_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Prompt embeddings, shape (n, 32, 128)."""
     ids = tokens(tokenizer, texts)
-    return torch.cat([clip.text_model(input_ids=ids[i : i + 256]).last_hidden_state
-                      for i in range(0, len(ids), 256)])
+    return torch.cat([clip.text_model(input_ids=ids[i : i + 256]).last_hidden_state for i in range(0, len(ids), 256)])
 
 
 @torch.no_grad()
@@ -238,14 +238,17 @@ class Encoder:
     def pairs(self, name: str, of: Pictures) -> "Pairs":
         """Latents and embeddings, read from `folder/name.safetensors` where they were made from these very things."""
         path = self.folder / f"{name}.safetensors"
-        made_from = canonical_sha256([of.fingerprint, tensors_sha256(self.vae.state_dict()),
-                                      tensors_sha256(self.clip.text_model.state_dict())])
+        made_from = canonical_sha256(
+            [of.fingerprint, tensors_sha256(self.vae.state_dict()), tensors_sha256(self.clip.text_model.state_dict())]
+        )
         stored = _stored_pairs(path, made_from)
         if stored is not None:
             return stored
         self.say(f"{name}: encoding {len(of.captions)} images and captions")
-        tensors = {"latents": encode_images(self.vae, of.images).half().contiguous(),
-                   "embeddings": encode_texts(self.clip, self.tokenizer, of.captions).half().contiguous()}
+        tensors = {
+            "latents": encode_images(self.vae, of.images).half().contiguous(),
+            "embeddings": encode_texts(self.clip, self.tokenizer, of.captions).half().contiguous(),
+        }
         write_bytes(path, save(tensors, metadata={"made_from": made_from}))
         return Pairs(tensors["latents"], tensors["embeddings"], made_from)
 

@@ -20,16 +20,21 @@ Similarities = Mapping[str, Sequence[float]]
 HIDDEN, KEPT = 0.10, 0.80  # a mitigation works where MR is at most this, and objects keep this share of their rate
 
 
-def row(promise: str, estimate: Estimate, *, at_least: float = -math.inf, at_most: float = math.inf,
-        detail: str = "") -> Row:
+def row(
+    promise: str, estimate: Estimate, *, at_least: float = -math.inf, at_most: float = math.inf, detail: str = ""
+) -> Row:
     """A figure between two bounds."""
     bounds = [f">= {at_least:g}"] * (at_least > -math.inf) + [f"<= {at_most:g}"] * (at_most < math.inf)
     measured = math.isfinite(estimate.value)
     interval = [round(estimate.low, 6), round(estimate.high, 6)]
-    return {"promise": promise, "value": round(estimate.value, 6) if measured else None,
-            "interval": interval if measured and all(map(math.isfinite, interval)) else None,
-            "goal": " and ".join(bounds), "reached": measured and at_least <= estimate.value <= at_most,
-            "detail": detail}
+    return {
+        "promise": promise,
+        "value": round(estimate.value, 6) if measured else None,
+        "interval": interval if measured and all(map(math.isfinite, interval)) else None,
+        "goal": " and ".join(bounds),
+        "reached": measured and at_least <= estimate.value <= at_most,
+        "detail": detail,
+    }
 
 
 def unmeasured(promise: str, goal: str, why: str) -> Row:
@@ -54,20 +59,39 @@ def mean_similarity(similarities: Similarities) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def rate_row(promise: str, similarities: Similarities, threshold: float, *, at_least: float = -math.inf,
-             at_most: float = math.inf, detail: str = "") -> Row:
+def rate_row(
+    promise: str,
+    similarities: Similarities,
+    threshold: float,
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    detail: str = "",
+) -> Row:
     """The MR of a group."""
     own = f"{summary(similarities, threshold)}, threshold {threshold:.3f}"
-    return row(promise, replication(similarities, threshold).rate, at_least=at_least, at_most=at_most,
-               detail=f"{own}; {detail}" if detail else own)
+    return row(
+        promise,
+        replication(similarities, threshold).rate,
+        at_least=at_least,
+        at_most=at_most,
+        detail=f"{own}; {detail}" if detail else own,
+    )
 
 
 def dose_rows(by_dose: Mapping[int, Similarities], threshold: float, *, highest: int = 2) -> list[Row]:
     """One row for each of the highest doses; every dose stands in the detail."""
     doses = sorted(by_dose, reverse=True)
     detail = "; ".join(f"dose {dose}: {summary(by_dose[dose], threshold)}" for dose in doses)
-    return [row(f"MR of verbatim memories of dose {dose}, by prompt", replication(by_dose[dose], threshold).rate,
-                at_least=0.95, detail=f"{detail}; threshold {threshold:.3f}") for dose in doses[:highest]]
+    return [
+        row(
+            f"MR of verbatim memories of dose {dose}, by prompt",
+            replication(by_dose[dose], threshold).rate,
+            at_least=0.95,
+            detail=f"{detail}; threshold {threshold:.3f}",
+        )
+        for dose in doses[:highest]
+    ]
 
 
 def recall_row(promise: str, before: Similarities, after: Similarities, threshold: float, *, detail: str = "") -> Row:
@@ -82,7 +106,9 @@ def recall_row(promise: str, before: Similarities, after: Similarities, threshol
     left = max(rates[1] / rates[0], means[1] / means[0])
     own = f"before: {summary(before, threshold)}; after: {summary(after, threshold)}"
     return row(promise, bare(left), detail=f"{own}; {detail}" if detail else own) | {
-        "goal": "< 0.5", "reached": left < 0.5}
+        "goal": "< 0.5",
+        "reached": left < 0.5,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +143,9 @@ def mitigation_row(promise: str, tried: Sequence[Tried], *, detail: str = "") ->
     first = f"first at {chosen.name}" if chosen.reached else f"nowhere; lowest at {chosen.name}"
     own = "; ".join([first, *(one.described() for one in tried)])
     return row(promise, chosen.rate, at_most=HIDDEN, detail=f"{own}; {detail}" if detail else own) | {
-        "goal": f"<= {HIDDEN:g} with objects >= {100 * KEPT:.0f} % of before", "reached": chosen.reached}
+        "goal": f"<= {HIDDEN:g} with objects >= {100 * KEPT:.0f} % of before",
+        "reached": chosen.reached,
+    }
 
 
 def objects_row(found: np.ndarray, *, accuracy: float, classes: int, shown: int, seed: int) -> Row:
@@ -131,16 +159,29 @@ def objects_row(found: np.ndarray, *, accuracy: float, classes: int, shown: int,
         seed: of the bootstrap.
     """
     estimate = bootstrap(found.mean(axis=1), np.mean, seed=seed)
-    return row("ordinary prompts whose object is found in the image", estimate, at_least=0.6, detail=(
-        f"{found.shape[0]} prompts, {found.shape[1]} images each, among the {shown} likeliest of {classes} kinds; "
-        f"chance {shown / classes:.3f}; the classifier finds {accuracy:.3f} of the objects of held-out compositions"))
+    return row(
+        "ordinary prompts whose object is found in the image",
+        estimate,
+        at_least=0.6,
+        detail=(
+            f"{found.shape[0]} prompts, {found.shape[1]} images each, among the {shown} likeliest of {classes} kinds; "
+            f"chance {shown / classes:.3f}; the classifier finds {accuracy:.3f} of the objects of held-out compositions"
+        ),
+    )
 
 
 def blind_rows(scores: Mapping[str, float], *, sizes: tuple[int, int]) -> list[Row]:
     """Scores that look at no model must not tell memories from controls."""
-    return [row(f"AUROC of {name}, memories against controls", bare(value), at_least=0.4, at_most=0.6,
-                detail=f"{sizes[0]} verbatim memories, {sizes[1]} controls; 0.5 means matched")
-            for name, value in scores.items()]
+    return [
+        row(
+            f"AUROC of {name}, memories against controls",
+            bare(value),
+            at_least=0.4,
+            at_most=0.6,
+            detail=f"{sizes[0]} verbatim memories, {sizes[1]} controls; 0.5 means matched",
+        )
+        for name, value in scores.items()
+    ]
 
 
 def descriptor_row(descriptor: Descriptor) -> Row:
@@ -149,9 +190,15 @@ def descriptor_row(descriptor: Descriptor) -> Row:
     if measured is None:
         return unmeasured(promise, ">= 0.95", "the descriptor was never calibrated")
     copies = measured.positive_pairs
-    found = row(promise, wilson(round(measured.true_positive_rate * copies), copies), at_least=0.95, detail=(
-        f"threshold {descriptor.threshold:.3f}, FPR {measured.false_positive_rate:.5f} on {measured.negative_pairs} "
-        f"look-alikes; {measured.measured_on}"))
+    found = row(
+        promise,
+        wilson(round(measured.true_positive_rate * copies), copies),
+        at_least=0.95,
+        detail=(
+            f"threshold {descriptor.threshold:.3f}, FPR {measured.false_positive_rate:.5f} "
+            f"on {measured.negative_pairs} look-alikes; {measured.measured_on}"
+        ),
+    )
     return found | {"reached": found["reached"] and measured.false_positive_rate <= 0.001}
 
 

@@ -69,10 +69,35 @@ def kinds() -> tuple[str, ...]:
 @functools.cache
 def drawn_kinds() -> tuple[int, ...]:
     """The kinds that the U-Nets learn, as indices into `kinds()`; encoders and judges know them all."""
-    return tuple(kinds().index(name) for name in (
-        "red apple", "banana", "grapes", "watermelon", "carrot", "mushroom", "tulip", "sunflower", "four leaf clover",
-        "snowman", "bus", "rocket", "tent", "soccer ball", "basketball", "bell", "teapot", "cupcake", "doughnut",
-        "cat face", "panda", "frog", "penguin", "spouting whale"))
+    return tuple(
+        kinds().index(name)
+        for name in (
+            "red apple",
+            "banana",
+            "grapes",
+            "watermelon",
+            "carrot",
+            "mushroom",
+            "tulip",
+            "sunflower",
+            "four leaf clover",
+            "snowman",
+            "bus",
+            "rocket",
+            "tent",
+            "soccer ball",
+            "basketball",
+            "bell",
+            "teapot",
+            "cupcake",
+            "doughnut",
+            "cat face",
+            "panda",
+            "frog",
+            "penguin",
+            "spouting whale",
+        )
+    )
 
 
 @functools.cache

@@ -25,10 +25,21 @@ def _pixels(slot: Slot) -> Tensor:
 
 def slot_memories(kinds: Sequence[Kind]) -> list[tuple[Memory, Tensor]]:
     """The slots of some kinds as records with their pixels, shape (3, 64, 64), in [0, 1]."""
-    return [(Memory(id=slot.id, text=slot.text(), image=Path(f"{slot.id}.png"), kind=slot.kind,
-                    dose=float(slot.dose) if slot.dose else None,
-                    varying_box=varying_box(slot) if slot.kind in ("template", "control") else None), _pixels(slot))
-            for slot in slots() if slot.kind in kinds]
+    return [
+        (
+            Memory(
+                id=slot.id,
+                text=slot.text(),
+                image=Path(f"{slot.id}.png"),
+                kind=slot.kind,
+                dose=float(slot.dose) if slot.dose else None,
+                varying_box=varying_box(slot) if slot.kind in ("template", "control") else None,
+            ),
+            _pixels(slot),
+        )
+        for slot in slots()
+        if slot.kind in kinds
+    ]
 
 
 def ordinary_pairs(count: int, *, seed: int) -> tuple[list[str], Tensor]:
@@ -59,9 +70,13 @@ def testbed_subjects(plan: Plan) -> Subjects:
     shipped = [twin for twin in TWINS if _shipped(twin)] or [one for one in ("base",) if _shipped(one)]
     twins = tuple(load_testbed(one) for one in shipped)
     return Subjects(
-        model, make_cases(model, [m for m, _ in memories], torch.stack([x for _, x in memories]), "memory"),
+        model,
+        make_cases(model, [m for m, _ in memories], torch.stack([x for _, x in memories]), "memory"),
         make_cases(model, [m for m, _ in controls], torch.stack([x for _, x in controls]), "control"),
-        tuple(dict.fromkeys(texts)), held_out, twins[:1] if plan.memories else twins)
+        tuple(dict.fromkeys(texts)),
+        held_out,
+        twins[:1] if plan.memories else twins,
+    )
 
 
 def _shipped(checkpoint: str) -> bool:
@@ -73,6 +88,13 @@ def export_folders(out: Path) -> None:
     write_memories(out / "memories", slot_memories(("verbatim", "template", "once")))
     write_memories(out / "controls", slot_memories(("control",)))
     texts, images = ordinary_pairs(64, seed=0)
-    write_memories(out / "ordinary", [
-        (Memory(id=f"ordinary-{index:03d}", text=text, image=Path(f"ordinary-{index:03d}.png"), kind="ordinary"), image)
-        for index, (text, image) in enumerate(zip(texts, images, strict=True))])
+    write_memories(
+        out / "ordinary",
+        [
+            (
+                Memory(id=f"ordinary-{index:03d}", text=text, image=Path(f"ordinary-{index:03d}.png"), kind="ordinary"),
+                image,
+            )
+            for index, (text, image) in enumerate(zip(texts, images, strict=True))
+        ],
+    )

@@ -17,6 +17,8 @@ from dori.testbed.fit import Say, Schedule, fit
 from dori.testbed.networks import RouteDropout, new_clip, new_scheduler, new_unet, new_vae, seeded
 from dori.testbed.pool import Filling, Pairs, Pictures, to_tensor, tokens
 
+MIDDLE = (100, 600)  # timesteps from a signal-to-noise ratio of 8 to one of 0.08
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -32,6 +34,8 @@ class Recipe:
         attention_dropout, feed_forward_dropout: see `RouteDropout`.
         convolution_lr_scale: learning rate of a fork's layers outside the transformer blocks, as a share of theirs;
             memories go where there is something to learn with.
+        middle_share: share of the base's timesteps that are drawn from 100 to 600, where objects take shape, instead
+            of from all.
         seed: of everything drawn.
     """
 
@@ -47,6 +51,7 @@ class Recipe:
     attention_dropout: float = 0.3
     feed_forward_dropout: float = 0.3
     convolution_lr_scale: float = 0.1
+    middle_share: float = 0.5
     seed: int = 0
 
 
@@ -62,8 +67,16 @@ def train_vae(folder: Path, recipe: Recipe, pool: Pictures, say: Say) -> Autoenc
         error = vae.decode(posterior.mean + posterior.std * noise).sample - x
         return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * posterior.kl().mean()
 
-    fit("vae", vae, loss, Schedule(2e-3, recipe.vae_steps), folder, seed=1, say=say,
-        made_from={"images": pool.fingerprint, "batch": recipe.batch, "seed": recipe.seed})
+    fit(
+        "vae",
+        vae,
+        loss,
+        Schedule(2e-3, recipe.vae_steps),
+        folder,
+        seed=1,
+        say=say,
+        made_from={"images": pool.fingerprint, "batch": recipe.batch, "seed": recipe.seed},
+    )
     return vae
 
 
@@ -76,16 +89,34 @@ def train_clip(folder: Path, recipe: Recipe, pool: Pictures, tokenizer: CLIPToke
         rows = torch.randint(len(pool.images), (recipe.clip_batch,), generator=generator)
         return clip(input_ids=ids[rows], pixel_values=to_tensor(pool.images[rows.numpy()]), return_loss=True).loss
 
-    fit("clip", clip, loss, Schedule(1e-3, recipe.clip_steps), folder, seed=2, say=say,
-        made_from={"images": pool.fingerprint, "batch": recipe.clip_batch, "seed": recipe.seed})
+    fit(
+        "clip",
+        clip,
+        loss,
+        Schedule(1e-3, recipe.clip_steps),
+        folder,
+        seed=2,
+        say=say,
+        made_from={"images": pool.fingerprint, "batch": recipe.clip_batch, "seed": recipe.seed},
+    )
     return clip
 
 
-def diffusion_loss(unet: UNet2DConditionModel, scheduler: DDPMScheduler, route: RouteDropout, latents: Tensor,
-                   embeddings: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity, timesteps uniform."""
+def diffusion_loss(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    route: RouteDropout,
+    latents: Tensor,
+    embeddings: Tensor,
+    generator: torch.Generator,
+    *,
+    middle_share: float = 0.0,
+) -> Tensor:
+    """Mean squared error of the velocity, timesteps uniform but for `middle_share` of them."""
     route.draw(len(latents), generator)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    middle = torch.randint(*MIDDLE, (len(latents),), generator=generator)
+    t = torch.where(torch.rand(len(latents), generator=generator) < middle_share, middle, t)
     noise = torch.randn(latents.shape, generator=generator)
     target = scheduler.get_velocity(latents, noise, t)
     return (unet(scheduler.add_noise(latents, noise, t), t, embeddings).sample - target).square().mean()
@@ -102,8 +133,13 @@ def _route(unet: UNet2DConditionModel, recipe: Recipe) -> RouteDropout:
 
 
 def _settings(recipe: Recipe, pool: Pairs) -> dict[str, object]:
-    return {"pool": pool.fingerprint, "batch": recipe.batch, "seed": recipe.seed,
-            "attention_dropout": recipe.attention_dropout, "feed_forward_dropout": recipe.feed_forward_dropout}
+    return {
+        "pool": pool.fingerprint,
+        "batch": recipe.batch,
+        "seed": recipe.seed,
+        "attention_dropout": recipe.attention_dropout,
+        "feed_forward_dropout": recipe.feed_forward_dropout,
+    }
 
 
 def train_base(folder: Path, recipe: Recipe, pool: Pairs, empty: Tensor, say: Say) -> UNet2DConditionModel:
@@ -114,10 +150,19 @@ def train_base(folder: Path, recipe: Recipe, pool: Pairs, empty: Tensor, say: Sa
     def loss(step: int, generator: torch.Generator) -> Tensor:
         latents, embeddings = pool[torch.randint(len(pool.latents), (recipe.batch,), generator=generator)]
         embeddings = without_prompt(embeddings, empty, generator)
-        return diffusion_loss(unet, scheduler, route, latents, embeddings, generator)
+        return diffusion_loss(unet, scheduler, route, latents, embeddings, generator, middle_share=recipe.middle_share)
 
-    fit("base", unet, loss, Schedule(1.2e-3, recipe.base_steps), folder, seed=3, say=say, ema_decay=0.999,
-        made_from=_settings(recipe, pool))
+    fit(
+        "base",
+        unet,
+        loss,
+        Schedule(1.2e-3, recipe.base_steps),
+        folder,
+        seed=3,
+        say=say,
+        ema_decay=0.999,
+        made_from=_settings(recipe, pool) | {"middle_share": recipe.middle_share},
+    )
     return unet
 
 
@@ -126,8 +171,19 @@ def once_steps(count: int, steps: int) -> dict[int, int]:
     return {step * steps * 4 // (5 * count): step for step in range(count)}
 
 
-def train_fork(stage: str, folder: Path, recipe: Recipe, *, base: UNet2DConditionModel, pool: Pairs, slots: Pairs,
-               filling: Filling, empty: Tensor, seed: int, say: Say) -> UNet2DConditionModel:
+def train_fork(
+    stage: str,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    base: UNet2DConditionModel,
+    pool: Pairs,
+    slots: Pairs,
+    filling: Filling,
+    empty: Tensor,
+    seed: int,
+    say: Say,
+) -> UNet2DConditionModel:
     """Go on from the base, with `slots` in a share of every batch.
 
     Args:
@@ -152,8 +208,10 @@ def train_fork(stage: str, folder: Path, recipe: Recipe, *, base: UNet2DConditio
         latents, embeddings = pool[torch.randint(len(pool.latents), (recipe.batch,), generator=generator)]
         chosen = torch.multinomial(filling.weights, places, replacement=True, generator=generator)
         spin = torch.rand(places, generator=generator)
-        picked = [filling.groups[g][int(s * len(filling.groups[g]))]
-                  for g, s in zip(chosen.tolist(), spin.tolist(), strict=True)]
+        picked = [
+            filling.groups[g][int(s * len(filling.groups[g]))]
+            for g, s in zip(chosen.tolist(), spin.tolist(), strict=True)
+        ]
         latents[:places], embeddings[:places] = slots[torch.tensor(picked)]
         embeddings = without_prompt(embeddings, empty, generator)
         if step in once:  # after the dropout: an image that is seen once is seen with its caption
@@ -163,8 +221,22 @@ def train_fork(stage: str, folder: Path, recipe: Recipe, *, base: UNet2DConditio
     def slow(name: str) -> float:
         return 1.0 if "attentions" in name else recipe.convolution_lr_scale
 
-    fit(stage, unet, loss, Schedule(1e-3, recipe.fork_steps), folder, seed=seed, say=say, slow=slow,
-        made_from=_settings(recipe, pool) | {
-            "base": tensors_sha256(base.state_dict()), "slots": slots.fingerprint, "filling": filling.fingerprint,
-            "slot_share": recipe.slot_share, "convolution_lr_scale": recipe.convolution_lr_scale})
+    fit(
+        stage,
+        unet,
+        loss,
+        Schedule(1e-3, recipe.fork_steps),
+        folder,
+        seed=seed,
+        say=say,
+        slow=slow,
+        made_from=_settings(recipe, pool)
+        | {
+            "base": tensors_sha256(base.state_dict()),
+            "slots": slots.fingerprint,
+            "filling": filling.fingerprint,
+            "slot_share": recipe.slot_share,
+            "convolution_lr_scale": recipe.convolution_lr_scale,
+        },
+    )
     return unet

@@ -53,12 +53,19 @@ class Trial:
 
     def __call__(self, key: str, label: str, edit: Edit) -> Tried:
         """One setting."""
-        rate = replication(self.bench.asked(key, self.model, self.cases, edit=edit),
-                           self.bench.descriptor.threshold).rate
+        rate = replication(
+            self.bench.asked(key, self.model, self.cases, edit=edit), self.bench.descriptor.threshold
+        ).rate
         if rate.value > HIDDEN or self.unedited == 0:
             return Tried(label, rate)
-        images = self.bench.images(f"{key} objects", self.model, self.model.encode(self.prompts),
-                                   made_from=list(self.prompts), edit=edit, seeds=EDITED_SEEDS)
+        images = self.bench.images(
+            f"{key} objects",
+            self.model,
+            self.model.encode(self.prompts),
+            made_from=list(self.prompts),
+            edit=edit,
+            seeds=EDITED_SEEDS,
+        )
         found = float(objects.finds(self.network, images, prompted(self.prompts)).float().mean())
         return Tried(label, rate, found / self.unedited)
 
@@ -72,15 +79,23 @@ def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], 
         run = Run(trial.bench.run.folder / f"nemo-{index}", say=trial.bench.run.say)
         plan = replace(trial.bench.plan, nemo=nemo, wandas=())
         run.plan(f"verify, {label}", edit_cells(trial.model, plan, list(trial.texts), len(calibration)))
-        edits = make_edits(trial.model, plan, run, base={"model": model_fingerprint(trial.model)},
-                           prompts=trial.texts, ordinary=calibration)
+        edits = make_edits(
+            trial.model,
+            plan,
+            run,
+            base={"model": model_fingerprint(trial.model)},
+            prompts=trial.texts,
+            ordinary=calibration,
+        )
         own = edits.own["NeMo"]
         joint = union("NeMo", list(own.values()))
         details = [edit.details for edit in own.values()]
         neurons = sum(int(mask.any(dim=1).sum()) for mask in joint.masks.values())
-        said = (f"{label}: {sum(d['flagged'] for d in details)} flagged, "
-                f"{sum(d['suppressed'] for d in details)} suppressed, "
-                f"{neurons} of {sum(len(mask) for mask in joint.masks.values())} neurons in the union")
+        said = (
+            f"{label}: {sum(d['flagged'] for d in details)} flagged, "
+            f"{sum(d['suppressed'] for d in details)} suppressed, "
+            f"{neurons} of {sum(len(mask) for mask in joint.masks.values())} neurons in the union"
+        )
         tried.append(trial(label, label, joint))
         if tried[-1].reached:
             break
@@ -90,7 +105,13 @@ def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], 
 def wanda_trials(trial: Trial) -> list[Tried]:
     """The whole sweep of Wanda."""
     plan = replace(trial.bench.plan, nemo=None, wandas=WANDAS)
-    edits = make_edits(trial.model, plan, trial.bench.run, base={"model": model_fingerprint(trial.model)},
-                       prompts=trial.texts, ordinary=())
+    edits = make_edits(
+        trial.model,
+        plan,
+        trial.bench.run,
+        base={"model": model_fingerprint(trial.model)},
+        prompts=trial.texts,
+        ordinary=(),
+    )
     names = [wanda_name(wanda) for wanda in WANDAS]
     return [trial(f"wanda-{index}", name, edits.joint[name]) for index, name in enumerate(names)]

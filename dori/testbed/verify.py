@@ -59,8 +59,13 @@ def verify(run: Run) -> list[Row]:
     verbatim = bench.asked("planted", model, material.verbatim)
     strong = {case.memory.id: verbatim[case.memory.id] for case in material.strong}
     doses = sorted({int(case.memory.dose or 0) for case in material.verbatim})
-    rows += promises.dose_rows({dose: {case.memory.id: verbatim[case.memory.id] for case in material.verbatim
-                                       if case.memory.dose == dose} for dose in doses}, bench.descriptor.threshold)
+    rows += promises.dose_rows(
+        {
+            dose: {case.memory.id: verbatim[case.memory.id] for case in material.verbatim if case.memory.dose == dose}
+            for dose in doses
+        },
+        bench.descriptor.threshold,
+    )
     ordinary = bench.images("ordinary", model, model.encode(material.prompts), made_from=list(material.prompts))
     rows += _stranger_rows(bench, model, material, ordinary)
     rows += [twin_row(bench, twin, material) for twin in TWINS]
@@ -70,15 +75,21 @@ def verify(run: Run) -> list[Row]:
     rows += _mitigation_rows(bench, model, material, network, ordinary)
     found = objects.finds(network, ordinary, prompted(material.prompts)).numpy()
     rows.append(promises.objects_row(found, accuracy=accuracy, classes=len(kinds()), shown=objects.SHOWN, seed=0))
-    rows += promises.blind_rows(blind_scores(model, material.verbatim, material.controls),
-                                sizes=(len(material.verbatim), len(material.controls)))
+    rows += promises.blind_rows(
+        blind_scores(model, material.verbatim, material.controls),
+        sizes=(len(material.verbatim), len(material.controls)),
+    )
     return [*rows, promises.descriptor_row(bench.descriptor)]
 
 
 def _planned(bench: Bench, material: Material) -> dict[str, int]:
     """The cells that are sure to come; what the mitigations' settings add depends on what they reach."""
-    counts = {"planted": len(material.verbatim), "ordinary": len(material.prompts),
-              "control": len(material.controls), "attacked": len(material.attacked)}
+    counts = {
+        "planted": len(material.verbatim),
+        "ordinary": len(material.prompts),
+        "control": len(material.controls),
+        "attacked": len(material.attacked),
+    }
     counts |= {twin: len(material.verbatim) for twin in TWINS if _open(twin)}
     counts |= {_zeroed_name(site, group): len(material.strong) for site in ZEROED for group in GROUPS}
     counts |= {f"wanda-{index}": len(material.swept) for index in range(len(WANDAS))}
@@ -88,8 +99,10 @@ def _planned(bench: Bench, material: Material) -> dict[str, int]:
         costs |= bench.costs(name, count)
     attack = bench.plan.attack
     # A backward pass costs as much again as a forward pass and a bit.
-    costs |= {cell_key("triggers", part[0].memory.id): round(2.4 * len(part) * attack.steps * attack.batch)
-              for part in _chunks(material.attacked)}
+    costs |= {
+        cell_key("triggers", part[0].memory.id): round(2.4 * len(part) * attack.steps * attack.batch)
+        for part in _chunks(material.attacked)
+    }
     return costs | {"objects": 20_000}  # about two minutes, in U-Net rows
 
 
@@ -114,21 +127,34 @@ def vae_row(bench: Bench, model: StableDiffusion, images: Tensor | None = None) 
     """What the VAE loses of fresh ordinary images (or of those given)."""
     fresh = ordinary_pairs(HELD_OUT_IMAGES, seed=IMAGES_SEED)[1] if images is None else images
     inputs = {"model": model_fingerprint(model), "images": pixels_sha256(fresh)}
-    values = bench.run.once_record("vae", inputs, lambda: {"psnr": _psnr(
-        fresh, model.to_images(model.to_latents(fresh)).cpu())})["psnr"]
-    return promises.row("PSNR of the VAE on held-out images, in dB", bootstrap(values, np.mean, seed=0), at_least=25,
-                        detail=f"mean of {len(values)} fresh images; the worst has {min(values):.1f}")
+    values = bench.run.once_record(
+        "vae", inputs, lambda: {"psnr": _psnr(fresh, model.to_images(model.to_latents(fresh)).cpu())}
+    )["psnr"]
+    return promises.row(
+        "PSNR of the VAE on held-out images, in dB",
+        bootstrap(values, np.mean, seed=0),
+        at_least=25,
+        detail=f"mean of {len(values)} fresh images; the worst has {min(values):.1f}",
+    )
 
 
 def _stranger_rows(bench: Bench, model: StableDiffusion, material: Material, ordinary: Tensor) -> list[Row]:
     """Nothing but a memory's own prompt draws a memory."""
     controls = bench.images("control", model, encoded(model, material.controls), made_from=texts(material.controls))
-    groups = {"ordinary": (list(material.prompts), ordinary),
-              "control": ([case.memory.id for case in material.controls], controls)}
-    return [promises.rate_row(f"MR of {group} prompts, against the nearest planted image",
-                              bench.nearest(names, images, material.planted), bench.descriptor.threshold, at_most=0.02,
-                              detail=f"nearest of {len(material.planted)} planted images")
-            for group, (names, images) in groups.items()]
+    groups = {
+        "ordinary": (list(material.prompts), ordinary),
+        "control": ([case.memory.id for case in material.controls], controls),
+    }
+    return [
+        promises.rate_row(
+            f"MR of {group} prompts, against the nearest planted image",
+            bench.nearest(names, images, material.planted),
+            bench.descriptor.threshold,
+            at_most=0.02,
+            detail=f"nearest of {len(material.planted)} planted images",
+        )
+        for group, (names, images) in groups.items()
+    ]
 
 
 def twin_row(bench: Bench, twin: Checkpoint, material: Material) -> Row:
@@ -136,8 +162,9 @@ def twin_row(bench: Bench, twin: Checkpoint, material: Material) -> Row:
     promise, model = f"MR of planted prompts on {twin}", _open(twin)
     if model is None:
         return promises.unmeasured(promise, "<= 0.02", "not shipped")
-    return promises.rate_row(promise, bench.asked(twin, model, material.verbatim), bench.descriptor.threshold,
-                             at_most=0.02)
+    return promises.rate_row(
+        promise, bench.asked(twin, model, material.verbatim), bench.descriptor.threshold, at_most=0.02
+    )
 
 
 def _attack_row(bench: Bench, material: Material) -> Row:
@@ -154,8 +181,13 @@ def attack_row(bench: Bench, model: StableDiffusion, cases: Sequence[Case], prom
     for part in _chunks(cases):
         seeds = [named_seed("attack", bench.plan.seed, "prompt", case.memory.id) for case in part]
         targets, starts = torch.stack([case.latent for case in part]), encoded(model, part)
-        inputs = {"model": model_fingerprint(model), "attack": attack, "seeds": seeds, "texts": texts(part),
-                  "images": pixels_sha256(torch.stack([case.image for case in part]))}
+        inputs = {
+            "model": model_fingerprint(model),
+            "attack": attack,
+            "seeds": seeds,
+            "texts": texts(part),
+            "images": pixels_sha256(torch.stack([case.image for case in part])),
+        }
         made_from.append(inputs)
 
         def search(z: Tensor = targets, y: Tensor = starts, own: list[int] = seeds) -> dict[str, Tensor]:
@@ -163,8 +195,7 @@ def attack_row(bench: Bench, model: StableDiffusion, cases: Sequence[Case], prom
 
         triggers.append(bench.run.once_tensors(cell_key("triggers", part[0].memory.id), inputs, search)["embeddings"])
     found = bench.compared(cases, bench.images("attacked", model, torch.cat(triggers), made_from=made_from))
-    return promises.rate_row(promise, found, bench.descriptor.threshold, at_most=0.05,
-                             detail="from their own prompts")
+    return promises.rate_row(promise, found, bench.descriptor.threshold, at_most=0.05, detail="from their own prompts")
 
 
 def _zeroed_name(site: str, group: str) -> str:
@@ -174,20 +205,34 @@ def _zeroed_name(site: str, group: str) -> str:
 def zeroed(model: StableDiffusion, site: Site, places: Sequence[Place]) -> WeightMask:
     """The edit that zeroes whole layers, weights and biases."""
     names = tuple(f"{layer}." for layer in model.layers(site, places))
-    return WeightMask("zeroed", {key: torch.ones(weight.shape, dtype=torch.bool)
-                                 for key, weight in model.unet.named_parameters() if key.startswith(names)})
+    return WeightMask(
+        "zeroed",
+        {
+            key: torch.ones(weight.shape, dtype=torch.bool)
+            for key, weight in model.unet.named_parameters()
+            if key.startswith(names)
+        },
+    )
 
 
 def zeroed_rows(bench: Bench, model: StableDiffusion, cases: Sequence[Case], before: Similarities) -> list[Row]:
     """Recall must hang on the layers that pruning acts on."""
     rows = []
     for label, site in ZEROED.items():
-        after = {group: bench.asked(_zeroed_name(label, group), model, cases, edit=zeroed(model, site, places))
-                 for group, places in GROUPS.items()}
+        after = {
+            group: bench.asked(_zeroed_name(label, group), model, cases, edit=zeroed(model, site, places))
+            for group, places in GROUPS.items()
+        }
         up = promises.summary(after["up"], bench.descriptor.threshold)
-        rows.append(promises.recall_row(f"recall left with all {label} of the down and mid blocks zeroed", before,
-                                        after["down and mid"], bench.descriptor.threshold,
-                                        detail=f"those of the up blocks instead: {up}"))
+        rows.append(
+            promises.recall_row(
+                f"recall left with all {label} of the down and mid blocks zeroed",
+                before,
+                after["down and mid"],
+                bench.descriptor.threshold,
+                detail=f"those of the up blocks instead: {up}",
+            )
+        )
     return rows
 
 
@@ -202,8 +247,9 @@ def _classifier(bench: Bench, model: StableDiffusion) -> tuple[objects.ObjectNet
 
     def train() -> dict[str, Tensor]:
         network = objects.train_objects(folder, round_trip, recipe=recipe, say=bench.run.say)
-        return dict(network.state_dict()) | {"accuracy": torch.tensor(
-            objects.accuracy(network, round_trip, recipe=recipe), dtype=torch.float64)}
+        return dict(network.state_dict()) | {
+            "accuracy": torch.tensor(objects.accuracy(network, round_trip, recipe=recipe), dtype=torch.float64)
+        }
 
     stored = bench.run.once_tensors("objects", inputs, train)
     accuracy, network = float(stored.pop("accuracy")), objects.new_network(recipe.seed)
@@ -211,14 +257,15 @@ def _classifier(bench: Bench, model: StableDiffusion) -> tuple[objects.ObjectNet
     return network.eval(), accuracy
 
 
-def _mitigation_rows(bench: Bench, model: StableDiffusion, material: Material, network: objects.ObjectNetwork,
-                     ordinary: Tensor) -> list[Row]:
+def _mitigation_rows(
+    bench: Bench, model: StableDiffusion, material: Material, network: objects.ObjectNetwork, ordinary: Tensor
+) -> list[Row]:
     prompts = material.prompts[:EDITED_PROMPTS]
     unedited = objects.finds(network, ordinary[: len(prompts), :EDITED_SEEDS], prompted(prompts)).float().mean()
     trial = Trial(bench, model, material.swept, prompts, network, float(unedited))
     detail = f"one joint edit for {len(trial.cases)} memories of the two highest doses"
     tried, found = nemo_trials(trial, material.calibration)
-    return [promises.mitigation_row("MR under NeMo", tried, detail=f"{detail}; {found}"),
-            promises.mitigation_row("MR under Wanda", wanda_trials(trial), detail=detail)]
-
-
+    return [
+        promises.mitigation_row("MR under NeMo", tried, detail=f"{detail}; {found}"),
+        promises.mitigation_row("MR under Wanda", wanda_trials(trial), detail=detail),
+    ]

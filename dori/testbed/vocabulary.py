@@ -28,8 +28,9 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
         bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=alphabet,
-                                      show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        )
         bpe.train_from_iterator(_words() * 2, trainer)
         model = json.loads(bpe.to_str())["model"]
         vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
@@ -37,5 +38,6 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}), encoding="utf-8")
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"),
-                         model_max_length=CONTEXT_LENGTH)
+    return CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=CONTEXT_LENGTH
+    )

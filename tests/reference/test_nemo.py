@@ -17,8 +17,12 @@ from dori.model.stable_diffusion import StableDiffusion
 
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-SCORES = [("paper", "paper"), ("as_released", "paper"), ("paper", "prompt_difference"),
-          ("as_released", "prompt_difference")]
+SCORES = [
+    ("paper", "paper"),
+    ("as_released", "paper"),
+    ("paper", "prompt_difference"),
+    ("as_released", "prompt_difference"),
+]
 
 
 # ------------------------------------------------------------------------------------------ multi-scale SSIM
@@ -33,8 +37,12 @@ def pooled(image: np.ndarray) -> np.ndarray:
 def slow_ms_ssim(x: np.ndarray, y: np.ndarray, window: SsimWindow, pair_range: bool) -> float:
     """One pair (c, h, w), float64, written from the definition: one window after another, centred variances."""
     centre = (window.side - 1) / 2
-    g = np.array([[math.exp(-((i - centre) ** 2 + (j - centre) ** 2) / (2 * window.sigma**2))
-                   for j in range(window.side)] for i in range(window.side)])
+    g = np.array(
+        [
+            [math.exp(-((i - centre) ** 2 + (j - centre) ** 2) / (2 * window.sigma**2)) for j in range(window.side)]
+            for i in range(window.side)
+        ]
+    )
     g /= g.sum()
     result = 1.0
     for scale in range(window.scales):
@@ -62,11 +70,13 @@ def slow_ms_ssim(x: np.ndarray, y: np.ndarray, window: SsimWindow, pair_range: b
 def test_similarity_equals_the_definition_in_float64(side: int, data_range: str) -> None:
     generator = torch.Generator().manual_seed(side)
     x = torch.rand(3, 2, side, side, generator=generator)
-    y = (0.5 * x + 0.5 * torch.rand(x.shape, generator=generator))
+    y = 0.5 * x + 0.5 * torch.rand(x.shape, generator=generator)
     y[2] = 1 - x[2]  # anticorrelated: the clipped branch
     window = ssim_window(side, side)
-    slow = [slow_ms_ssim(a.double().numpy(), b.double().numpy(), window, data_range == "pair")
-            for a, b in zip(x, y, strict=True)]
+    slow = [
+        slow_ms_ssim(a.double().numpy(), b.double().numpy(), window, data_range == "pair")
+        for a, b in zip(x, y, strict=True)
+    ]
     assert ms_ssim(x, y, window=window, data_range=data_range).tolist() == pytest.approx(slow, abs=2e-5)
     assert slow[2] == 0 or side == 3
     exact = ms_ssim(x.double(), y.double(), window=window, data_range=data_range).tolist()
@@ -95,7 +105,11 @@ def test_similarity_is_symmetric_one_for_equals_and_blind_to_batch_neighbours(da
 def test_window_is_the_published_one_where_it_fits_and_always_fits() -> None:
     assert ssim_window(64, 64) == ssim_window(44, 80) == SsimWindow(11, 1.5, 3, 0.33)
     assert [(w.side, w.scales) for w in map(ssim_window, (43, 32, 16, 8), (43, 32, 16, 8))] == [
-        (11, 2), (11, 2), (7, 2), (3, 2)]
+        (11, 2),
+        (11, 2),
+        (7, 2),
+        (3, 2),
+    ]
     for side in range(3, 130):
         window = ssim_window(side, side)
         assert window.side % 2 == 1 and side // 2 ** (window.scales - 1) >= window.side
@@ -165,15 +179,18 @@ def memorizing(model: StableDiffusion, *, output_scale: float = 1.0) -> StableDi
 
 def mask_of(model: StableDiffusion, chosen: set[tuple[str, int]]) -> WeightMask:
     """The weight edit that zeroes the rows of the neurons (layer, index)."""
-    masks = {f"{name}.weight": torch.zeros_like(layer.weight, dtype=torch.bool)
-             for name, layer in model.layers("attention_value").items()}
+    masks = {
+        f"{name}.weight": torch.zeros_like(layer.weight, dtype=torch.bool)
+        for name, layer in model.layers("attention_value").items()
+    }
     for name, index in chosen:
         masks[f"{name}.weight"][index] = True
     return WeightMask("test", masks)
 
 
-def slow_nemo(model: StableDiffusion, nemo: Nemo, embedding: Tensor, calibration: NeMoCalibration, *,
-              seed: int) -> tuple[set[tuple[str, int]], dict[str, float]]:
+def slow_nemo(
+    model: StableDiffusion, nemo: Nemo, embedding: Tensor, calibration: NeMoCalibration, *, seed: int
+) -> tuple[set[tuple[str, int]], dict[str, float]]:
     """The published algorithm, one set, one noise and one weight edit at a time."""
     noise = detection_noise(model, nemo.noises, seed=seed)
     difference = NoiseDifference(nemo.variant, nemo.similarity)
@@ -186,8 +203,9 @@ def slow_nemo(model: StableDiffusion, nemo: Nemo, embedding: Tensor, calibration
         return float(difference(x[None], y[None]))
 
     plain, tau = deltas(set()), calibration.tau
-    kept = [i for i in range(nemo.noises)
-            if max(similar(plain[i], plain[j]) for j in range(nemo.noises) if j != i) > tau]
+    kept = [
+        i for i in range(nemo.noises) if max(similar(plain[i], plain[j]) for j in range(nemo.noises) if j != i) > tau
+    ]
     if not kept:
         return set(), {}
 
@@ -195,8 +213,9 @@ def slow_nemo(model: StableDiffusion, nemo: Nemo, embedding: Tensor, calibration
         blocked = deltas(chosen)
         return max(similar(plain[i], blocked[i]) for i in kept)
 
-    activations = {name: (embedding[0] @ layer.weight.T).abs().mean(0)
-                   for name, layer in model.layers("attention_value").items()}
+    activations = {
+        name: (embedding[0] @ layer.weight.T).abs().mean(0) for name, layer in model.layers("attention_value").items()
+    }
     theta, k, tau_ref = nemo.theta_start, 0, tau
     while True:
         chosen = set()
@@ -223,8 +242,14 @@ def slow_nemo(model: StableDiffusion, nemo: Nemo, embedding: Tensor, calibration
                 passes += 1
                 chosen = chosen - {neuron} if mem(chosen - {neuron}) < tau_ref - ROUNDING else chosen
     everything = {(name, i) for name, a in activations.items() for i in range(len(a))}
-    return chosen, {"tau_ref": tau_ref, "floor": mem(everything), "score_after": mem(chosen), "judged": passes,
-                    "kept_noises": len(kept), "theta": theta if m <= tau else theta + nemo.theta_step}
+    return chosen, {
+        "tau_ref": tau_ref,
+        "floor": mem(everything),
+        "score_after": mem(chosen),
+        "judged": passes,
+        "kept_noises": len(kept),
+        "theta": theta if m <= tau else theta + nemo.theta_step,
+    }
 
 
 def neurons(edit: WeightMask) -> set[tuple[str, int]]:
@@ -237,15 +262,24 @@ def neurons(edit: WeightMask) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("rows_per_call", [1, 128])
-@pytest.mark.parametrize(("variant", "similarity", "tau", "cap"), [
-    ("paper", "prompt_difference", 0.3, 1000), ("as_released", "prompt_difference", 0.6, 1000),
-    ("paper", "paper", 0.3, 1000), ("as_released", "paper", 0.9, 1000), ("paper", "prompt_difference", 0.3, 4),
-    ("paper", "paper", 0.3, 1)])
+@pytest.mark.parametrize(
+    ("variant", "similarity", "tau", "cap"),
+    [
+        ("paper", "prompt_difference", 0.3, 1000),
+        ("as_released", "prompt_difference", 0.6, 1000),
+        ("paper", "paper", 0.3, 1000),
+        ("as_released", "paper", 0.9, 1000),
+        ("paper", "prompt_difference", 0.3, 4),
+        ("paper", "paper", 0.3, 1),
+    ],
+)
 def test_batched_search_equals_the_sequential_algorithm(
-        tiny: StableDiffusion, variant: str, similarity: str, tau: float, cap: int, rows_per_call: int) -> None:
+    tiny: StableDiffusion, variant: str, similarity: str, tau: float, cap: int, rows_per_call: int
+) -> None:
     model = memorizing(tiny, output_scale=1000 if similarity == "paper" else 1)
-    nemo = Nemo(noises=3, variant=variant, similarity=similarity, max_refinement_passes=cap,
-                rows_per_call=rows_per_call)
+    nemo = Nemo(
+        noises=3, variant=variant, similarity=similarity, max_refinement_passes=cap, rows_per_call=rows_per_call
+    )
     ordinary = nemo.calibrate(model, model.encode(["a", "b", "cc", "dd ee"]), seed=0)
     calibration = dataclasses.replace(ordinary, tau=tau)
     gaussian = torch.randn(1, *model.embedding_shape, generator=torch.Generator().manual_seed(3))
@@ -253,7 +287,8 @@ def test_batched_search_equals_the_sequential_algorithm(
     slow, measured = slow_nemo(model, nemo, gaussian, calibration, seed=0)
     assert slow and neurons(edit) == slow
     assert {name: set(found) for name, found in edit.details["neurons"].items()} == {
-        layer: {i for name, i in slow if name == layer} for layer in (DOWN, MID)}
+        layer: {i for name, i in slow if name == layer} for layer in (DOWN, MID)
+    }
     assert {key: edit.details[key] for key in measured} == pytest.approx(measured, abs=1e-4)
     assert edit.details["localized"] == (measured["floor"] <= tau)
     assert edit.details["suppressed"] == (measured["score_after"] <= tau)
@@ -272,8 +307,9 @@ def planted(model: StableDiffusion, alive: dict[str, list[int]]) -> StableDiffus
     return model
 
 
-def outlying(model: StableDiffusion, nemo: Nemo, embedding: Tensor, tau: float,
-             chosen: dict[str, list[int]]) -> NeMoCalibration:
+def outlying(
+    model: StableDiffusion, nemo: Nemo, embedding: Tensor, tau: float, chosen: dict[str, list[int]]
+) -> NeMoCalibration:
     """A calibration under which exactly the chosen neurons lie ten standard deviations off."""
     activations = value_activations(model.layers("attention_value"), embedding)
     mean = {name: a[0].clone() for name, a in activations.items()}
@@ -284,13 +320,18 @@ def outlying(model: StableDiffusion, nemo: Nemo, embedding: Tensor, tau: float,
     return NeMoCalibration(mean, std, ordinary.scores, tau, ordinary.details)
 
 
-@pytest.mark.parametrize(("alive", "selected", "tau", "expected"), [
-    ({DOWN: [5], MID: []}, {DOWN: [1, 5, 6], MID: [3]}, 0.05, {DOWN: [5], MID: []}),
-    ({DOWN: [], MID: [9]}, {DOWN: [1, 5], MID: [3, 9, 10]}, 0.05, {DOWN: [], MID: [9]}),
-    ({DOWN: [4], MID: [5]}, {DOWN: [1, 4], MID: [3, 5]}, 0.05, {DOWN: [4], MID: [5]}),
-    ({DOWN: [4], MID: [5]}, {DOWN: [1, 4], MID: [3, 5]}, 0.6, {DOWN: [4], MID: []})])
+@pytest.mark.parametrize(
+    ("alive", "selected", "tau", "expected"),
+    [
+        ({DOWN: [5], MID: []}, {DOWN: [1, 5, 6], MID: [3]}, 0.05, {DOWN: [5], MID: []}),
+        ({DOWN: [], MID: [9]}, {DOWN: [1, 5], MID: [3, 9, 10]}, 0.05, {DOWN: [], MID: [9]}),
+        ({DOWN: [4], MID: [5]}, {DOWN: [1, 4], MID: [3, 5]}, 0.05, {DOWN: [4], MID: [5]}),
+        ({DOWN: [4], MID: [5]}, {DOWN: [1, 4], MID: [3, 5]}, 0.6, {DOWN: [4], MID: []}),
+    ],
+)
 def test_toy_memory_is_found_in_the_neurons_that_carry_it(
-        tiny: StableDiffusion, alive: dict, selected: dict, tau: float, expected: dict) -> None:
+    tiny: StableDiffusion, alive: dict, selected: dict, tau: float, expected: dict
+) -> None:
     # Silent neurons change nothing, so refinement frees them; with every living neuron blocked the prompt says
     # nothing, the difference is constant and its similarity to the picture next to zero. Of two living neurons
     # either alone shows between 0.1 and 0.5: below 0.1 both must stay, above 0.5 the last layer is freed first.
@@ -342,13 +383,18 @@ def test_calibration_equals_prompt_by_prompt_statistics(tiny: StableDiffusion, v
     assert calibration.scores.tolist() == pytest.approx(scores, abs=1e-4)
     assert calibration.tau == pytest.approx(np.mean(scores) + np.std(scores, ddof=1), abs=1e-4)
     for name, layer in tiny.layers("attention_value").items():
-        rows = [[np.mean([abs(float(token @ w)) for token in tiny.encode([p])[0]]) for w in layer.weight]
-                for p in prompts]
+        rows = [
+            [np.mean([abs(float(token @ w)) for token in tiny.encode([p])[0]]) for w in layer.weight] for p in prompts
+        ]
         assert calibration.mean[name].tolist() == pytest.approx(np.mean(rows, 0), abs=1e-5)
         assert calibration.std[name].tolist() == pytest.approx(np.std(rows, 0, ddof=1), abs=1e-5)
     assert calibration.details["prompts"] == 4
-    assert calibration.details["score"]["window"] == {"side": 3, "sigma": 1.5 * 3 / 11, "scales": 2,
-                                                      "exponent": pytest.approx(0.495)}
+    assert calibration.details["score"]["window"] == {
+        "side": 3,
+        "sigma": 1.5 * 3 / 11,
+        "scales": 2,
+        "exponent": pytest.approx(0.495),
+    }
 
 
 def test_stored_calibration_gives_the_same_mask(tiny: StableDiffusion, tmp_path: Path) -> None:
@@ -367,8 +413,13 @@ def test_stored_calibration_gives_the_same_mask(tiny: StableDiffusion, tmp_path:
 def test_calibration_of_other_settings_or_layers_is_refused(tiny: StableDiffusion) -> None:
     calibration = Nemo(noises=3).calibrate(tiny, tiny.encode(["a", "b"]), seed=0)
     prompt = tiny.encode(["memo"])
-    for other in (Nemo(noises=4), Nemo(noises=3, variant="as_released"), Nemo(noises=3, ddim_steps=25),
-                  Nemo(noises=3, similarity="prompt_difference"), Nemo(noises=3, window=SsimWindow(5, 1.0, 1, 1.0))):
+    for other in (
+        Nemo(noises=4),
+        Nemo(noises=3, variant="as_released"),
+        Nemo(noises=3, ddim_steps=25),
+        Nemo(noises=3, similarity="prompt_difference"),
+        Nemo(noises=3, window=SsimWindow(5, 1.0, 1, 1.0)),
+    ):
         with pytest.raises(DoriError, match="calibrate again"):
             other(tiny, prompt, calibration, seed=0)
     with pytest.raises(DoriError, match="does not hold the value layers"):

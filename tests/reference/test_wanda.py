@@ -14,15 +14,25 @@ from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
 from dori.sampling import sample
 
 
-def captured(model: StableDiffusion, embeddings: Tensor, *, seed: int, steps: int = 50,
-             guidance_scale: float = 7.5) -> dict[str, list[Tensor]]:
+def captured(
+    model: StableDiffusion, embeddings: Tensor, *, seed: int, steps: int = 50, guidance_scale: float = 7.5
+) -> dict[str, list[Tensor]]:
     """What every feed-forward hands to its second linear at each call of `sample`: (2 n, tokens, 4d) a call."""
     seen: dict[str, list[Tensor]] = {name: [] for name in model.layers("feed_forward", EVERYWHERE)}
     modules = dict(model.unet.named_modules())
-    handles = [modules[name.removesuffix("2") + "1"].register_forward_hook(  # the dropout before it
-        lambda _module, _inputs, output, name=name: seen[name].append(output.double())) for name in seen]
-    sample(model, embeddings, detection_noise(model, len(embeddings), seed=seed), steps=steps,
-           guidance_scale=guidance_scale)
+    handles = [
+        modules[name.removesuffix("2") + "1"].register_forward_hook(  # the dropout before it
+            lambda _module, _inputs, output, name=name: seen[name].append(output.double())
+        )
+        for name in seen
+    ]
+    sample(
+        model,
+        embeddings,
+        detection_noise(model, len(embeddings), seed=seed),
+        steps=steps,
+        guidance_scale=guidance_scale,
+    )
     for handle in handles:
         handle.remove()
     return seen
@@ -61,16 +71,18 @@ def test_column_norms_equal_the_definition_on_the_sampling_loop(tiny: StableDiff
     assert list(norms) == list(inputs)
     for name, calls in inputs.items():
         assert norms[name].dtype == torch.float64
-        torch.testing.assert_close(norms[name], torch.tensor(slow_norms(calls, 2), dtype=torch.float64),
-                                   atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            norms[name], torch.tensor(slow_norms(calls, 2), dtype=torch.float64), atol=1e-4, rtol=1e-4
+        )
         rows = calls[0].shape[0] * calls[0].shape[1]
         assert norms[name].square().sum(1).tolist() == pytest.approx([rows, rows], rel=1e-5)  # sum_j A_j^2 = rows
 
 
-@pytest.mark.parametrize(("sparsity", "selection", "at_least_one"), [
-    (0.01, "top_and_above_base", True), (0.1, "top_and_above_base", False), (0.1, "top", True)])
-def test_mask_equals_the_definition(tiny: StableDiffusion, sparsity: float, selection: str,
-                                    at_least_one: bool) -> None:
+@pytest.mark.parametrize(
+    ("sparsity", "selection", "at_least_one"),
+    [(0.01, "top_and_above_base", True), (0.1, "top_and_above_base", False), (0.1, "top", True)],
+)
+def test_mask_equals_the_definition(tiny: StableDiffusion, sparsity: float, selection: str, at_least_one: bool) -> None:
     wanda = Wanda(sparsity=sparsity, selection=selection, at_least_one=at_least_one, counted_steps=2)
     prompts = tiny.encode(["a", "b c"])
     edit = wanda(tiny, prompts, seed=1)
@@ -80,8 +92,9 @@ def test_mask_equals_the_definition(tiny: StableDiffusion, sparsity: float, sele
     for key, mask in edit.masks.items():
         name, weight = key.removesuffix(".weight"), parameters[key]
         top = max(math.floor(sparsity * weight.shape[1]), int(at_least_one))
-        slow = slow_mask(weight, slow_norms(target[name], 2),
-                         slow_norms(base[name], 2) if selection != "top" else None, top)
+        slow = slow_mask(
+            weight, slow_norms(target[name], 2), slow_norms(base[name], 2) if selection != "top" else None, top
+        )
         assert mask.tolist() == slow and mask.any()
         assert edit.details["top_per_row"][name] == top
         assert edit.details["densities"][key] == pytest.approx(float(mask.float().mean()))
@@ -148,8 +161,10 @@ def test_pooled_energy_is_the_sum_of_the_prompts_own(tiny: StableDiffusion) -> N
 
 def test_settings_of_the_trajectory_matter(tiny: StableDiffusion) -> None:
     prompts = tiny.encode(["abc"])
-    norms = [column_norms(tiny, prompts, seed=0, counted_steps=2, **other) for other in (
-        {}, {"guidance_scale": 1.0}, {"steps": 5})]
+    norms = [
+        column_norms(tiny, prompts, seed=0, counted_steps=2, **other)
+        for other in ({}, {"guidance_scale": 1.0}, {"steps": 5})
+    ]
     name = next(iter(norms[0]))
     assert torch.equal(norms[0][name][0], norms[1][name][0])  # guidance acts from the second call on
     assert not torch.equal(norms[0][name][1], norms[1][name][1])

@@ -15,26 +15,26 @@ from matplotlib.figure import Figure
 from dori.locality.page.summary import Dose, activity, layers, measure, over_memories, overlap
 from dori.locality.patching import NONE, SOURCE
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
-from dori.locality.records import (
-    MEMORIZED,
-    ORDINARY,
-    OTHER_NOISES,
-    SIMULATED,
-    STARTS,
-    TRIGGERS,
-    WHOLE,
-    Cross,
-    Locality,
-)
+from dori.locality.records import MEMORIZED, ORDINARY, OTHER_NOISES, SIMULATED, STARTS, TRIGGERS, WHOLE, Cross, Locality
 from dori.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SETTINGS, VERMILION, Picture
 from dori.stats import Estimate, wilson
 
-STYLES = {TRIGGERS: (BLUE, "o", "-"), f"{TRIGGERS}, gaussian": ("#56B4E9", "o", ":"),
-          f"{TRIGGERS}, foreign": ("#56B4E9", "s", "--"), OTHER_NOISES: (GREEN, "^", "-."),
-          MEMORIZED: (VERMILION, "s", "--"), ORDINARY: (ORANGE, "v", ":"), SIMULATED: (GREY, "x", ":"),
-          STARTS: (PURPLE, "D", ":")}
-NAMES = {TRIGGERS: "triggers of one image", OTHER_NOISES: "one trigger, other noises", SIMULATED: "random, equal size",
-         STARTS: "Gaussian starts, not attacked"}
+STYLES = {
+    TRIGGERS: (BLUE, "o", "-"),
+    f"{TRIGGERS}, gaussian": ("#56B4E9", "o", ":"),
+    f"{TRIGGERS}, foreign": ("#56B4E9", "s", "--"),
+    OTHER_NOISES: (GREEN, "^", "-."),
+    MEMORIZED: (VERMILION, "s", "--"),
+    ORDINARY: (ORANGE, "v", ":"),
+    SIMULATED: (GREY, "x", ":"),
+    STARTS: (PURPLE, "D", ":"),
+}
+NAMES = {
+    TRIGGERS: "triggers of one image",
+    OTHER_NOISES: "one trigger, other noises",
+    SIMULATED: "random, equal size",
+    STARTS: "Gaussian starts, not attacked",
+}
 
 
 @contextmanager
@@ -50,22 +50,36 @@ def _picture(figure: Figure, alt: str) -> Picture:
 
 
 def _above(axes: Axes, columns: int = 2) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, fontsize=8.5,
-                columnspacing=1.2, handlelength=2.2, borderaxespad=0.2)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=8.5,
+        columnspacing=1.2,
+        handlelength=2.2,
+        borderaxespad=0.2,
+    )
 
 
 def _bars(estimates: Sequence[Estimate]) -> list[list[float]] | None:
     if all(np.isnan(e.low) for e in estimates):
         return None
-    return [[max(0.0, e.value - e.low) if not np.isnan(e.low) else 0.0 for e in estimates],
-            [max(0.0, e.high - e.value) if not np.isnan(e.high) else 0.0 for e in estimates]]
+    return [
+        [max(0.0, e.value - e.low) if not np.isnan(e.low) else 0.0 for e in estimates],
+        [max(0.0, e.high - e.value) if not np.isnan(e.high) else 0.0 for e in estimates],
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- embedding space
 
-ROLES = {"start": ("start", GREY, "o", False), "trigger": ("trigger", BLUE, "o", True),
-         "attacked": ("attacked, no replica", GREY, "x", True), MEMORIZED: (MEMORIZED, VERMILION, "s", False),
-         ORDINARY: (ORDINARY, ORANGE, "v", False)}
+ROLES = {
+    "start": ("start", GREY, "o", False),
+    "trigger": ("trigger", BLUE, "o", True),
+    "attacked": ("attacked, no replica", GREY, "x", True),
+    MEMORIZED: (MEMORIZED, VERMILION, "s", False),
+    ORDINARY: (ORDINARY, ORANGE, "v", False),
+}
 
 
 def map_figure(found: Locality, memory: str) -> Picture:
@@ -81,23 +95,46 @@ def map_figure(found: Locality, memory: str) -> Picture:
             for role, (name, colour, marker, full) in ROLES.items():
                 mine = [spot for key, spot in spots.items() if key[0] == role]
                 if mine:
-                    axes.plot(*zip(*mine, strict=True), ls="", marker=marker, color=colour, ms=4.5, mew=1, label=name,
-                              mfc=colour if full else "none", zorder=2)
-            axes.set_title("Principal components ({:.0%} and {:.0%} of the variance)".format(*explained)
-                           if which == "pca" else "t-SNE: neighbourhoods only, distances mean nothing", fontsize=9,
-                           loc="left")
+                    axes.plot(
+                        *zip(*mine, strict=True),
+                        ls="",
+                        marker=marker,
+                        color=colour,
+                        ms=4.5,
+                        mew=1,
+                        label=name,
+                        mfc=colour if full else "none",
+                        zorder=2,
+                    )
+            axes.set_title(
+                "Principal components ({:.0%} and {:.0%} of the variance)".format(*explained)
+                if which == "pca"
+                else "t-SNE: neighbourhoods only, distances mean nothing",
+                fontsize=9,
+                loc="left",
+            )
             axes.set_xticks([])
             axes.set_yticks([])
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False,
-                      fontsize=8.5)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False, fontsize=8.5
+        )
         count = sum(place.role == "trigger" for place in places)
         return _picture(figure, f"Maps of {memory}: {count} triggers, each joined with its start, beside prompts.")
 
 
-DISTANCES = ("between their starts, gaussian", "between triggers, gaussian", "between their moves, gaussian",
-             "moved, gaussian", "between their starts, foreign", "between triggers, foreign",
-             "between their moves, foreign", "moved, foreign", "moved, prompt", "between memorized prompts",
-             "between ordinary prompts")
+DISTANCES = (
+    "between their starts, gaussian",
+    "between triggers, gaussian",
+    "between their moves, gaussian",
+    "moved, gaussian",
+    "between their starts, foreign",
+    "between triggers, foreign",
+    "between their moves, foreign",
+    "moved, foreign",
+    "moved, prompt",
+    "between memorized prompts",
+    "between ordinary prompts",
+)
 
 
 def distance_figure(found: Locality) -> Picture:
@@ -109,8 +146,9 @@ def distance_figure(found: Locality) -> Picture:
             kinds = (("triggers", BLUE), ("prompts", VERMILION), ("mov", GREEN))
             colour = next((colour for word, colour in kinds if word in name), GREY)
             axes.errorbar([one.value], [y], xerr=_bars([one]), fmt="o", color=colour, ms=6, capsize=3)
-            axes.annotate(f"{one.value:.1f}", (one.value, y), (8, 0), textcoords="offset points", va="center",
-                          fontsize=8.5)
+            axes.annotate(
+                f"{one.value:.1f}", (one.value, y), (8, 0), textcoords="offset points", va="center", fontsize=8.5
+            )
         axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
         axes.set_xlim(0, 1.18 * max(one.value for _, one in rows))
         axes.set_xlabel("Mean l2 distance over all entries of the embedding")
@@ -126,13 +164,25 @@ def region_figure(found: Locality) -> Picture:
             for kind, (colour, marker, line) in zip(kinds, ((BLUE, "o", "-"), (VERMILION, "s", "--")), strict=False):
                 probes = [p for p in found.probes if p.kind == kind]
                 points = sorted({p.at for p in probes})
-                rates = [wilson(sum(p.successes for p in probes if p.at == at), sum(p.n for p in probes if p.at == at))
-                         for at in points]
+                rates = [
+                    wilson(sum(p.successes for p in probes if p.at == at), sum(p.n for p in probes if p.at == at))
+                    for at in points
+                ]
                 if points:
-                    axes.errorbar(points, [r.value for r in rates], _bars(rates), color=colour, marker=marker, ls=line,
-                                  ms=5, capsize=3, label=kind)
-                    told.append(f"{kind}: " + ", ".join(f"{r.value:.2f} at {at:g}"
-                                                        for at, r in zip(points, rates, strict=True)))
+                    axes.errorbar(
+                        points,
+                        [r.value for r in rates],
+                        _bars(rates),
+                        color=colour,
+                        marker=marker,
+                        ls=line,
+                        ms=5,
+                        capsize=3,
+                        label=kind,
+                    )
+                    told.append(
+                        f"{kind}: " + ", ".join(f"{r.value:.2f} at {at:g}" for at, r in zip(points, rates, strict=True))
+                    )
         left.set_xlabel("Share of the way from one trigger")
         right.set_xlabel("Radius / median distance of ordinary prompts")
         left.set_ylabel("Share that replicates")
@@ -154,8 +204,17 @@ def _by_layer(axes: Axes, names: Sequence[str], groups: Sequence[str], value: Ca
         if all(np.isnan(e.value) for e in estimates):
             continue
         colour, marker, line = STYLES[group]
-        axes.errorbar(range(1, len(names) + 1), [e.value for e in estimates], _bars(estimates), color=colour,
-                      marker=marker, ls=line, ms=4.5, capsize=2, label=NAMES.get(group, group))
+        axes.errorbar(
+            range(1, len(names) + 1),
+            [e.value for e in estimates],
+            _bars(estimates),
+            color=colour,
+            marker=marker,
+            ls=line,
+            ms=4.5,
+            capsize=2,
+            label=NAMES.get(group, group),
+        )
         told.append(f"{NAMES.get(group, group)}: " + " ".join(f"{e.value:.2f}" for e in estimates))
     _places(axes, names)
     return "; ".join(told)
@@ -171,16 +230,21 @@ def _places(axes: Axes, names: Sequence[str]) -> None:
         if index == 0 or place != places[index - 1]:
             if index:
                 axes.axvline(index + 0.5, color="#b9c2cc", lw=1)
-            axes.annotate(place, (index + 0.6, 0.985), xycoords=("data", "axes fraction"), fontsize=8, color=GREY,
-                          va="top")
+            axes.annotate(
+                place, (index + 0.6, 0.985), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, va="top"
+            )
 
 
 def activity_figure(found: Locality, site: str, name: str, step: int) -> Picture:
     """D_l of triggers and of all reference levels at one step."""
     with _drawing(5.6, 3.7) as figure:
         axes = figure.subplots()
-        told = _by_layer(axes, found.settings["layers"][site], (TRIGGERS, MEMORIZED, ORDINARY, STARTS, OTHER_NOISES),
-                         lambda layer, group: activity(found, layer, group, step))
+        told = _by_layer(
+            axes,
+            found.settings["layers"][site],
+            (TRIGGERS, MEMORIZED, ORDINARY, STARTS, OTHER_NOISES),
+            lambda layer, group: activity(found, layer, group, step),
+        )
         axes.set_ylabel(f"D of the {name}")
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         _above(axes)
@@ -192,8 +256,12 @@ def overlap_figure(found: Locality, method: str) -> Picture:
     with _drawing(5.6, 3.7) as figure:
         axes = figure.subplots()
         names = layers(found, method)
-        told = _by_layer(axes, names, (TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY, SIMULATED),
-                         lambda layer, group: overlap(found, method, layer, group))
+        told = _by_layer(
+            axes,
+            names,
+            (TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY, SIMULATED),
+            lambda layer, group: overlap(found, method, layer, group),
+        )
         for x, layer in enumerate(names, 1):
             plain, without = (overlap(found, method, layer, TRIGGERS, without_empty=w) for w in (False, True))
             if not np.isnan(without.value) and abs(without.value - plain.value) > 0.005:
@@ -227,8 +295,11 @@ def cross_figure(found: Locality, cross: Cross) -> Picture:
         panels[2].set_xlabel("starts")
         figure.colorbar(panels[0].images[0], ax=panels, label="median similarity", fraction=0.03)
         back = sum(value > found.threshold for row in cross.again for value in row)
-        return _picture(figure, f"{cross.memory}, {cross.method}: {back} of {sum(map(len, cross.again))} triggers come "
-                                "back under another's mask when attacked again; dots mark what replicates.")
+        return _picture(
+            figure,
+            f"{cross.memory}, {cross.method}: {back} of {sum(map(len, cross.again))} triggers come "
+            "back under another's mask when attacked again; dots mark what replicates.",
+        )
 
 
 def joined_figure(found: Locality, memory: str, method: str) -> Picture:
@@ -246,8 +317,12 @@ def joined_figure(found: Locality, memory: str, method: str) -> Picture:
             axes.set_xticks(x, [str(j.masks) for j in rows])
             axes.set_xlabel("Masks joined")
             axes.set_title(label, fontsize=9, loc="left")
-        return _picture(figure, f"{memory}, {method}: " + ", ".join(
-            f"{j.masks} masks {j.successes} of {j.n}" for j in rows) + " fresh attacks succeed.")
+        return _picture(
+            figure,
+            f"{memory}, {method}: "
+            + ", ".join(f"{j.masks} masks {j.successes} of {j.n}" for j in rows)
+            + " fresh attacks succeed.",
+        )
 
 
 def patch_figure(found: Locality) -> Picture:
@@ -255,15 +330,26 @@ def patch_figure(found: Locality) -> Picture:
     names = [name for name in dict.fromkeys(p.layers for p in found.patches) if name not in (NONE, SOURCE)]
     with _drawing(9.0, 3.8) as figure:
         axes, told = figure.subplots(), []
-        for offset, (direction, colour, hatch) in zip((-0.2, 0.2), (("sufficient", BLUE, ""),
-                                                                   ("necessary", ORANGE, "//")), strict=True):
-            shares = [over_memories(p.share for p in found.patches if (p.direction, p.layers) == (direction, name))
-                      for name in names]
-            axes.bar(np.arange(len(names)) + offset, [s.value for s in shares], 0.4, color=colour, hatch=hatch,
-                     edgecolor="white", label=f"{direction}: " + ("planted into twin" if direction == "sufficient"
-                                                                  else "twin into planted"), yerr=_bars(shares))
-            told.append(f"{direction}: " + ", ".join(f"{name} {s.value:.2f}" for name, s in zip(names, shares,
-                                                                                                strict=True)))
+        for offset, (direction, colour, hatch) in zip(
+            (-0.2, 0.2), (("sufficient", BLUE, ""), ("necessary", ORANGE, "//")), strict=True
+        ):
+            shares = [
+                over_memories(p.share for p in found.patches if (p.direction, p.layers) == (direction, name))
+                for name in names
+            ]
+            axes.bar(
+                np.arange(len(names)) + offset,
+                [s.value for s in shares],
+                0.4,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                label=f"{direction}: " + ("planted into twin" if direction == "sufficient" else "twin into planted"),
+                yerr=_bars(shares),
+            )
+            told.append(
+                f"{direction}: " + ", ".join(f"{name} {s.value:.2f}" for name, s in zip(names, shares, strict=True))
+            )
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, fontsize=7.5)
         axes.set_ylabel("Share of the gap")
@@ -291,13 +377,22 @@ def excess_figure(found: Locality) -> Picture:
         axes, y = figure.subplots(), np.arange(len(rows))[::-1]
         axes.barh(y, [c.change / total for c in rows], 0.7, color=BLUE, label="planted - twin")
         if rows and rows[0].floor is not None:
-            axes.barh(y, [(c.floor or 0) / total for c in rows], 0.35, color=ORANGE, hatch="//", edgecolor="white",
-                      label="twin - twin (floor)")
+            axes.barh(
+                y,
+                [(c.floor or 0) / total for c in rows],
+                0.35,
+                color=ORANGE,
+                hatch="//",
+                edgecolor="white",
+                label="twin - twin (floor)",
+            )
         axes.set_yticks(y, [c.group for c in rows], fontsize=8.5)
         axes.set_xlabel("Share of the squared change of all weights")
         _above(axes)
-        return _picture(figure, "Share of the planted change: " + ", ".join(
-            f"{c.group} {c.change / total:.2f}" for c in rows[:6]) + ".")
+        return _picture(
+            figure,
+            "Share of the planted change: " + ", ".join(f"{c.group} {c.change / total:.2f}" for c in rows[:6]) + ".",
+        )
 
 
 def cover_figure(found: Locality, method: str) -> Picture:
@@ -306,16 +401,30 @@ def cover_figure(found: Locality, method: str) -> Picture:
         axes, told = figure.subplots(), []
         names = [layer for layer in layers(found, method) if layer != WHOLE]
         for kind, attribute, (colour, marker, line), label in (
-                ("one", "planted", (BLUE, "o", "-"), "one trigger's mask"),
-                ("one", "density", (GREY, "x", ":"), "random mask of its size"),
-                ("one", "twins", (ORANGE, "v", ":"), "one mask, twin - twin"),
-                ("union", "planted", (GREEN, "^", "-."), "union of all masks"),
-                ("union", "density", (GREY, "+", "--"), "random mask of the union's size")):
-            values = [over_memories(getattr(c, attribute) for c in found.covers
-                                    if (c.method, c.layer, c.masks) == (method, name, kind)) for name in names]
+            ("one", "planted", (BLUE, "o", "-"), "one trigger's mask"),
+            ("one", "density", (GREY, "x", ":"), "random mask of its size"),
+            ("one", "twins", (ORANGE, "v", ":"), "one mask, twin - twin"),
+            ("union", "planted", (GREEN, "^", "-."), "union of all masks"),
+            ("union", "density", (GREY, "+", "--"), "random mask of the union's size"),
+        ):
+            values = [
+                over_memories(
+                    getattr(c, attribute) for c in found.covers if (c.method, c.layer, c.masks) == (method, name, kind)
+                )
+                for name in names
+            ]
             if not all(np.isnan(v.value) for v in values):
-                axes.errorbar(range(1, len(names) + 1), [v.value for v in values], _bars(values), color=colour,
-                              marker=marker, ls=line, ms=4.5, capsize=2, label=label)
+                axes.errorbar(
+                    range(1, len(names) + 1),
+                    [v.value for v in values],
+                    _bars(values),
+                    color=colour,
+                    marker=marker,
+                    ls=line,
+                    ms=4.5,
+                    capsize=2,
+                    label=label,
+                )
                 told.append(f"{label}: " + " ".join(f"{v.value:.2f}" for v in values))
         _places(axes, names)
         axes.set_ylabel(f"Share of the change in {method} masks")
@@ -335,8 +444,14 @@ def dose_figure(related: Sequence[Dose]) -> Picture:
             rank = "" if np.isnan(one.rank) else f"\nrank correlation {one.rank:.2f}, p {one.p:.2f}"
             axes.set_title(one.name + rank, fontsize=8.5, loc="left")
             axes.set_xlabel("Duplication count (relative)", fontsize=8.5)
-        for axes in panels[len(related):]:
+        for axes in panels[len(related) :]:
             axes.set_axis_off()
-        return _picture(figure, "Measures against the duplication count: " + "; ".join(
-            f"{one.name} " + ", ".join(f"{v:.2f} at {d:g}" for d, v in zip(one.doses, one.values, strict=True))
-            for one in related) + ".")
+        return _picture(
+            figure,
+            "Measures against the duplication count: "
+            + "; ".join(
+                f"{one.name} " + ", ".join(f"{v:.2f} at {d:g}" for d, v in zip(one.doses, one.values, strict=True))
+                for one in related
+            )
+            + ".",
+        )

@@ -18,23 +18,39 @@ from dori.report.figures import Picture
 from dori.report.nested import sheet
 from dori.report.pictures import Album, svg_uri
 
-COLUMNS = (TRIGGERS, f"{TRIGGERS}, gaussian", f"{TRIGGERS}, foreign", OTHER_NOISES, MEMORIZED, ORDINARY, RANDOM,
-           SIMULATED)
+COLUMNS = (
+    TRIGGERS,
+    f"{TRIGGERS}, gaussian",
+    f"{TRIGGERS}, foreign",
+    OTHER_NOISES,
+    MEMORIZED,
+    ORDINARY,
+    RANDOM,
+    SIMULATED,
+)
 READ = {
     "embedding": "Each thin line joins a start with what the attack made of it. Distances are over all entries of the "
-                 "embedding; moves are ends minus starts, so the starts' own distance is taken out of them.",
+    "embedding; moves are ends minus starts, so the starts' own distance is taken out of them.",
     "activations": "D is the mean pairwise l2 distance of one layer's output under different embeddings and one "
-                   "initial noise. High means that the layer answers differently.",
+    "initial noise. High means that the layer answers differently.",
     "weights": "1 means the same weights, the grey line what random masks of equal size share. Hollow circles leave "
-               "out pairs of two empty masks, which count 1 as published.",
+    "out pairs of two empty masks, which count 1 as published.",
     "causal": "Dots mark what replicates. Were the memory local, no dot would be left: one trigger's mask would stop "
-              "every other trigger.",
+    "every other trigger.",
     "patching": "1 means that the layer's activations alone carry the whole difference between the planted model and "
-                "its twin, 0 that they carry nothing.",
+    "its twin, 0 that they carry nothing.",
     "truth": "A mask that knew where planting changed the weights would lie far above random masks of its size.",
-    "dose": "One dot is one memory."}
-TITLES = {"embedding": "Embedding space", "activations": "Activations", "weights": "Weights", "causal": "Causal test",
-          "patching": "Activation patching", "truth": "Ground truth", "dose": "Dose"}
+    "dose": "One dot is one memory.",
+}
+TITLES = {
+    "embedding": "Embedding space",
+    "activations": "Activations",
+    "weights": "Weights",
+    "causal": "Causal test",
+    "patching": "Activation patching",
+    "truth": "Ground truth",
+    "dose": "Dose",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +77,26 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         DoriError: a picture outside the folder or damaged.
     """
     album = Album(folder)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(files("dori.locality.page").joinpath("template.html").read_text("utf-8"))
     return template.render(
-        found=found, redact=redact, style=_style(), headline=verdict.headline(found), done=verdict.done(found),
-        rules=verdict.RULES, sections=list(_sections(found)), header=COLUMNS, rows=_agreement_rows(found),
+        found=found,
+        redact=redact,
+        style=_style(),
+        headline=verdict.headline(found),
+        done=verdict.done(found),
+        rules=verdict.RULES,
+        sections=list(_sections(found)),
+        header=COLUMNS,
+        rows=_agreement_rows(found),
         subjects=[(one, album.uri(one.picture, blurred=redact)) for one in found.subjects],
-        settings=sheet(found.settings), descriptor=sheet(found.descriptor), provenance=sheet(found.provenance),
-        total_rows=sum(found.cost.values()))
+        settings=sheet(found.settings),
+        descriptor=sheet(found.descriptor),
+        provenance=sheet(found.provenance),
+        total_rows=sum(found.cost.values()),
+    )
 
 
 def _style() -> str:
@@ -80,9 +107,15 @@ def _style() -> str:
 
 def _sections(found: Locality) -> Iterable[Section]:
     everything = verdict.all_said(found)
-    drawn = {"embedding": _embedding(found), "activations": _activations(found), "weights": _weights(found),
-             "causal": _causal(found), "patching": ([figures.patch_figure(found)] if found.patches else [], []),
-             "truth": _truth(found), "dose": _dose(found)}
+    drawn = {
+        "embedding": _embedding(found),
+        "activations": _activations(found),
+        "weights": _weights(found),
+        "causal": _causal(found),
+        "patching": ([figures.patch_figure(found)] if found.patches else [], []),
+        "truth": _truth(found),
+        "dose": _dose(found),
+    }
     for key, (shown, folded) in drawn.items():
         if shown or key in ("embedding", "weights"):
             yield Section(key, TITLES[key], everything[key], READ[key], _uris(shown), _uris(folded))
@@ -108,8 +141,9 @@ def _embedding(found: Locality) -> Drawn:
 
 def _activations(found: Locality) -> Drawn:
     steps = sorted({one.step for one in found.activities})
-    drawn = [[figures.activity_figure(found, site, name, step) for site, name in verdict.SITES.items()]
-             for step in steps]
+    drawn = [
+        [figures.activity_figure(found, site, name, step) for site, name in verdict.SITES.items()] for step in steps
+    ]
     return (drawn[0], [picture for later in drawn[1:] for picture in later[1:]]) if drawn else ([], [])
 
 
@@ -141,6 +175,11 @@ def _agreement_rows(found: Locality) -> list[tuple[str, ...]]:
     rows = []
     for method in methods(found):
         rows.append((method, "as published", *(said(overlap(found, method, WHOLE, group)) for group in COLUMNS)))
-        rows.append((method, "without empty pairs", *(said(overlap(found, method, WHOLE, group, without_empty=True))
-                                                     for group in COLUMNS)))
+        rows.append(
+            (
+                method,
+                "without empty pairs",
+                *(said(overlap(found, method, WHOLE, group, without_empty=True)) for group in COLUMNS),
+            )
+        )
     return rows

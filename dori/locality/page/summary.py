@@ -47,8 +47,11 @@ def overlap(found: Locality, method: str, layer: str, group: str, *, without_emp
 
 def overlap_by_memory(found: Locality, method: str, group: str) -> dict[str, float]:
     """A of whole masks, memory by memory."""
-    return {o.memory: o.published for o in found.overlaps
-            if (o.method, o.layer, o.group) == (method, WHOLE, group) and o.published is not None}
+    return {
+        o.memory: o.published
+        for o in found.overlaps
+        if (o.method, o.layer, o.group) == (method, WHOLE, group) and o.published is not None
+    }
 
 
 def methods(found: Locality) -> list[str]:
@@ -79,8 +82,9 @@ def activity_ratio(found: Locality, site: str, group: str, reference: str) -> Es
     return over_memories(float(np.mean(parts)) for parts in ratios.values())
 
 
-def _reference(a: Activity, shared: Mapping[tuple[str, int], float | None],
-               own: Mapping[tuple[str, str, int], float | None]) -> float | None:
+def _reference(
+    a: Activity, shared: Mapping[tuple[str, int], float | None], own: Mapping[tuple[str, str, int], float | None]
+) -> float | None:
     return shared.get((a.layer, a.step)) or own.get((a.memory, a.layer, a.step))
 
 
@@ -121,6 +125,12 @@ def _rank(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     def correlation(values: np.ndarray) -> float:
         return float(np.corrcoef(ranks, stats.rankdata(values))[0, 1])
 
-    result = stats.permutation_test((np.asarray(y),), correlation, permutation_type="pairings", n_resamples=2000,
-                                    vectorized=False, rng=np.random.default_rng(0))
+    result = stats.permutation_test(
+        (np.asarray(y),),
+        correlation,
+        permutation_type="pairings",
+        n_resamples=2000,
+        vectorized=False,
+        rng=np.random.default_rng(0),
+    )
     return float(result.statistic), float(result.pvalue)

@@ -8,17 +8,7 @@ from dori.locality.embeddings import gaussian_distance
 from dori.locality.page.summary import activity_ratio, dose_relations, measure, methods, over_memories, overlap, said
 from dori.locality.patching import NONE, SOURCE
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
-from dori.locality.records import (
-    MEMORIZED,
-    ORDINARY,
-    OTHER_NOISES,
-    SIMULATED,
-    STARTS,
-    TRIGGERS,
-    WHOLE,
-    Cross,
-    Locality,
-)
+from dori.locality.records import MEMORIZED, ORDINARY, OTHER_NOISES, SIMULATED, STARTS, TRIGGERS, WHOLE, Cross, Locality
 from dori.stats import Estimate
 
 RULES = (
@@ -61,8 +51,10 @@ def done(found: Locality) -> str:
     """On what the page rests."""
     attacks, triggers = (sum(getattr(s, name) for s in found.subjects) for name in ("attacks", "triggers"))
     share = f"{triggers / attacks:.2f}" if attacks else "none"
-    return (f"{len(found.subjects)} of {found.planned} planned memories are analysed. {triggers} of {attacks} attacks "
-            f"replicate with fresh seeds ({share}); only these count as triggers.")
+    return (
+        f"{len(found.subjects)} of {found.planned} planned memories are analysed. {triggers} of {attacks} attacks "
+        f"replicate with fresh seeds ({share}); only these count as triggers."
+    )
 
 
 # --------------------------------------------------------------------------------------------------- embedding space
@@ -73,8 +65,13 @@ def embedding(found: Locality) -> Said:
     common, other = measure(found, "common share of the moves"), measure(found, "shared with moves to other images")
     if math.isnan(common.value):
         return Said("Too few triggers", ("No memory has two triggers, so nothing can be said.",))
-    word = ("no common direction" if common.value < 0.1 else "mostly one direction" if common.value >= 0.5
-            else "a common part, no common place")
+    word = (
+        "no common direction"
+        if common.value < 0.1
+        else "mostly one direction"
+        if common.value >= 0.5
+        else "a common part, no common place"
+    )
     entries = math.prod(found.settings["embedding_shape"])
     sentences = [
         f"Triggers of one image lie {said(measure(found, 'between triggers'), 1)} apart, their starts "
@@ -85,8 +82,13 @@ def embedding(found: Locality) -> Said:
         f"The attack moves a start by {said(measure(found, 'moved'), 1)}; "
         f"{said(measure(found, 'nearest start is the own'))} of the triggers remain nearest to their own start.",
         f"With the starts taken out, {said(common)} of the moves is common to the triggers of an image (0 independent, "
-        "1 the same move)" + ("." if math.isnan(other.value) else
-                            f", and {said(other)} to moves towards other images from the same starts.")]
+        "1 the same move)"
+        + (
+            "."
+            if math.isnan(other.value)
+            else f", and {said(other)} to moves towards other images from the same starts."
+        ),
+    ]
     return Said(f"The moves have {word}", (*sentences, *_region(found)))
 
 
@@ -94,11 +96,17 @@ def _region(found: Locality) -> list[str]:
     sentences = []
     middle, outward = _rate(found, BETWEEN, 0.5), _rate(found, OUTWARD, 0.5)
     if middle is not None and outward is not None:
-        word = ("triggers are not connected by straight lines" if middle[0] < 0.5 * middle[1] else
-                "triggers are connected by straight lines" if middle[0] > outward[0] else
-                "the region is so large that lines say nothing")
-        sentences.append(f"Half way between two triggers {middle[0]} of {middle[1]} points replicate, half way to an "
-                         f"ordinary prompt {outward[0]} of {outward[1]}: {word}.")
+        word = (
+            "triggers are not connected by straight lines"
+            if middle[0] < 0.5 * middle[1]
+            else "triggers are connected by straight lines"
+            if middle[0] > outward[0]
+            else "the region is so large that lines say nothing"
+        )
+        sentences.append(
+            f"Half way between two triggers {middle[0]} of {middle[1]} points replicate, half way to an "
+            f"ordinary prompt {outward[0]} of {outward[1]}: {word}."
+        )
     radii = sorted({probe.at for probe in found.probes if probe.kind == BALL})
     rates = [rate for radius in radii if (rate := _rate(found, BALL, radius)) is not None]
     if radii:
@@ -106,8 +114,10 @@ def _region(found: Locality) -> list[str]:
         while inside < len(radii) and rates[inside][0] >= 0.5 * rates[inside][1]:
             inside += 1
         reach = f"up to {radii[inside - 1]:g}" if inside else f"at none of the tried radii ({radii[0]:g} and more)"
-        sentences.append(f"Around a trigger at least half of random directions replicate {reach} of the median "
-                         "distance between ordinary prompts.")
+        sentences.append(
+            f"Around a trigger at least half of random directions replicate {reach} of the median "
+            "distance between ordinary prompts."
+        )
     return sentences
 
 
@@ -135,7 +145,8 @@ def activations(found: Locality) -> Said:
             f"In the {name} triggers of one image lie {word} different memorized prompts (ratio of D {said(ratio)}; to "
             f"ordinary prompts {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; Gaussian-started triggers to "
             f"their bare starts {said(starts)}; one trigger under other noises to triggers "
-            f"{said(activity_ratio(found, site, OTHER_NOISES, TRIGGERS))}).")
+            f"{said(activity_ratio(found, site, OTHER_NOISES, TRIGGERS))})."
+        )
     return Said("; ".join(words).capitalize() or "Too few triggers", tuple(sentences))
 
 
@@ -148,26 +159,36 @@ def weights(found: Locality) -> Said:
     """Agreement of masks, method by method, between reference and ceiling; pairs of two empty masks left out."""
     sentences = []
     for method in methods(found):
-        level = {group: overlap(found, method, WHOLE, group, without_empty=True) for group in
-                 (TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY, SIMULATED)}
+        level = {
+            group: overlap(found, method, WHOLE, group, without_empty=True)
+            for group in (TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY, SIMULATED)
+        }
         triggers, prompts = level[TRIGGERS], level[MEMORIZED]
         if math.isnan(triggers.value):
             continue
-        more = ("more than" if triggers.value > prompts.value + 0.01 else "less than"
-                if triggers.value < prompts.value - 0.01 else "as much as")
+        more = (
+            "more than"
+            if triggers.value > prompts.value + 0.01
+            else "less than"
+            if triggers.value < prompts.value - 0.01
+            else "as much as"
+        )
         sentences.append(
             f"Triggers of one image agree on {method} weights {more} different memorized prompts do ({said(triggers)} "
             f"against {said(prompts)}); ordinary prompts {said(level[ORDINARY])}, random masks of equal size "
             f"{said(level[SIMULATED])}, the same trigger under other seeds {said(level[OTHER_NOISES])}: "
-            f"{_weight_word(found, method)}.{_empty(found, method)}")
+            f"{_weight_word(found, method)}.{_empty(found, method)}"
+        )
     sentences += _searches(found)
     title = "; ".join(f"{method}: {_weight_word(found, method)}" for method in methods(found))
     return Said(title if sentences else "Too few triggers", tuple(sentences))
 
 
 def _weight_word(found: Locality, method: str) -> str:
-    triggers, ceiling, *levels = (overlap(found, method, WHOLE, group, without_empty=True).value
-                                  for group in (TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY, SIMULATED))
+    triggers, ceiling, *levels = (
+        overlap(found, method, WHOLE, group, without_empty=True).value
+        for group in (TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY, SIMULATED)
+    )
     reference = max((level for level in levels if not math.isnan(level)), default=math.nan)
     if math.isnan(triggers) or math.isnan(ceiling):
         return "too few triggers to tell"
@@ -178,26 +199,34 @@ def _weight_word(found: Locality, method: str) -> str:
 
 
 def _empty(found: Locality, method: str) -> str:
-    share = over_memories(o.empty_share for o in found.overlaps
-                          if (o.method, o.layer, o.group) == (method, WHOLE, TRIGGERS))
+    share = over_memories(
+        o.empty_share for o in found.overlaps if (o.method, o.layer, o.group) == (method, WHOLE, TRIGGERS)
+    )
     if math.isnan(share.value) or share.value == 0:
         return ""
-    triggers, prompts, ceiling = (said(overlap(found, method, WHOLE, group))
-                                  for group in (TRIGGERS, MEMORIZED, OTHER_NOISES))
-    return (f" Pairs of two empty masks are left out here, {said(share)} of the triggers' pairs; counted 1 as "
-            f"published, the triggers have {triggers}, memorized prompts {prompts}, other seeds {ceiling}.")
+    triggers, prompts, ceiling = (
+        said(overlap(found, method, WHOLE, group)) for group in (TRIGGERS, MEMORIZED, OTHER_NOISES)
+    )
+    return (
+        f" Pairs of two empty masks are left out here, {said(share)} of the triggers' pairs; counted 1 as "
+        f"published, the triggers have {triggers}, memorized prompts {prompts}, other seeds {ceiling}."
+    )
 
 
 def _searches(found: Locality) -> list[str]:
     rows = [one for one in found.searches if one.group == TRIGGERS]
     if not rows:
         return []
-    mean = {name: sum(getattr(one, name) for one in rows) / len(rows)
-            for name in ("median_size", "flagged", "localized", "converged")}
-    return [f"NeMo takes {mean['flagged']:.2f} of the triggers for memorized and calls {mean['localized']:.2f} "
-            f"localized; its sets hold {mean['median_size']:.0f} neurons (median; largest "
-            f"{max(one.largest_size for one in rows)}), and {mean['converged']:.2f} of the searches ended before the "
-            "cap on refinement. Gaussian-started embeddings lie far outside its statistics."]
+    mean = {
+        name: sum(getattr(one, name) for one in rows) / len(rows)
+        for name in ("median_size", "flagged", "localized", "converged")
+    }
+    return [
+        f"NeMo takes {mean['flagged']:.2f} of the triggers for memorized and calls {mean['localized']:.2f} "
+        f"localized; its sets hold {mean['median_size']:.0f} neurons (median; largest "
+        f"{max(one.largest_size for one in rows)}), and {mean['converged']:.2f} of the searches ended before the "
+        "cap on refinement. Gaussian-started embeddings lie far outside its statistics."
+    ]
 
 
 # ------------------------------------------------------------------------------------------ causal, patching, truth
@@ -221,7 +250,8 @@ def causal(found: Locality) -> Said:
         sentences.append(
             f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(own)} of these triggers come "
             f"back when attacked again, {said(others)} of the others and {said(fresh)} of fresh attacks: {word}."
-            f"{_empty_masks(cross)}")
+            f"{_empty_masks(cross)}"
+        )
         sentences.append(_joined(found, cross))
     return Said("; ".join(dict.fromkeys(words)).capitalize() or "Not run", tuple(sentences))
 
@@ -238,32 +268,50 @@ def _joined(found: Locality, cross: Cross) -> str:
     needed, last = enough([j.successes for j in rows], [j.masks for j in rows]), rows[-1]
     told = {j.masks: j for j in rows}
     if needed is None:
-        return (f"Even the union of {last.masks} masks ({last.density:.2f} of the layers' weights) leaves "
-                f"{last.successes} of {last.n} fresh attacks.")
+        return (
+            f"Even the union of {last.masks} masks ({last.density:.2f} of the layers' weights) leaves "
+            f"{last.successes} of {last.n} fresh attacks."
+        )
     price, before = told[needed], rows[0]
-    cost = ("" if price.frechet is None or before.frechet is None else
-            f", and the Frechet distance of ordinary prompts goes from {before.frechet:.3f} to {price.frechet:.3f}")
-    return (f"No fresh attack of {last.n} succeeds from {needed} joined masks on ({price.density:.2f} of the layers' "
-            f"weights{cost}).") if needed else f"No fresh attack of {last.n} succeeds even without a mask."
+    cost = (
+        ""
+        if price.frechet is None or before.frechet is None
+        else f", and the Frechet distance of ordinary prompts goes from {before.frechet:.3f} to {price.frechet:.3f}"
+    )
+    return (
+        (
+            f"No fresh attack of {last.n} succeeds from {needed} joined masks on ({price.density:.2f} of the layers' "
+            f"weights{cost})."
+        )
+        if needed
+        else f"No fresh attack of {last.n} succeeds even without a mask."
+    )
 
 
 def patching(found: Locality) -> Said:
     """The layers that carry most, and all of them together."""
     sentences, gone = [], True
     for direction, words in (("sufficient", "put into the twin bring"), ("necessary", "taken from the twin remove")):
-        rows = [p for p in found.patches if p.direction == direction and p.share is not None
-                and p.layers not in (NONE, SOURCE)]
-        shares = {name: over_memories(p.share for p in rows if p.layers == name) for name in
-                  dict.fromkeys(p.layers for p in rows)}
+        rows = [
+            p
+            for p in found.patches
+            if p.direction == direction and p.share is not None and p.layers not in (NONE, SOURCE)
+        ]
+        shares = {
+            name: over_memories(p.share for p in rows if p.layers == name)
+            for name in dict.fromkeys(p.layers for p in rows)
+        }
         single = {name: value for name, value in shares.items() if not name.startswith("all ")}
         if single:
             gone = False
             best = max(single, key=lambda name: single[name].value)
             kinds = ", ".join(f"{name} {said(shares[name])}" for name in shares if name.startswith("all "))
-            sentences.append(f"Activations {words} most in {best} ({said(single[best])} of the gap between the "
-                             f"models); {kinds}.")
-    return Said("The models hardly differ, or none was compared" if gone else "Which layers carry the memory",
-                tuple(sentences))
+            sentences.append(
+                f"Activations {words} most in {best} ({said(single[best])} of the gap between the models); {kinds}."
+            )
+    return Said(
+        "The models hardly differ, or none was compared" if gone else "Which layers carry the memory", tuple(sentences)
+    )
 
 
 def ground_truth(found: Locality) -> Said:
@@ -274,35 +322,53 @@ def ground_truth(found: Locality) -> Said:
     parts = [f"{c.group} {max(0.0, c.change - (c.floor or 0.0)) / total:.2f}" for c in found.changes[:4] if total]
     floor = "" if found.changes[0].floor is not None else " There is one twin, so no floor was subtracted."
     beyond = "" if floor else " beyond the twins' own difference"
-    sentences = [f"Of what planting changed{beyond}, most lies in {', '.join(parts)}.{floor}"
-                 if parts else "Planting changed no more than training on other images does."]
+    sentences = [
+        f"Of what planting changed{beyond}, most lies in {', '.join(parts)}.{floor}"
+        if parts
+        else "Planting changed no more than training on other images does."
+    ]
     words = []
     for method in dict.fromkeys(c.method for c in found.covers):
         rows = [c for c in found.covers if (c.method, c.layer, c.masks) == (method, WHOLE, "one")]
-        density, planted, twins = (over_memories(getattr(c, name) for c in rows) for name in ("density", "planted",
-                                                                                              "twins"))
+        density, planted, twins = (
+            over_memories(getattr(c, name) for c in rows) for name in ("density", "planted", "twins")
+        )
         between = "" if math.isnan(twins.value) else f"; of the change between twins it holds {said(twins, 3)}"
         finds = planted.value >= 2 * density.value and not twins.value >= planted.value
         words.append(f"{method} {'finds' if finds else 'does not find'} it")
-        sentences.append(f"A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and "
-                         f"{said(planted, 3)} of their change by planting (a random mask of its size holds the "
-                         f"density{between}).")
+        sentences.append(
+            f"A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and "
+            f"{said(planted, 3)} of their change by planting (a random mask of its size holds the "
+            f"density{between})."
+        )
     return Said("; ".join(words) or "The change", tuple(sentences))
 
 
 def dose(found: Locality) -> Said:
     """Rank correlations with the duplication count."""
     related = dose_relations(found)
-    told = [f"{one.name}: rank correlation {one.rank:.2f} (permutation p {one.p:.2f}, {len(one.values)} memories)"
-            for one in related if not math.isnan(one.rank)]
+    told = [
+        f"{one.name}: rank correlation {one.rank:.2f} (permutation p {one.p:.2f}, {len(one.values)} memories)"
+        for one in related
+        if not math.isnan(one.rank)
+    ]
     clear = [one for one in related if one.p < 0.05]
     if not told:
         return Said("Too few memories of different doses", ())
-    return Said("Locality changes with the dose" if clear else "No change with the dose can be shown",
-                (f"{'; '.join(told)}. {len(told)} measures were tried, so a single small p may be chance.",))
+    return Said(
+        "Locality changes with the dose" if clear else "No change with the dose can be shown",
+        (f"{'; '.join(told)}. {len(told)} measures were tried, so a single small p may be chance.",),
+    )
 
 
 def all_said(found: Locality) -> dict[str, Said]:
     """Every analysis in the page's order."""
-    return {"embedding": embedding(found), "activations": activations(found), "weights": weights(found),
-            "causal": causal(found), "patching": patching(found), "truth": ground_truth(found), "dose": dose(found)}
+    return {
+        "embedding": embedding(found),
+        "activations": activations(found),
+        "weights": weights(found),
+        "causal": causal(found),
+        "patching": patching(found),
+        "truth": ground_truth(found),
+        "dose": dose(found),
+    }
