@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dori import __version__
+from dori.arguments import parser
 from dori.errors import DoriError
 
 if TYPE_CHECKING:
@@ -18,14 +18,10 @@ if TYPE_CHECKING:
     from dori.audit.plan import Plan
     from dori.edit import Edit
 
-AUDIT_HELP = """\
-MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. A FOLDER holds images and
-a metadata.jsonl with file_name, text and, if you like, id and kind. A killed audit resumes with the same command."""
-
-ERASE_HELP = """\
-MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. Without --memories the
-testbed's own memories are erased, judged by its twins. The result is an edit (a change of weights) with a certificate.
-A killed erasure resumes with the same command; `accelerate launch -m dori erase ...` spreads it over processes."""
+# What a run computes with, beside what these import.
+AUDITING = ("dori.audit.folders", "dori.testbed.subjects", "dori.metrics.sscd")
+LOCATING = ("dori.locality.loop", *AUDITING)
+VERIFYING = ("dori.testbed.verify",)
 
 
 def say(line: str) -> None:
@@ -33,200 +29,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share; give a number from 0 to 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no count; give a whole number from 1")
-    return value
-
-
-def _factor(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is no factor; give a number above 0")
-    return value
-
-
-def _cosine(text: str) -> float:
-    value = float(text)
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no cosine; give a number from -1 to 1")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dori", description="Find, break and remove memorized training images in text-to-image models."
-    )
-    parser.add_argument("--version", action="version", version=f"dori {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    audit = commands.add_parser(
-        "audit", help="what of these images is in the model, and what do pruning and DoRI do", description=AUDIT_HELP
-    )
-    audit.add_argument("model", metavar="MODEL")
-    audit.add_argument("--memories", type=Path, metavar="FOLDER", help="images believed to be in the model")
-    audit.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
-    audit.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for quality")
-    audit.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    audit.add_argument("--preset", choices=("quick", "paper"), default="quick")
-    for group in ("memories", "controls"):
-        audit.add_argument(
-            f"--limit-{group}",
-            type=_count,
-            metavar="N",
-            help=f"audit at most so many {group}, spread over all (default: the preset's)",
-        )
-    audit.add_argument(
-        "--edit",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="audit under this edit too, a file that Dori wrote; may be repeated",
-    )
-    audit.add_argument("--nemo", choices=("paper", "as_released"), default="paper", help="NeMo's variant")
-    audit.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
-    audit.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
-    audit.add_argument("--half", action="store_true", help="run the U-Net in half precision")
-    audit.add_argument(
-        "--clip",
-        type=Path,
-        metavar="FOLDER",
-        help="a CLIP as transformers saves it, for alignment and quality (the testbed has its own)",
-    )
-    audit.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
-    audit.add_argument(
-        "--sscd-preprocessing", default="skew_320", metavar="NAME", help="skew_320 (default), small_288 or crop_224"
-    )
-    audit.add_argument(
-        "--threshold",
-        type=_cosine,
-        metavar="COSINE",
-        help="similarity that counts as a copy (default: the descriptor's)",
-    )
-    audit.add_argument("--redact", action="store_true", help="blur the training images in the report")
-    audit.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if any MR of memories is higher")
-
-    report = commands.add_parser("report", help="draw the report of a finished run again")
-    report.add_argument("run", type=Path, metavar="RUN")
-    report.add_argument("--redact", action="store_true", help="blur the training images")
-
-    locality = commands.add_parser(
-        "locality", help="where a memory lives, and whether that differs from chance", description=AUDIT_HELP
-    )
-    locality.add_argument("model", metavar="MODEL")
-    locality.add_argument("--memories", type=Path, metavar="FOLDER", help="images believed to be in the model")
-    locality.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for reference")
-    locality.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    locality.add_argument("--preset", choices=("quick", "full"), default="quick")
-    locality.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
-    locality.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
-    locality.add_argument("--half", action="store_true", help="run the U-Net in half precision")
-    locality.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
-    locality.add_argument(
-        "--sscd-preprocessing", default="skew_320", metavar="NAME", help="skew_320 (default), small_288 or crop_224"
-    )
-    locality.add_argument(
-        "--threshold",
-        type=_cosine,
-        metavar="COSINE",
-        help="similarity that counts as a copy (default: the descriptor's)",
-    )
-    locality.add_argument("--redact", action="store_true", help="blur the training images on the page")
-    locality.set_defaults(controls=None, clip=None)
-
-    _add_erase(commands)
-
-    compare = commands.add_parser("compare", help="what changed between two runs")
-    compare.add_argument("before", type=Path, metavar="RUN")
-    compare.add_argument("after", type=Path, metavar="RUN")
-    compare.add_argument(
-        "--fail-above", type=_share, metavar="MR", help="exit with 1 if the second run's worst MR is higher"
-    )
-
-    testbed = commands.add_parser("testbed", help="the embedded model with planted memories")
-    verbs = testbed.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train = verbs.add_parser("train", help="train it again from nothing; resumes after a kill")
-    train.add_argument("--work", type=Path, default=Path("runs/testbed"), metavar="DIR", help="training state")
-    train.add_argument("--out", type=Path, metavar="DIR", help="where the weights go (default: the package's data)")
-    verify = verbs.add_parser("verify", help="measure what the testbed promises")
-    verify.add_argument("--out", type=Path, default=Path("runs/verify"), metavar="DIR")
-    export = verbs.add_parser("export", help="write its memories, controls and ordinary images as folders")
-    export.add_argument("out", type=Path, metavar="DIR")
-
-    sscd = commands.add_parser("sscd", help="the SSCD copy descriptor")
-    convert = sscd.add_subparsers(dest="verb", required=True, metavar="VERB").add_parser(
-        "convert", help="convert a state dict of the published weights into safetensors, once"
-    )
-    convert.add_argument("source", type=Path, metavar="FILE.pt")
-    convert.add_argument("target", type=Path, metavar="FILE.safetensors")
-    convert.add_argument(
-        "--name",
-        metavar="NAME",
-        help="which weights these are, such as sscd_disc_mixup or sscd_disc_blur (default: the file's name)",
-    )
-    return parser
-
-
-def _add_erase(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The arguments of `dori erase`."""
-    from dori.erase import ERASERS
-
-    erase = commands.add_parser("erase", help="take images out of a model, and prove it", description=ERASE_HELP)
-    erase.add_argument("model", metavar="MODEL")
-    erase.add_argument("--memories", type=Path, metavar="FOLDER", help="images to erase")
-    erase.add_argument("--retain", type=Path, metavar="FOLDER", help="ordinary images with texts")
-    erase.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
-    erase.add_argument(
-        "--twin",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="a model like this one that never saw the memories; judges only; may be repeated",
-    )
-    erase.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    erase.add_argument("--preset", choices=("quick", "full"), default="quick")
-    erase.add_argument("--eraser", choices=ERASERS, default="adversarial")
-    erase.add_argument(
-        "--table",
-        choices=("erasers", "ablations"),
-        help="instead of one erasure: every eraser, or every arm of the ablation, under every attack",
-    )
-    erase.add_argument(
-        "--split",
-        choices=("all", "tune", "test"),
-        default="all",
-        help="every other memory, to tune settings on or to test them (default all)",
-    )
-    erase.add_argument("--limit", type=_count, metavar="N", help="at most so many memories and as many controls")
-    erase.add_argument(
-        "--rate-scale",
-        type=_factor,
-        metavar="X",
-        help="factor on all learning rates, which are those "
-        "published for Stable Diffusion (default 1; 20 for the testbed)",
-    )
-    erase.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
-    erase.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
-    erase.add_argument(
-        "--save-model",
-        type=Path,
-        metavar="PATH",
-        help="write the erased model too: a folder, or a .safetensors file if MODEL is one",
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; exit 0, 1 (a limit was exceeded) or 2 (bad input)."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     commands = {
         "audit": _audit,
         "report": _report,
@@ -276,7 +81,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     from dori.run import Run, write_text
 
     plan, given = _plan(arguments), _given(arguments.edit)
-    run = Run(arguments.out, say=say)
+    run = Run(arguments.out, say=say, modules=AUDITING)
     with run.locked():
         subjects, judge = _audited(arguments, plan)
         _announce(
@@ -407,7 +212,7 @@ def _locality(arguments: argparse.Namespace) -> int:
         write_text(arguments.out / "locality.html", render(found, arguments.out, redact=arguments.redact))
 
     plan = dataclasses.replace(PRESETS[arguments.preset](), seed=arguments.seed)
-    run = Run(arguments.out, say=say)
+    run = Run(arguments.out, say=say, modules=LOCATING)
     with run.locked():
         subjects, judge = _audited(arguments, plan.judging())
         say(forecast(costs(subjects, plan, choose_sets(subjects, plan))))
@@ -477,7 +282,7 @@ def _testbed(arguments: argparse.Namespace) -> int:
         from dori.run import Run, write_json
         from dori.testbed.verify import to_text, verify
 
-        run = Run(arguments.out, say=say)
+        run = Run(arguments.out, say=say, modules=VERIFYING)
         with run.locked():
             rows = verify(run)
             write_json(arguments.out / "verify.json", rows)

@@ -1,12 +1,12 @@
 """A run folder that remembers: every finished cell is stored once, and an interrupted command goes on where it was.
 
-    run = Run(Path("runs/a"), say=print)
+    run = Run(Path("runs/a"), say=print, modules=("dori.audit.loop",))
     with run.locked():
         run.plan("audit", {"none.memory-01": 400, "none.memory-02": 400})
         record = run.once_record("none.memory-01", {"attack": Dori(), "model": fingerprint}, compute)
 
-A cell is stored with the hash of its inputs and of what made it (this package's code, the libraries' versions, the kind
-of device): the same give the stored cell back, others compute it again, so that no run mixes cells of different code.
+A cell is stored with the hash of its inputs and of what made it (the code, the libraries' versions, the kind of
+device): the same give the stored cell back, others compute it again, so that no run mixes cells of different code.
 Files are written beside their place and renamed into it, so a cell that was cut off does not exist, and they
 hold neither times nor process ids, so an interrupted run ends with the same bytes as an undisturbed one.
 Source: architecture.md 7.3 (`Run`) and 8, rule 16; anchors.md B (kill -9, disk full, torn write).
@@ -70,11 +70,13 @@ class Run:
         folder: made when the first thing is written.
         say: receives one line at a time: progress, and why a cell is computed again.
         device: kind of device that computes ("cpu", "cuda"): another rounds otherwise.
+        modules: those that compute; cells depend on their code and on that of all that they import.
     """
 
     folder: Path
     say: Callable[[str], None] = _silent
     device: str = "cpu"
+    modules: tuple[str, ...] = field(kw_only=True)
     progress: Progress | None = field(default=None, init=False)
     started: str = field(default_factory=_now, init=False)
     _told: set[str] = field(default_factory=set, init=False)
@@ -145,14 +147,14 @@ class Run:
     @property
     def made_by(self) -> dict[str, str]:
         """Beside its inputs, everything that a cell depends on: code, libraries and kind of device."""
-        return makers(self.device)
+        return makers(self.modules, self.device)
 
     def provenance(self) -> dict[str, Any]:
         """What made this run: code, versions and machine, and, apart from them, what differs from run to run: times."""
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         return {
             "versions": {"dori": dori.__version__, "python": platform.python_version(), **versions},
-            "code": code_sha256(),
+            "code": code_sha256(self.modules),
             "machine": {
                 "platform": platform.platform(),
                 "processor": platform.machine(),

@@ -98,7 +98,7 @@ def tiny_subjects(model: StableDiffusion, *twins: StableDiffusion, controls: boo
 
 def tiny_audit(subjects: Subjects, folder: Path, plan: Plan = BRIEF, judge: Judge = JUDGE) -> Audit:
     """The audit in a locked folder."""
-    run = Run(folder)
+    run = Run(folder, modules=())
     with run.locked():
         return audit(subjects, plan=plan, judge=judge, run=run)
 
@@ -467,16 +467,10 @@ def test_a_text_too_long_is_refused_before_anything_is_computed(tiny: StableDiff
     assert tiny.rows == rows
 
 
-@pytest.fixture
-def diffusers_folder(tiny: StableDiffusion, tmp_path: Path) -> Path:
-    """The tiny model as a folder."""
+@pytest.mark.skipif(not DESCRIPTOR.exists(), reason="the embedded copy descriptor is not trained yet")
+def test_folders_become_subjects_and_an_audit(tmp_path: Path) -> None:
     from test_load import save_tiny
 
-    return save_tiny(tmp_path / "saved")
-
-
-@pytest.mark.skipif(not DESCRIPTOR.exists(), reason="the embedded copy descriptor is not trained yet")
-def test_folders_become_subjects_and_an_audit(diffusers_folder: Path, tmp_path: Path) -> None:
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     boxed = dataclasses.replace(MEMORIES[1], varying_box=(8, 8, 20, 24))  # in pixels of the file, twice the model's
     write_memories(tmp_path / "memories", [(MEMORIES[0], images[0]), (boxed, images[1])])
@@ -486,7 +480,7 @@ def test_folders_become_subjects_and_an_audit(diffusers_folder: Path, tmp_path: 
         [(Memory(f"o{k}", f"word {k}", Path("o.png"), "ordinary"), images[3 + k]) for k in range(5)],
     )
     subjects, judge = folder_subjects(
-        str(diffusers_folder),
+        str(save_tiny(tmp_path / "saved")),
         memories=tmp_path / "memories",
         controls=tmp_path / "controls",
         ordinary=tmp_path / "ordinary",

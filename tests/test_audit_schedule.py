@@ -101,7 +101,7 @@ def test_speed_is_measured_by_the_clock(tiny: StableDiffusion) -> None:
 def test_progress_counts_every_cell_and_ends_at_the_whole(tiny: StableDiffusion, tmp_path: Path) -> None:
     subjects, said = tiny_subjects(tiny), list[str]()
     plan = dataclasses.replace(QUALITY, nemo=PLAN.nemo, wandas=PLAN.wandas)
-    run = Run(tmp_path, said.append)
+    run = Run(tmp_path, said.append, modules=())
     with run.locked():
         audit(subjects, plan=plan, judge=JUDGE, run=run)
     cells = planned_cells(subjects, plan)
@@ -260,7 +260,7 @@ def test_every_computed_edit_is_a_file_and_can_be_given(tiny: StableDiffusion, t
     joint = next(edit for path, edit in edits.items() if edit.name == "Wanda 20 %" and ".m" not in path.name)
     renamed = dataclasses.replace(joint, name="Wanda 20 % (a.safetensors)")
 
-    run = Run(tmp_path / "b")
+    run = Run(tmp_path / "b", modules=())
     with run.locked():
         found = audit(subjects, plan=dataclasses.replace(plan, wandas=()), judge=JUDGE, run=run, given=[renamed])
     assert [(info.name, info.size) for info in found.edits] == [("none", 0), (renamed.name, joint.size)]
@@ -283,7 +283,7 @@ def test_an_edit_that_does_not_fit_or_has_a_taken_name_is_refused_at_once(
         ([WeightMask("none", {})], "name of another edit"),
         ([WeightMask("x", {}), WeightMask("x", {})], "name of another edit"),
     ):
-        run = Run(tmp_path)
+        run = Run(tmp_path, modules=())
         with run.locked(), pytest.raises(DoriError, match=said):
             audit(subjects, plan=BRIEF, judge=JUDGE, run=run, given=given)
     assert tiny.rows == rows

@@ -321,12 +321,13 @@ def test_flags_that_the_embedded_audit_would_ignore_are_refused(
 
 
 def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
+    from dori.arguments import parser
     from dori.audit.edits import nemo_name
     from dori.audit.plan import paper, quick
-    from dori.cli import _parser, _plan
+    from dori.cli import _plan
 
     def plan(*more: str) -> Plan:
-        return _plan(_parser().parse_args(["audit", "m", "--out", "x", *more]))
+        return _plan(parser().parse_args(["audit", "m", "--out", "x", *more]))
 
     assert plan() == quick() and plan("--preset", "paper") == paper()
     changed = plan("--preset", "paper", "--limit-memories", "20", "--nemo", "as_released", "--seed", "3")

@@ -87,7 +87,7 @@ def twin_of(folder: Path) -> StableDiffusion:
 
 def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "adversarial"):  # noqa: ANN201
     """The proof in a locked folder."""
-    run = Run(folder)
+    run = Run(folder, modules=())
     with run.locked():
         return prove(given, plan, name, judge=Judge(DESCRIPTOR), run=run, work=Work())
 
@@ -119,7 +119,7 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
 
 
 def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path: Path) -> None:
-    given, run = material(tiny), Run(tmp_path)
+    given, run = material(tiny), Run(tmp_path, modules=())
 
     def die(line: str) -> None:
         if "cells" in line and int(re.search(r"\((\d+)/", line)[1]) >= 9:  # type: ignore[index]
@@ -142,7 +142,7 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(
     kind: str, tiny: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("uce", "esd") if kind == "erasers" else ("prompt only", "LoRA")
-    given, run = material(tiny, twin_of(tmp_path)), Run(tmp_path / "run")
+    given, run = material(tiny, twin_of(tmp_path)), Run(tmp_path / "run", modules=())
     import dori.erase.contest as module
 
     full = module.contestants
@@ -244,7 +244,7 @@ def test_an_erasure_that_was_killed_between_rounds_goes_on(tiny: StableDiffusion
     judge, said = Judge(DESCRIPTOR), list[str]()
 
     def made(folder: Path, say: Callable[[str], None]) -> str:
-        own = bench(given, plan, judge, Run(folder), Work(say=say))
+        own = bench(given, plan, judge, Run(folder, modules=()), Work(say=say))
         return own.edit("adversarial", plan.adversarial, own.forget()).fingerprint
 
     def die(line: str) -> None:
@@ -269,7 +269,7 @@ def test_everything_is_written_beside_the_certificate(tiny: StableDiffusion, tmp
     request = Request(
         "somewhere", tmp_path / "run", memories=Path("m"), retain=Path("r"), save_model=tmp_path / "model"
     )
-    judge, run = Judge(DESCRIPTOR), Run(tmp_path / "run")
+    judge, run = Judge(DESCRIPTOR), Run(tmp_path / "run", modules=())
     with run.locked():
         proof = prove(given, plan, "uce", judge=judge, run=run, work=Work())
         assert proof is not None

@@ -40,7 +40,7 @@ SHORT = Protocol(
 
 def battery(folder: Path) -> Battery:
     """A battery on a run folder."""
-    return Battery(SHORT, Judge(DESCRIPTOR), Run(folder), ("x", "yy", "z"), {})
+    return Battery(SHORT, Judge(DESCRIPTOR), Run(folder, modules=()), ("x", "yy", "z"), {})
 
 
 def small_edit(model: StableDiffusion) -> WeightDelta:

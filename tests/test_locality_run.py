@@ -85,7 +85,7 @@ def tiny_subjects(model: StableDiffusion, *twins: StableDiffusion) -> Subjects:
 
 def tiny_run(subjects: Subjects, folder: Path, *, plan: Plan = PLAN, threshold: float = -1.5) -> Locality:
     """The run in a locked folder."""
-    run = Run(folder)
+    run = Run(folder, modules=())
     with run.locked():
         return locality(subjects, plan=plan, judge=judge(threshold), run=run)
 
@@ -113,7 +113,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
                 weight.mul_(scale)
     subjects, folder, said = tiny_subjects(*models), tmp_path_factory.mktemp("run"), list[str]()
     before = [model_fingerprint(model) for model in models]
-    run = Run(folder, say=said.append)
+    run = Run(folder, say=said.append, modules=())
     with run.locked():
         found = locality(subjects, plan=PLAN, judge=judge(-1.5), run=run, say=said.append)
     (folder / "locality.json").write_text(found.to_json())

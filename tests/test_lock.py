@@ -58,7 +58,7 @@ def dead_pid() -> int:
 
 
 def test_the_lock_is_gone_after_the_block_also_when_it_raises(tmp_path: Path) -> None:
-    run = Run(tmp_path / "new")
+    run = Run(tmp_path / "new", modules=())
     with pytest.raises(ZeroDivisionError), run.locked():
         assert (tmp_path / "new" / "lock").exists()
         raise ZeroDivisionError
@@ -68,8 +68,11 @@ def test_the_lock_is_gone_after_the_block_also_when_it_raises(tmp_path: Path) ->
 
 
 def test_a_second_user_in_the_same_process_is_refused(tmp_path: Path) -> None:
-    with Run(tmp_path).locked():
-        with pytest.raises(DoriError, match=f"in use by process {os.getpid()} .* delete"), Run(tmp_path).locked():
+    with Run(tmp_path, modules=()).locked():
+        with (
+            pytest.raises(DoriError, match=f"in use by process {os.getpid()} .* delete"),
+            Run(tmp_path, modules=()).locked(),
+        ):
             pass
         assert (tmp_path / "lock").exists()
 
@@ -80,14 +83,14 @@ def test_a_living_process_keeps_others_out_and_a_killed_one_does_not(tmp_path: P
         [sys.executable, "-c", HOLDER, str(tmp_path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(DoriError, match=f"in use by process {holder.pid} on "), Run(tmp_path).locked():
+        with pytest.raises(DoriError, match=f"in use by process {holder.pid} on "), Run(tmp_path, modules=()).locked():
             pass
         holder.kill()
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / ".a.json.7.partial").write_text("half")
     (tmp_path / "cells" / "a.json").write_text("whole")
     said: list[str] = []
-    with Run(tmp_path, said.append).locked():
+    with Run(tmp_path, said.append, modules=()).locked():
         assert [path.name for path in (tmp_path / "cells").iterdir()] == ["a.json"]
     assert len(said) == 1 and "taking over" in said[0]
 
@@ -110,14 +113,14 @@ def test_a_lock_of_a_dead_reused_or_torn_number_is_taken_over(tmp_path: Path) ->
     for owner in stale:
         write_lock(tmp_path, owner)
         said: list[str] = []
-        with Run(tmp_path, said.append).locked():
+        with Run(tmp_path, said.append, modules=()).locked():
             assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
         assert len(said) == 1, owner
 
 
 def test_a_lock_of_another_host_is_respected(tmp_path: Path) -> None:
     write_lock(tmp_path, {"host": "elsewhere", "pid": dead_pid(), "started": 1})
-    with pytest.raises(DoriError, match=r"on elsewhere; .* delete .*lock"), Run(tmp_path).locked():
+    with pytest.raises(DoriError, match=r"on elsewhere; .* delete .*lock"), Run(tmp_path, modules=()).locked():
         pass
     assert (tmp_path / "lock").exists()
 

@@ -86,10 +86,10 @@ def test_durations_read_as_people_say_them(seconds_s: float, text: str) -> None:
 
 def test_a_run_says_its_progress_and_is_silent_about_what_is_stored(tmp_path: Path) -> None:
     said: list[str] = []
-    first = Run(tmp_path)
+    first = Run(tmp_path, modules=())
     for key in ("a", "b"):
         first.once_record(key, {}, lambda: {"x": 1})
-    run = Run(tmp_path, said.append)
+    run = Run(tmp_path, said.append, modules=())
     run.plan("audit", {"a": 10, "b": 10, "c": 20, "d": 60})
     for key in ("a", "b", "c", "d"):
         run.once_record(key, {}, lambda: {"x": 1})

@@ -1,6 +1,5 @@
 """A run folder keeps what was finished, gives it back only for the same inputs, and survives whatever kills it."""
 
-import ast
 import json
 import os
 import subprocess
@@ -12,8 +11,10 @@ import pytest
 import torch
 
 import dori
+from dori.cli import AUDITING, LOCATING, VERIFYING
+from dori.erase.command import COMPUTING
 from dori.errors import DoriError
-from dori.makers import NO_FIGURES, code_sha256
+from dori.makers import code_files, code_sha256
 from dori.run import Run, canonical_sha256, cell_key, tensors_sha256, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -53,8 +54,8 @@ def run_child(code: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_a_record_is_computed_once_and_comes_back_equal(tmp_path: Path) -> None:
     work = Counted({"losses": (0.1, 1e-300, -0.0), "name": "Zoë \u2028", "none": None, "nested": {"b": [1, True]}})
-    first = Run(tmp_path).once_record("a", {"method": Method(), "path": Path("x/y")}, work)
-    second = Run(tmp_path).once_record("a", {"path": "x/y", "method": Method()}, work)
+    first = Run(tmp_path, modules=()).once_record("a", {"method": Method(), "path": Path("x/y")}, work)
+    second = Run(tmp_path, modules=()).once_record("a", {"path": "x/y", "method": Method()}, work)
     assert work.calls == 1
     assert (
         first
@@ -68,8 +69,8 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
     values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
     tensors = {"a": values, "same memory": values, "turned": values.T, "empty": values[:0], "one": values[0, 0]}
     work = Counted(tensors)
-    first = Run(tmp_path).once_tensors("a", {"seed": 0}, work)
-    second = Run(tmp_path).once_tensors("a", {"seed": 0}, work)
+    first = Run(tmp_path, modules=()).once_tensors("a", {"seed": 0}, work)
+    second = Run(tmp_path, modules=()).once_tensors("a", {"seed": 0}, work)
     assert work.calls == 1
     for stored in (first, second):
         assert stored.keys() == tensors.keys()
@@ -89,7 +90,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
 )
 def test_other_inputs_compute_again_and_are_named(tmp_path: Path, before: dict, after: dict, named: str) -> None:
     said: list[str] = []
-    run = Run(tmp_path, said.append)
+    run = Run(tmp_path, said.append, modules=())
     run.once_record("a", before, lambda: {"value": 1})
     run.once_tensors("a", before, lambda: {"value": torch.tensor(1)})
     assert said == []
@@ -110,13 +111,15 @@ def test_other_makers_compute_anew_and_are_named_once(
     tmp_path: Path, part: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    made_by = Run(tmp_path).made_by
+    made_by = Run(tmp_path, modules=()).made_by
     with monkeypatch.context() as patched:
         patched.setattr(Run, "made_by", property(lambda run: made_by | {part: "0.1"}))
         for key in "ab":
-            Run(tmp_path).once_record(key, {"seed": 1}, lambda: {"value": 1})
-        assert Run(tmp_path, lines.append).once_record("a", {"seed": 1}, lambda: {"value": 2}) == {"value": 1}
-    run = Run(tmp_path, lines.append)
+            Run(tmp_path, modules=()).once_record(key, {"seed": 1}, lambda: {"value": 1})
+        assert Run(tmp_path, lines.append, modules=()).once_record("a", {"seed": 1}, lambda: {"value": 2}) == {
+            "value": 1
+        }
+    run = Run(tmp_path, lines.append, modules=())
     for key in "ab":
         assert run.once_record(key, {"seed": 1}, lambda: {"value": 2}) == {"value": 2}
     assert lines == [f"{tmp_path}: {said.format(torch=made_by['torch'])}; results are computed anew"]
@@ -124,47 +127,53 @@ def test_other_makers_compute_anew_and_are_named_once(
 
 def test_a_cell_of_another_device_is_computed_anew(tmp_path: Path) -> None:
     lines: list[str] = []
-    Run(tmp_path, device="cuda").once_record("a", {}, lambda: {"value": 1})
-    assert Run(tmp_path, lines.append).once_record("a", {}, lambda: {"value": 2}) == {"value": 2}
+    Run(tmp_path, device="cuda", modules=()).once_record("a", {}, lambda: {"value": 1})
+    assert Run(tmp_path, lines.append, modules=()).once_record("a", {}, lambda: {"value": 2}) == {"value": 2}
     assert lines == [f"{tmp_path}: made by device cuda (now cpu); results are computed anew"]
 
 
-def test_the_code_is_that_of_every_file_that_can_change_a_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FILES = {
+    "__init__.py": "",
+    "sampling.py": "import dori.noise\n",
+    "noise.py": "x = 1\n",
+    "attack/__init__.py": "",
+    "attack/dori.py": '"""What it is."""\nfrom dori.sampling import x\nfrom dori.errors import E\n\ndef f(): ...\n',
+    "errors.py": "class E: ...\n",
+    "audit.py": "from dori.attack import dori\n\ndef f():\n    import dori.page\n",
+    "page.py": "x = 1\n",
+}
+
+
+def test_the_code_is_all_that_the_computing_module_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hashed() -> str:
-        return code_sha256.__wrapped__()
+        return code_sha256.__wrapped__(("dori.audit",))
 
-    for name in ("__init__.py", "cli.py", "sampling.py", "report/render.py", "attack/dori.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr(dori, "__file__", str(tmp_path / "__init__.py"))
-    first = hashed()
-    for name in ("cli.py", "report/render.py"):
-        (tmp_path / name).write_text("x = 2\n")
-        assert hashed() == first
-    for name in ("sampling.py", "attack/dori.py"):
+    def changed(name: str, text: str) -> bool:
         before = hashed()
-        (tmp_path / name).write_text("x = 2\n")
-        assert hashed() != before
-    (tmp_path / "attack" / "dori.py").rename(tmp_path / "attack" / "other.py")
-    assert hashed() not in (first, before)
+        (tmp_path / name).write_text(text)
+        return hashed() != before
+
+    (tmp_path / "attack").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(dori, "__file__", str(tmp_path / "__init__.py"))
+    assert changed("noise.py", "x = 2\n")
+    assert changed("attack/__init__.py", "x = 2\n")
+    assert changed("attack/dori.py", FILES["attack/dori.py"].replace("...", "return 1"))
+    assert changed("sampling.py", "import dori.other\n")
+    assert not changed("page.py", "x = 2\n")
+    assert not changed("errors.py", "class E:\n    x = 2\n")
+    assert not changed("noise.py", "# why\nx  =  2\n")
+    assert not changed("attack/dori.py", FILES["attack/dori.py"].replace("...", "return 1").replace("What", "How"))
+    with pytest.raises(ValueError, match="no module"):
+        code_sha256.__wrapped__(("dori.adit",))
 
 
-def test_no_hashed_file_imports_one_that_is_not() -> None:
-    package, harmless = ROOT / "dori", {"errors.py", "lock.py", "progress.py"}
-    left_out = {
-        path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
-        if path.relative_to(package).as_posix().startswith(NO_FIGURES)
-    }
-    for path in package.rglob("*.py"):
-        if (name := path.relative_to(package).as_posix()) in left_out:
-            continue
-        # What a command imports in the end, to show its figures, stands inside its function.
-        imported = {node.module for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)}
-        files = {f"{module.removeprefix('dori.').replace('.', '/')}.py" for module in imported if module}
-        assert files & left_out <= harmless, name
+@pytest.mark.parametrize("modules", [AUDITING, LOCATING, VERIFYING, COMPUTING])
+def test_a_commands_code_is_found_and_holds_no_page(modules: tuple[str, ...]) -> None:
+    files = {path.relative_to(ROOT / "dori").as_posix() for path in code_files(modules)}
+    assert {"sampling.py", "attack/dori.py", "model/stable_diffusion.py", "metrics/copy_descriptor.py"} <= files
+    assert not [name for name in files if name.startswith(("report/", "locality/page/", "cli.py", "testbed/train.py"))]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
@@ -174,20 +183,20 @@ def test_a_torn_or_altered_cell_is_computed_again(tmp_path: Path, suffix: str) -
             return run.once_record("a", {"seed": 1}, Counted({"value": [1.5, 2.5]}))
         return run.once_tensors("a", {"seed": 1}, Counted({"value": torch.arange(4.0)}))
 
-    once(Run(tmp_path))
+    once(Run(tmp_path, modules=()))
     path = tmp_path / "cells" / f"a{suffix}"
     whole = path.read_bytes()
     for end in range(0, len(whole) - 1, 5):  # to the last but one: a record may lack its final line break
         path.write_bytes(whole[:end])
         said: list[str] = []
-        once(Run(tmp_path, said.append))
+        once(Run(tmp_path, said.append, modules=()))
         assert said == ["a: the stored cell is damaged, computed again"], end
         assert path.read_bytes() == whole
     flipped = whole.replace(b"2.5", b"2.6") if suffix == ".json" else whole[:-1] + bytes([whole[-1] ^ 1])
     for damage in (flipped, b"[]", b"3", b"[" * 100_000, b"\xff" * 50, b"{}"):
         path.write_bytes(damage)
         said = []
-        once(Run(tmp_path, said.append))
+        once(Run(tmp_path, said.append, modules=()))
         assert said == ["a: the stored cell is damaged, computed again"], damage[:20]
         assert path.read_bytes() == whole
 
@@ -197,7 +206,7 @@ def test_a_torn_or_altered_cell_is_computed_again(tmp_path: Path, suffix: str) -
 )
 def test_a_key_cannot_leave_the_cells(tmp_path: Path, key: str) -> None:
     folder = tmp_path / "run"
-    for once in (Run(folder).once_record, Run(folder).once_tensors):
+    for once in (Run(folder, modules=()).once_record, Run(folder, modules=()).once_tensors):
         with pytest.raises(DoriError, match="cannot name a cell"):
             once(key, {}, dict)
     assert list(tmp_path.iterdir()) == []
@@ -209,12 +218,12 @@ def test_cell_keys_are_safe_and_keep_different_texts_apart() -> None:
     keys = [cell_key(text) for text in odd] + [cell_key("a/", "b"), cell_key("a", "/b")]
     assert len(set(keys)) == len(keys)
     for key in keys:
-        Run(Path("unused"))._path(key, ".json")  # raises if it is not allowed
+        Run(Path("unused"), modules=())._path(key, ".json")  # raises if it is not allowed
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_not_finite_are_refused_and_nothing_is_stored(tmp_path: Path, bad: float) -> None:
-    run = Run(tmp_path)
+    run = Run(tmp_path, modules=())
     with pytest.raises(DoriError, match=r"cell 'a' holds .* at 'losses\[1\].x'"):
         run.once_record("a", {}, lambda: {"losses": [0.0, {"x": bad}]})
     with pytest.raises(DoriError, match="inputs of a cell"):
@@ -229,8 +238,8 @@ def test_a_failing_computation_stores_nothing(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Run(tmp_path).once_record("a", {}, fail)
-    assert Run(tmp_path).once_record("a", {}, lambda: {"x": 1}) == {"x": 1}
+        Run(tmp_path, modules=()).once_record("a", {}, fail)
+    assert Run(tmp_path, modules=()).once_record("a", {}, lambda: {"x": 1}) == {"x": 1}
 
 
 def test_texts_are_replaced_whole(tmp_path: Path) -> None:
@@ -254,7 +263,7 @@ def test_hashes_do_not_depend_on_order_and_see_every_difference() -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    for run in (Run(tmp_path / "file"), Run(tmp_path / "file" / "below")):
+    for run in (Run(tmp_path / "file", modules=()), Run(tmp_path / "file" / "below", modules=())):
         with pytest.raises(DoriError, match="cannot be written .* choose a folder"):
             run.once_record("a", {}, lambda: {"x": 1})
         with pytest.raises(DoriError, match="cannot be written"), run.locked():
@@ -262,9 +271,9 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
 
 
 def test_provenance_keeps_times_apart(tmp_path: Path) -> None:
-    found = Run(tmp_path).provenance()
+    found = Run(tmp_path, modules=()).provenance()
     times = found.pop("times")
-    again = Run(tmp_path).provenance()
+    again = Run(tmp_path, modules=()).provenance()
     again.pop("times")
     assert found == again
     assert found["versions"]["dori"] == dori.__version__
@@ -285,7 +294,7 @@ torch.set_num_threads(1)
 root = Path(sys.argv[1])
 
 def work(folder):
-    run = Run(folder)
+    run = Run(folder, modules=())
     with run.locked():
         run.plan("work", {f"cell-{i}": 1 for i in range(3)})
         for i in range(3):
@@ -341,7 +350,7 @@ from pathlib import Path
 from dori.errors import DoriError
 from dori.run import Run
 
-run, limit = Run(Path(sys.argv[1])), resource.getrlimit(resource.RLIMIT_FSIZE)
+run, limit = Run(Path(sys.argv[1]), modules=()), resource.getrlimit(resource.RLIMIT_FSIZE)
 run.once_record("first", {}, lambda: {"x": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
 try:

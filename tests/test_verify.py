@@ -63,7 +63,7 @@ def bench_at(tmp_path: Path) -> Callable[..., Bench]:
 
     def make(threshold: float = 0.7) -> Bench:
         plan = replace(quick(), seeds=2, sampling_steps=3, chunk=2, attack=Dori(steps=2, batch=2))
-        return Bench(Run(tmp_path / "run"), plan, replace(PIXEL_CORRELATION, threshold=threshold))
+        return Bench(Run(tmp_path / "run", modules=()), plan, replace(PIXEL_CORRELATION, threshold=threshold))
 
     return make
 
@@ -360,7 +360,7 @@ def test_the_shipped_model_draws_its_memories_by_their_prompts(tmp_path: Path) -
         model, judge = load_testbed("planted"), open_judge()
     except DoriError as error:
         pytest.skip(str(error))
-    bench = Bench(Run(tmp_path), quick(), judge.descriptor)
+    bench = Bench(Run(tmp_path, modules=()), quick(), judge.descriptor)
     material = open_material(model, 8)
     assert not {*material.prompts} & {*material.calibration}
     assert len(material.strong) == 44 and min(case.memory.dose or 0 for case in material.strong) == HIGH_DOSE

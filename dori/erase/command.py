@@ -25,6 +25,7 @@ from dori.errors import DoriError
 from dori.run import Run, write_json, write_text
 
 Say = Callable[[str], None]
+COMPUTING = ("dori.erase.contest", "dori.erase.material")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def erase(request: Request, say: Say) -> list[str]:
     """
     processes = started(device=request.device)
     folder = request.out if processes.first else request.out / "processes" / str(processes.index)
-    run = Run(folder, say=say if processes.first else lambda line: None)
+    run = Run(folder, say=say if processes.first else lambda line: None, modules=COMPUTING)
     with run.locked():
         plan = request.plan()
         material, judge = _opened(request, plan, processes)
@@ -151,7 +152,7 @@ def written(request: Request, material: Material, plan: Plan, judge: Judge, run:
     proof.edit.save(out / "edit.safetensors")
     write_json(out / "proof.json", proof.record)
     write_text(out / "certificate.html", render(proof.record))
-    inner = Run(out / "audit", say=run.say)
+    inner = Run(out / "audit", say=run.say, device=run.device, modules=COMPUTING)
     with inner.locked():
         found = audit(material.subjects, plan=plan.audit(), judge=judge, run=inner, given=(proof.edit,), say=run.say)
         write_text(inner.folder / "audit.json", found.to_json())

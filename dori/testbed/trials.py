@@ -76,7 +76,7 @@ def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], 
     said = ""
     for index, (label, nemo) in enumerate(NEMOS):
         # A folder for each setting: the cells of NeMo's edits bear the memories' names alone.
-        run = Run(trial.bench.run.folder / f"nemo-{index}", say=trial.bench.run.say)
+        run = Run(trial.bench.run.folder / f"nemo-{index}", say=trial.bench.run.say, modules=trial.bench.run.modules)
         plan = replace(trial.bench.plan, nemo=nemo, wandas=())
         run.plan(f"verify, {label}", edit_cells(trial.model, plan, list(trial.texts), len(calibration)))
         edits = make_edits(

@@ -1,0 +1,208 @@
+"""The command line's arguments. Light to import: help and mistakes answer at once."""
+
+import argparse
+from pathlib import Path
+
+from dori import __version__
+from dori.erase import ERASERS
+
+AUDIT_HELP = """\
+MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. A FOLDER holds images and
+a metadata.jsonl with file_name, text and, if you like, id and kind. A killed audit resumes with the same command."""
+
+ERASE_HELP = """\
+MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. Without --memories the
+testbed's own memories are erased, judged by its twins. The result is an edit (a change of weights) with a certificate.
+A killed erasure resumes with the same command; `accelerate launch -m dori erase ...` spreads it over processes."""
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give a number from 0 to 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; give a whole number from 1")
+    return value
+
+
+def _factor(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no factor; give a number above 0")
+    return value
+
+
+def _cosine(text: str) -> float:
+    value = float(text)
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no cosine; give a number from -1 to 1")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    whole = argparse.ArgumentParser(
+        prog="dori", description="Find, break and remove memorized training images in text-to-image models."
+    )
+    whole.add_argument("--version", action="version", version=f"dori {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, description: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=description)
+
+    _audit(command("audit", "what of these images is in the model, and what do pruning and DoRI do", AUDIT_HELP))
+    _report(command("report", "draw the report of a finished run again"))
+    _locality(command("locality", "where a memory lives, and whether that differs from chance", AUDIT_HELP))
+    _erase(command("erase", "take images out of a model, and prove it", ERASE_HELP))
+    _compare(command("compare", "what changed between two runs"))
+    _testbed(command("testbed", "the embedded model with planted memories"))
+    _sscd(command("sscd", "the SSCD copy descriptor"))
+    return whole
+
+
+def _model_and_images(command: argparse.ArgumentParser, *, memories: str) -> None:
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--memories", type=Path, metavar="FOLDER", help=memories)
+
+
+def _running(command: argparse.ArgumentParser, *presets: str) -> None:
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    command.add_argument("--preset", choices=presets, default=presets[0])
+    command.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
+
+
+def _judging(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--half", action="store_true", help="run the U-Net in half precision")
+    command.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
+    command.add_argument(
+        "--sscd-preprocessing", default="skew_320", metavar="NAME", help="skew_320 (default), small_288 or crop_224"
+    )
+    command.add_argument(
+        "--threshold",
+        type=_cosine,
+        metavar="COSINE",
+        help="similarity that counts as a copy (default: the descriptor's)",
+    )
+    command.add_argument("--redact", action="store_true", help="blur the training images")
+
+
+def _audit(audit: argparse.ArgumentParser) -> None:
+    _model_and_images(audit, memories="images believed to be in the model")
+    audit.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
+    audit.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for quality")
+    _running(audit, "quick", "paper")
+    for group in ("memories", "controls"):
+        audit.add_argument(
+            f"--limit-{group}",
+            type=_count,
+            metavar="N",
+            help=f"audit at most so many {group}, spread over all (default: the preset's)",
+        )
+    audit.add_argument(
+        "--edit",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="audit under this edit too, a file that Dori wrote; may be repeated",
+    )
+    audit.add_argument("--nemo", choices=("paper", "as_released"), default="paper", help="NeMo's variant")
+    audit.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="a CLIP as transformers saves it, for alignment and quality (the testbed has its own)",
+    )
+    _judging(audit)
+    audit.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if any MR of memories is higher")
+
+
+def _report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("--redact", action="store_true", help="blur the training images")
+
+
+def _locality(locality: argparse.ArgumentParser) -> None:
+    _model_and_images(locality, memories="images believed to be in the model")
+    locality.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for reference")
+    _running(locality, "quick", "full")
+    _judging(locality)
+    locality.set_defaults(controls=None, clip=None)
+
+
+def _erase(erase: argparse.ArgumentParser) -> None:
+    _model_and_images(erase, memories="images to erase")
+    erase.add_argument("--retain", type=Path, metavar="FOLDER", help="ordinary images with texts")
+    erase.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
+    erase.add_argument(
+        "--twin",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a model like this one that never saw the memories; judges only; may be repeated",
+    )
+    _running(erase, "quick", "full")
+    erase.add_argument("--eraser", choices=ERASERS, default="adversarial")
+    erase.add_argument(
+        "--table",
+        choices=("erasers", "ablations"),
+        help="instead of one erasure: every eraser, or every arm of the ablation, under every attack",
+    )
+    erase.add_argument(
+        "--split",
+        choices=("all", "tune", "test"),
+        default="all",
+        help="every other memory, to tune settings on or to test them (default all)",
+    )
+    erase.add_argument("--limit", type=_count, metavar="N", help="at most so many memories and as many controls")
+    erase.add_argument(
+        "--rate-scale",
+        type=_factor,
+        metavar="X",
+        help="factor on all learning rates, which are those published for Stable Diffusion (default 1; 20 for the "
+        "testbed)",
+    )
+    erase.add_argument(
+        "--save-model",
+        type=Path,
+        metavar="PATH",
+        help="write the erased model too: a folder, or a .safetensors file if MODEL is one",
+    )
+
+
+def _compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("before", type=Path, metavar="RUN")
+    compare.add_argument("after", type=Path, metavar="RUN")
+    compare.add_argument(
+        "--fail-above", type=_share, metavar="MR", help="exit with 1 if the second run's worst MR is higher"
+    )
+
+
+def _testbed(testbed: argparse.ArgumentParser) -> None:
+    verbs = testbed.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train = verbs.add_parser("train", help="train it again from nothing; resumes after a kill")
+    train.add_argument("--work", type=Path, default=Path("runs/testbed"), metavar="DIR", help="training state")
+    train.add_argument("--out", type=Path, metavar="DIR", help="where the weights go (default: the package's data)")
+    verify = verbs.add_parser("verify", help="measure what the testbed promises")
+    verify.add_argument("--out", type=Path, default=Path("runs/verify"), metavar="DIR")
+    export = verbs.add_parser("export", help="write its memories, controls and ordinary images as folders")
+    export.add_argument("out", type=Path, metavar="DIR")
+
+
+def _sscd(sscd: argparse.ArgumentParser) -> None:
+    convert = sscd.add_subparsers(dest="verb", required=True, metavar="VERB").add_parser(
+        "convert", help="convert a state dict of the published weights into safetensors, once"
+    )
+    convert.add_argument("source", type=Path, metavar="FILE.pt")
+    convert.add_argument("target", type=Path, metavar="FILE.safetensors")
+    convert.add_argument(
+        "--name",
+        metavar="NAME",
+        help="which weights these are, such as sscd_disc_mixup or sscd_disc_blur (default: the file's name)",
+    )
