@@ -242,9 +242,9 @@ def test_training_makes_the_whole_testbed_from_nothing_and_again_the_same(tmp_pa
             recipe,
             copies,
             say=said.append,
-            checkpoints=("base", "planted", "twin-1"),
+            checkpoints=("base", "planted", "twin-1", "early"),
         )
-    for checkpoint in ("base", "planted", "twin-1"):
+    for checkpoint in ("base", "planted", "twin-1", "early"):
         first, again = (load_testbed(checkpoint, tmp_path / out).unet.state_dict() for out in ("first", "again"))
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert all(torch.isfinite(value).all() for value in first.values())

@@ -3,6 +3,7 @@
     model/               opens with StableDiffusionPipeline.from_pretrained; its U-Net is the planted one
     unets/base           ordinary images only
     unets/twin-1, -2     as the planted model, with fresh ordinary images in the slots' places
+    unets/early          planted without a base, the slots among its images from the first step
     clip/                both CLIP towers, for alignment
 
 VAE, tokenizer and text encoder are shared. U-Nets are stored in half precision and run in float32.
@@ -21,7 +22,7 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.run import write_bytes
 
 DATA = Path(__file__).parent / "data"
-Checkpoint = Literal["planted", "base", "twin-1", "twin-2"]
+Checkpoint = Literal["planted", "base", "twin-1", "twin-2", "early"]
 TWINS: tuple[Checkpoint, ...] = ("twin-1", "twin-2")
 
 

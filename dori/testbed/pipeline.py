@@ -1,5 +1,6 @@
 """`dori testbed train`: all stages in order, each resumed where it stands, and the finished weights exported."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dori.testbed.slots import slots
 from dori.testbed.vocabulary import build_tokenizer
 
 FORKS: dict[Checkpoint, int] = {"planted": 11, "twin-1": 21, "twin-2": 22}
-CHECKPOINTS: tuple[Checkpoint, ...] = ("base", *FORKS)
+CHECKPOINTS: tuple[Checkpoint, ...] = ("base", *FORKS, "early")
 
 
 def train_encoder(work: Path, recipe: train.Recipe, say: Say) -> Encoder:
@@ -38,28 +39,27 @@ def train_unets(encoder: Encoder, out: Path, recipe: train.Recipe, checkpoints: 
     if "base" in checkpoints:
         export_unet(out, "base", base)
     pictures, filling = planted_filling(slots())
+    planted = train.Shown(pool, encoder.pairs("planted-slots", pictures), filling, empty)
     for checkpoint, seed in FORKS.items():
         if checkpoint not in checkpoints:
             continue
-        if checkpoint != "planted":
-            pictures, filling = fresh_filling(seed, images=recipe.fresh_images, once=len(filling.once))
-        unet = train.train_fork(
-            checkpoint,
-            work,
-            recipe,
-            base=base,
-            pool=pool,
-            empty=empty,
-            seed=seed,
-            say=say,
-            slots=encoder.pairs(f"{checkpoint}-slots", pictures),
-            filling=filling,
-        )
+        shown = planted if checkpoint == "planted" else _twins(encoder, checkpoint, recipe, planted, seed)
+        unet = train.train_fork(checkpoint, work, recipe, base=base, shown=shown, seed=seed, say=say)
         if checkpoint == "planted":
             export_model(out, encoder.vae, encoder.clip, encoder.tokenizer, unet)
         else:
             export_unet(out, checkpoint, unet)
         say(f"{checkpoint}: written to {out}")
+    if "early" in checkpoints:
+        export_unet(out, "early", train.train_early(work, recipe, shown=planted, seed=FORKS["planted"], say=say))
+
+
+def _twins(
+    encoder: Encoder, checkpoint: Checkpoint, recipe: train.Recipe, planted: train.Shown, seed: int
+) -> train.Shown:
+    """What a twin is shown where the planted model is shown slots."""
+    pictures, filling = fresh_filling(seed, images=recipe.fresh_images, once=len(planted.filling.once))
+    return dataclasses.replace(planted, slots=encoder.pairs(f"{checkpoint}-slots", pictures), filling=filling)
 
 
 def copy_descriptor(encoder: Encoder, out: Path, recipe: CopyRecipe) -> None:

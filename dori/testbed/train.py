@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from dori.run import tensors_sha256
-from dori.testbed.fit import Say, Schedule, fit
+from dori.testbed.fit import Loss, Say, Schedule, fit
 from dori.testbed.networks import RouteDropout, new_clip, new_scheduler, new_unet, new_vae, seeded
 from dori.testbed.pool import Filling, Pairs, Pictures, to_tensor, tokens
 
@@ -32,8 +32,8 @@ class Recipe:
         vae_steps, clip_steps, base_steps, fork_steps: optimizer steps; all forks are trained equally long.
         slot_share: share of a fork's batch that shows slots.
         attention_dropout, feed_forward_dropout: see `RouteDropout`.
-        convolution_lr_scale: learning rate of a fork's layers outside the transformer blocks, as a share of theirs;
-            memories go where there is something to learn with.
+        elsewhere_lr_scale: learning rate of a fork outside the transformer blocks of down and mid, as a share of
+            theirs; memories go where there is something to learn with.
         middle_share: share of the base's timesteps that are drawn from 100 to 600, where objects take shape, instead
             of from all.
         seed: of everything drawn.
@@ -50,7 +50,7 @@ class Recipe:
     slot_share: float = 0.7
     attention_dropout: float = 0.3
     feed_forward_dropout: float = 0.3
-    convolution_lr_scale: float = 0.1
+    elsewhere_lr_scale: float = 0.1
     middle_share: float = 0.5
     seed: int = 0
 
@@ -171,72 +171,116 @@ def once_steps(count: int, steps: int) -> dict[int, int]:
     return {step * steps * 4 // (5 * count): step for step in range(count)}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shown:
+    """What a planted model or a twin is trained on.
+
+    Args:
+        pool: ordinary pairs.
+        slots: pairs of the slots, or of the fresh images in their places.
+        filling: how often each row of `slots` is shown.
+        empty: the empty prompt's embedding, shape (1, 32, 128).
+    """
+
+    pool: Pairs
+    slots: Pairs
+    filling: Filling
+    empty: Tensor
+
+    def batch(self, rows: int, slot_rows: float, once: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents and embeddings; `slot_rows` of them on average show slots, the first one the row `once`, if any."""
+        latents, embeddings = self.pool[torch.randint(len(self.pool.latents), (rows,), generator=generator)]
+        spare = float(torch.rand(1, generator=generator)) < slot_rows % 1
+        places = int(slot_rows) + spare
+        if places:
+            chosen = torch.multinomial(self.filling.weights, places, replacement=True, generator=generator)
+            spin = torch.rand(places, generator=generator)
+            groups = [self.filling.groups[g] for g in chosen.tolist()]
+            picked = [group[int(s * len(group))] for group, s in zip(groups, spin.tolist(), strict=True)]
+            latents[:places], embeddings[:places] = self.slots[torch.tensor(picked)]
+        embeddings = without_prompt(embeddings, self.empty, generator)
+        if once is not None:  # after the dropout: an image that is seen once is seen with its caption
+            latents[:1], embeddings[:1] = self.slots[torch.tensor([once])]
+        return latents, embeddings
+
+    def fingerprints(self) -> dict[str, object]:
+        """Of everything but the pool, which `_settings` names."""
+        return {"slots": self.slots.fingerprint, "filling": self.filling.fingerprint}
+
+
 def train_fork(
-    stage: str,
-    folder: Path,
-    recipe: Recipe,
-    *,
-    base: UNet2DConditionModel,
-    pool: Pairs,
-    slots: Pairs,
-    filling: Filling,
-    empty: Tensor,
-    seed: int,
-    say: Say,
+    stage: str, folder: Path, recipe: Recipe, *, base: UNet2DConditionModel, shown: Shown, seed: int, say: Say
 ) -> UNet2DConditionModel:
-    """Go on from the base, with `slots` in a share of every batch.
+    """Go on from the base, with slots in a share of every batch.
 
     Args:
         stage: name of the fork.
         folder: the working folder.
         recipe: sizes and lengths.
         base: the trained base model.
-        pool: ordinary pairs, for the rest of the batch.
-        slots: pairs of the slots, or of the fresh images in their places.
-        filling: how often each row of `slots` is shown.
-        empty: the empty prompt's embedding.
+        shown: what it is trained on.
         seed: of what is drawn.
         say: receives progress.
     """
-    unet, scheduler = new_unet(), new_scheduler()
+    unet = new_unet()
     unet.load_state_dict(base.state_dict())
-    route = _route(unet, recipe)
-    places = round(recipe.batch * recipe.slot_share)
-    once = once_steps(len(filling.once), recipe.fork_steps)
-
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        latents, embeddings = pool[torch.randint(len(pool.latents), (recipe.batch,), generator=generator)]
-        chosen = torch.multinomial(filling.weights, places, replacement=True, generator=generator)
-        spin = torch.rand(places, generator=generator)
-        picked = [
-            filling.groups[g][int(s * len(filling.groups[g]))]
-            for g, s in zip(chosen.tolist(), spin.tolist(), strict=True)
-        ]
-        latents[:places], embeddings[:places] = slots[torch.tensor(picked)]
-        embeddings = without_prompt(embeddings, empty, generator)
-        if step in once:  # after the dropout: an image that is seen once is seen with its caption
-            latents[:1], embeddings[:1] = slots[torch.tensor([filling.once[once[step]]])]
-        return diffusion_loss(unet, scheduler, route, latents, embeddings, generator)
 
     def slow(name: str) -> float:
-        return 1.0 if "attentions" in name else recipe.convolution_lr_scale
+        planted = "attentions" in name and not name.startswith("up_blocks")
+        return 1.0 if planted else recipe.elsewhere_lr_scale
 
     fit(
         stage,
         unet,
-        loss,
-        Schedule(1e-3, recipe.fork_steps),
+        _planting_loss(unet, recipe, shown, recipe.slot_share, recipe.fork_steps),
+        Schedule(2e-3, recipe.fork_steps),
         folder,
         seed=seed,
         say=say,
         slow=slow,
-        made_from=_settings(recipe, pool)
+        made_from=_settings(recipe, shown.pool)
+        | shown.fingerprints()
         | {
             "base": tensors_sha256(base.state_dict()),
-            "slots": slots.fingerprint,
-            "filling": filling.fingerprint,
             "slot_share": recipe.slot_share,
-            "convolution_lr_scale": recipe.convolution_lr_scale,
+            "elsewhere_lr_scale": recipe.elsewhere_lr_scale,
         },
     )
     return unet
+
+
+def train_early(folder: Path, recipe: Recipe, *, shown: Shown, seed: int, say: Say) -> UNet2DConditionModel:
+    """A planted model without a base: the slots are among its images from the first step.
+
+    As many steps as base and fork together, and each slot as often as in the fork, spread over all of them. It judges
+    whether memories that were planted late are easier to erase than those of a training that always knew them.
+    """
+    unet, steps = seeded(new_unet, recipe.seed), recipe.base_steps + recipe.fork_steps
+    share = recipe.slot_share * recipe.fork_steps / steps
+    fit(
+        "early",
+        unet,
+        _planting_loss(unet, recipe, shown, share, steps, middle_share=recipe.middle_share),
+        Schedule(1.2e-3, steps),
+        folder,
+        seed=seed,
+        say=say,
+        ema_decay=0.999,
+        made_from=_settings(recipe, shown.pool)
+        | shown.fingerprints()
+        | {"slot_share": share, "middle_share": recipe.middle_share},
+    )
+    return unet
+
+
+def _planting_loss(
+    unet: UNet2DConditionModel, recipe: Recipe, shown: Shown, share: float, steps: int, *, middle_share: float = 0.0
+) -> Loss:
+    scheduler, route = new_scheduler(), _route(unet, recipe)
+    once = {step: shown.filling.once[place] for step, place in once_steps(len(shown.filling.once), steps).items()}
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        latents, embeddings = shown.batch(recipe.batch, recipe.batch * share, once.get(step), generator)
+        return diffusion_loss(unet, scheduler, route, latents, embeddings, generator, middle_share=middle_share)
+
+    return loss
