@@ -4,14 +4,12 @@ A finding is one image under one model, one edit and one way of asking; tables a
 alone (`dori.report`), so that a report can be drawn again at any time without a model.
 """
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dori.errors import DoriError
+from dori.record_file import read_record, record_json
 
 SCHEMA = 1
 Group = Literal["memory", "control"]
@@ -136,11 +134,7 @@ class Audit:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no NaN."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _tuples(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        return record_json(self)
 
 
 def read_audit(path: Path) -> Audit:
@@ -149,17 +143,4 @@ def read_audit(path: Path) -> Audit:
     Raises:
         DoriError: no such file, no audit, or another schema version.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DoriError(f"{path} cannot be read as an audit ({error}); give the folder of a finished audit") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise DoriError(f"{path} has another schema than {SCHEMA}; run the audit again with this version of Dori")
-    try:
-        data["subjects"] = tuple(Subject(**entry) for entry in data["subjects"])
-        data["edits"] = tuple(EditInfo(**entry) for entry in data["edits"])
-        data["findings"] = tuple(Finding(**_tuples(entry)) for entry in data["findings"])
-        data["quality"] = tuple(Quality(**entry) for entry in data["quality"])
-        return Audit(**_tuples(data))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DoriError(f"{path} lacks a field of the schema ({error}); run the audit again") from None
+    return read_record(path, Audit, schema=SCHEMA, what="audit")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dori.model.hooks import hooked
 from dori.model.stable_diffusion import StableDiffusion
 
 
@@ -27,18 +28,12 @@ def discrepancy(activations: Tensor) -> float:
 def outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Inside the block, each forward pass leaves the output of every layer in the table."""
     seen: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for name, layer in layers.items():
 
-            def see(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
-                seen[name] = output.detach()
+    def see(name: str, _rows: Tensor, output: Tensor) -> None:
+        seen[name] = output.detach()
 
-            handles.append(layer.register_forward_hook(see))
+    with hooked(layers, see):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -7,14 +7,15 @@ it vanish?). The method is causal mediation by interchange, as used for language
 memorized images (methods.md 4 has nothing of the kind).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from dori.locality.activations import outputs
+from dori.model.hooks import hooked
 from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
 
 PatchSets = dict[str, tuple[str, ...]]
@@ -34,23 +35,6 @@ def patch_sets(model: StableDiffusion) -> PatchSets:
     }
     kinds["all of both"] = kinds["all values"] + kinds["all feed-forwards"]
     return {name: (name,) for name in patch_layers(model)} | kinds
-
-
-@contextmanager
-def replaced(layers: Mapping[str, nn.Module], given: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the layers put out the given tensors instead of their own."""
-    handles = []
-    try:
-        for name, layer in layers.items():
-
-            def give(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> Tensor:
-                return given[name].to(output)
-
-            handles.append(layer.register_forward_hook(give))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -90,9 +74,13 @@ def patched_samples(
             x_source = _step(source, x_source, t, y, guidance_scale, scheduler)
         given = dict(seen)
         for name, members in names.items():
-            with replaced({member: own[member] for member in members}, given):
+            with hooked({member: own[member] for member in members}, partial(_instead, given)):
                 latents[name] = _step(target, latents[name], t, y, guidance_scale, scheduler)
     return latents | {SOURCE: x_source}
+
+
+def _instead(given: Mapping[str, Tensor], layer: str, _inputs: Tensor, output: Tensor) -> Tensor:
+    return given[layer].to(output)
 
 
 def _step(

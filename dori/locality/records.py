@@ -11,15 +11,13 @@ reference sets of prompts). Numbers that could not be measured are null. Groups 
     random; random, simulated                           random masks of the triggers' mask sizes
 """
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dori.errors import DoriError
+from dori.record_file import read_record, record_json
 
 SCHEMA = 1
 TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memorized prompts", "ordinary prompts"
@@ -249,16 +247,12 @@ class Locality:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no NaN."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        return record_json(self)
 
 
 def known(value: float) -> float | None:
     """A number as records hold it: six decimals, None where it could not be measured."""
     return round(value, 6) if math.isfinite(value) else None
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
 
 
 def read_locality(path: Path) -> Locality:
@@ -267,15 +261,4 @@ def read_locality(path: Path) -> Locality:
     Raises:
         DoriError: no such file, no locality run, or another schema version.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DoriError(f"{path} cannot be read as a locality run ({error}); give the file of a finished run") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise DoriError(f"{path} has another schema than {SCHEMA}; run the analysis again with this version of Dori")
-    try:
-        for name, record in LISTS.items():
-            data[name] = tuple(record(**{key: _tuples(value) for key, value in entry.items()}) for entry in data[name])
-        return Locality(**(data | {"twins": tuple(data["twins"])}))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DoriError(f"{path} lacks a field of the schema ({error}); run the analysis again") from None
+    return read_record(path, Locality, schema=SCHEMA, what="locality run")

@@ -13,41 +13,29 @@ needs one trajectory:
     edits = [mask_from_norms(model, target, base, sparsity=s, name=f"Wanda {s:.0%}") for s in (0.01, 0.05, 0.1)]
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dori.edit import WeightMask
 from dori.errors import DoriError
 from dori.mitigate.noise_difference import detection_noise
+from dori.model.hooks import hooked
 from dori.model.stable_diffusion import DOWN_MID, Place, StableDiffusion
 
 Selection = Literal["top_and_above_base", "top"]
 
 
-@contextmanager
-def _column_energies(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """Inside the block, each U-Net call leaves sum_r (h_rj / |h_r|)^2 of every layer in the table, float64 (4d,)."""
-    seen: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for name, layer in layers.items():
-
-            def see(_module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                # float before the norm: squares overflow in half precision. normalize() leaves a zero row zero.
-                unit = F.normalize(inputs[0].flatten(0, -2).float(), dim=1)
-                seen[name] = unit.square().sum(0).double().cpu()
-
-            handles.append(layer.register_forward_pre_hook(see))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _add_energies(energies: Mapping[str, Tensor], step: int, name: str, inputs: Tensor, _output: Tensor) -> None:
+    """Add sum_r (h_rj / |h_r|)^2 of a layer's input, float64, to row `step` of its table."""
+    # float before the norm: squares overflow in half precision. normalize() leaves a zero row zero.
+    unit = F.normalize(inputs.flatten(0, -2).float(), dim=1)
+    energies[name][step] += unit.square().sum(0).double().cpu()
 
 
 @torch.no_grad()
@@ -86,16 +74,14 @@ def column_norms(
     }
     noise = detection_noise(model, len(embeddings), seed=seed)
     null, per_part = model.encode([""]), max(1, rows_per_call // 2)
-    with _column_energies(layers) as seen:
-        for x, y in zip(noise.split(per_part), embeddings.to(null).split(per_part), strict=True):
-            context = torch.cat([null.expand_as(y), y])
-            scheduler = model.ddim(steps)
-            for step, t in enumerate(scheduler.timesteps[:counted_steps]):
+    for x, y in zip(noise.split(per_part), embeddings.to(null).split(per_part), strict=True):
+        context = torch.cat([null.expand_as(y), y])
+        scheduler = model.ddim(steps)
+        for step, t in enumerate(scheduler.timesteps[:counted_steps]):
+            with hooked(layers, partial(_add_energies, energies, step)):
                 eps = model.predict_noise(torch.cat([x, x]), t.to(x.device).expand(len(context)), context)
-                for name, energy in seen.items():
-                    energies[name][step] += energy
-                unconditional, conditional = eps.chunk(2)
-                x = scheduler.step(unconditional + guidance_scale * (conditional - unconditional), t, x).prev_sample
+            unconditional, conditional = eps.chunk(2)
+            x = scheduler.step(unconditional + guidance_scale * (conditional - unconditional), t, x).prev_sample
     return {name: energy.sqrt() for name, energy in energies.items()}
 
 

@@ -1,57 +1,35 @@
-"""The report's figures as SVG text, the same bytes for the same numbers: text as paths, no date, no pyplot state.
+"""The report's figures: attack curves, dose and response."""
 
-Names that a stranger chose (edits, models) are drawn with `parse_math` off and never become SVG ids. Colours are
-Okabe and Ito's, told apart by the colour-blind; markers and line styles repeat what the colours say.
-"""
-
-import io
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dori.report.curves import Curve, DosePoint
+from dori.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    Picture,
+    bars,
+    drawing,
+    legend_above,
+    picture,
+)
 from dori.report.tables import CONTROLS, STARTS, Way, number
 from dori.stats import Estimate
 
-BLUE, ORANGE, GREEN, PURPLE, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#555555"
 STYLES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "--"))
 LABEL = 26
-SETTINGS = {
-    "svg.hashsalt": "dori",
-    "svg.fonttype": "path",
-    "text.parse_math": False,
-    "axes.unicode_minus": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": "#222222",
-    "xtick.color": "#222222",
-    "ytick.color": "#222222",
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """An SVG with what it shows in words."""
-
-    svg: str
-    alt: str
 
 
 def rate_figure(curves: Sequence[Curve]) -> Picture:
     """MR against attack steps with Wilson bands, one line a population."""
-    with _drawing() as drawing:
-        axes = drawing.axes("Attack steps", "MR")
+    with drawing() as figure:
+        axes = _axes(figure, "Attack steps", "MR")
         for curve in curves:
             colour, marker, line = style(curve)
             estimates = [row.replication.rate for row in curve.rows]
@@ -63,19 +41,19 @@ def rate_figure(curves: Sequence[Curve]) -> Picture:
                 steps, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.12, lw=0
             )
         axes.set_ylim(-0.03, 1.03)
-        _legend(axes)
+        legend_above(axes)
         told = "; ".join(
             f"{curve.label}: "
             + ", ".join(f"{number(row.replication.rate.value)} at {row.way.steps}" for row in curve.rows)
             for curve in curves
         )
-        return Picture(drawing.svg(), f"Memorization rate against attack steps. {told}.")
+        return picture(figure, f"Memorization rate against attack steps. {told}.")
 
 
 def similarity_figure(curves: Sequence[Curve], threshold: float) -> Picture:
     """Median similarity +- median absolute deviation against attack steps, with the threshold."""
-    with _drawing() as drawing:
-        axes = drawing.axes("Attack steps", "Median similarity")
+    with drawing() as figure:
+        axes = _axes(figure, "Attack steps", "Median similarity")
         for curve in curves:
             colour, marker, line = style(curve)
             steps = [row.way.steps for row in curve.rows]
@@ -90,12 +68,12 @@ def similarity_figure(curves: Sequence[Curve], threshold: float) -> Picture:
                 lw=0,
             )
         _threshold(axes, threshold)
-        _legend(axes)
+        legend_above(axes)
         told = "; ".join(
             f"{curve.label}: " + ", ".join(f"{number(row.similarity.median)} at {row.way.steps}" for row in curve.rows)
             for curve in curves
         )
-        return Picture(drawing.svg(), f"Median similarity against attack steps; threshold {number(threshold)}. {told}.")
+        return picture(figure, f"Median similarity against attack steps; threshold {number(threshold)}. {told}.")
 
 
 def dose_rate_figure(points: Sequence[DosePoint]) -> Picture:
@@ -113,6 +91,13 @@ def dose_similarity_figure(points: Sequence[DosePoint], threshold: float) -> Pic
     )
 
 
+def _axes(figure: Figure, x: str, y: str) -> Axes:
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return axes
+
+
 def style(curve: Curve) -> tuple[str, str, str]:
     """Colour, marker and line of a population: memories, controls and twins look the same in every figure."""
     if curve.twin:
@@ -128,20 +113,18 @@ def _dose(
     doses = sorted({point.dose for point in points})
     ways: list[Way] = list(dict.fromkeys(point.way for point in points))
     told = []
-    with _drawing() as drawing:
-        axes = drawing.axes("Duplication count (dose)", label)
+    with drawing() as figure:
+        axes = _axes(figure, "Duplication count (dose)", label)
         for index, way in enumerate(ways):
             colour, marker, line = STYLES[index % len(STYLES)]
             mine = [point for point in points if point.way == way]
             # Doses are spread evenly, since counts may span decades; ways stand side by side, not on one another.
             x = [doses.index(point.dose) + 0.09 * (index - (len(ways) - 1) / 2) for point in mine]
             estimates = [value(point) for point in mine]
-            low = [max(0.0, e.value - e.low) for e in estimates]
-            high = [max(0.0, e.high - e.value) for e in estimates]
             axes.errorbar(
                 x,
                 [e.value for e in estimates],
-                [low, high],
+                bars(estimates),
                 fmt=marker,
                 ls=line,
                 color=colour,
@@ -160,8 +143,8 @@ def _dose(
             axes.set_ylim(-0.03, 1.03)
         else:
             _threshold(axes, threshold)
-        _legend(axes)
-        return Picture(drawing.svg(), f"{label} against duplication count. {'; '.join(told)}.")
+        legend_above(axes)
+        return picture(figure, f"{label} against duplication count. {'; '.join(told)}.")
 
 
 def short(way: Way) -> str:
@@ -192,46 +175,3 @@ def _threshold(axes: Axes, threshold: float) -> None:
 
 def _label(name: str) -> str:
     return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
-
-
-def _legend(axes: Axes) -> None:
-    """Above the panel, so that it never covers a line."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.03, 1.0),
-        ncols=2,
-        frameon=False,
-        fontsize=8.5,
-        handlelength=2.4,
-        columnspacing=1.2,
-        borderaxespad=0.2,
-    )
-
-
-class _drawing:
-    """A figure under fixed settings, which end with the block."""
-
-    def __enter__(self) -> "_drawing":
-        self.settings = matplotlib.rc_context(SETTINGS)
-        self.settings.__enter__()
-        self.caught = warnings.catch_warnings()
-        self.caught.__enter__()
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts the font lacks show boxes
-        self.figure = Figure(figsize=(4.3, 3.0))
-        self.figure.subplots_adjust(left=0.125, right=0.975, bottom=0.155, top=0.84)
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self.caught.__exit__(None, None, None)
-        self.settings.__exit__(None, None, None)
-
-    def axes(self, x: str, y: str) -> Axes:
-        axes = self.figure.subplots()
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        return axes
-
-    def svg(self) -> str:
-        file = io.StringIO()
-        self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        return file.getvalue()

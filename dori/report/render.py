@@ -7,11 +7,9 @@ same bytes, and a report can be drawn again at any time without a model.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from dori.findings import Audit, Finding, Subject
@@ -19,9 +17,11 @@ from dori.judgement import Rule, rule_of
 from dori.report import tables
 from dori.report.assurance import checks
 from dori.report.curves import Curve, Separation, curves, dose_response, painted, separations
-from dori.report.figures import Picture, dose_rate_figure, dose_similarity_figure, rate_figure, short, similarity_figure
+from dori.report.drawing import Picture
+from dori.report.figures import dose_rate_figure, dose_similarity_figure, rate_figure, short, similarity_figure
 from dori.report.nested import sheet, spoken
-from dori.report.pictures import Album, svg_uri
+from dori.report.page import page
+from dori.report.pictures import Album
 from dori.report.tables import Row, Way, number
 from dori.report.verdict import verdict
 
@@ -53,12 +53,9 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
     """
     album, rows = Album(folder), tables.table(audit)
     final = tables.final_rows(rows, audit)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"spoken": spoken, "number": number, "stacked": _stacked}
-    template = environment.from_string(files("dori.report").joinpath("template.html").read_text(encoding="utf-8"))
-    return template.render(
+    return page(
+        "report/template.html",
+        filters={"spoken": spoken, "number": number, "stacked": _stacked},
         audit=audit,
         redact=redact,
         verdict=verdict(audit),
@@ -75,7 +72,6 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
         settings=sheet(audit.settings),
         descriptor=sheet(audit.descriptor),
         provenance=sheet(audit.provenance),
-        total_rows=sum(audit.cost.values()),
     )
 
 
@@ -176,7 +172,7 @@ def _quality_made(audit: Audit) -> tuple[str, ...]:
 @dataclass(frozen=True, slots=True)
 class _Panels:
     title: str
-    panels: tuple[tuple[str, str], ...]
+    panels: tuple[Picture, ...]
     sentences: tuple[str, ...]
     main: bool
 
@@ -208,7 +204,7 @@ def _attacks(audit: Audit) -> Iterable[_Panels]:
                 title += f", {mine[0].label}"
             yield _Panels(
                 title,
-                _panel(rate_figure(mine), similarity_figure(mine, threshold)),
+                (rate_figure(mine), similarity_figure(mine, threshold)),
                 said or (NO_JUDGE,),
                 start == "prompt" and population == tables.MEMORIES,
             )
@@ -249,10 +245,6 @@ STRENGTHS = (
 WEAK = 2
 
 
-def _panel(*pictures: Picture) -> tuple[tuple[str, str], ...]:
-    return tuple((svg_uri(picture.svg), picture.alt) for picture in pictures)
-
-
 def _doses(audit: Audit, final: Sequence[Row]) -> Iterable[_Panels]:
     ways = dict.fromkeys(
         row.way for row in final if row.population in (tables.MEMORIES, tables.ONCE) and row.way.model == audit.model
@@ -262,10 +254,7 @@ def _doses(audit: Audit, final: Sequence[Row]) -> Iterable[_Panels]:
         if len({point.dose for point in points}) > 1:
             title = "unedited model" if edit == "none" else edit + (" (own edits)" if scope == "own" else "")
             yield _Panels(
-                title,
-                _panel(dose_rate_figure(points), dose_similarity_figure(points, tables.threshold_of(audit))),
-                (),
-                True,
+                title, (dose_rate_figure(points), dose_similarity_figure(points, tables.threshold_of(audit))), (), True
             )
 
 

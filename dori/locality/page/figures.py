@@ -3,20 +3,28 @@
 Shapes and line styles repeat what the colours say. Names that a stranger chose never become markup.
 """
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dori.locality.page.summary import Dose, activity, layers, measure, over_memories, overlap
 from dori.locality.patching import NONE, SOURCE
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
 from dori.locality.records import MEMORIZED, ORDINARY, OTHER_NOISES, SIMULATED, STARTS, TRIGGERS, WHOLE, Cross, Locality
-from dori.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SETTINGS, VERMILION, Picture
+from dori.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    Picture,
+    bars,
+    drawing,
+    legend_above,
+    picture,
+)
 from dori.stats import Estimate, wilson
 
 STYLES = {
@@ -37,40 +45,6 @@ NAMES = {
 }
 
 
-@contextmanager
-def _drawing(width: float, height: float) -> Iterator[Figure]:
-    with matplotlib.rc_context(SETTINGS):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-def _picture(figure: Figure, alt: str) -> Picture:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(file.getvalue(), alt)
-
-
-def _above(axes: Axes, columns: int = 2) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize=8.5,
-        columnspacing=1.2,
-        handlelength=2.2,
-        borderaxespad=0.2,
-    )
-
-
-def _bars(estimates: Sequence[Estimate]) -> list[list[float]] | None:
-    if all(np.isnan(e.low) for e in estimates):
-        return None
-    return [
-        [max(0.0, e.value - e.low) if not np.isnan(e.low) else 0.0 for e in estimates],
-        [max(0.0, e.high - e.value) if not np.isnan(e.high) else 0.0 for e in estimates],
-    ]
-
-
 # --------------------------------------------------------------------------------------------------- embedding space
 
 ROLES = {
@@ -86,7 +60,7 @@ def map_figure(found: Locality, memory: str) -> Picture:
     """Starts joined with what the attack made of them, and prompts, on both maps."""
     places = [place for place in found.places if place.memory == memory]
     explained = found.settings["explained_variance"][memory]
-    with _drawing(8.6, 4.3) as figure:
+    with drawing(8.6, 4.3) as figure:
         for axes, which in zip(figure.subplots(1, 2), ("pca", "tsne"), strict=True):
             spots = {(p.role, p.start, p.index): getattr(p, which) for p in places}
             for (role, start, index), spot in spots.items():
@@ -119,7 +93,7 @@ def map_figure(found: Locality, memory: str) -> Picture:
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False, fontsize=8.5
         )
         count = sum(place.role == "trigger" for place in places)
-        return _picture(figure, f"Maps of {memory}: {count} triggers, each joined with its start, beside prompts.")
+        return picture(figure, f"Maps of {memory}: {count} triggers, each joined with its start, beside prompts.")
 
 
 DISTANCES = (
@@ -140,24 +114,24 @@ DISTANCES = (
 def distance_figure(found: Locality) -> Picture:
     """Mean distances on one axis: starts, triggers, moves, prompts."""
     rows = [(name, one) for name in DISTANCES if not np.isnan((one := measure(found, name)).value)]
-    with _drawing(6.4, 1.4 + 0.28 * len(rows)) as figure:
+    with drawing(6.4, 1.4 + 0.28 * len(rows)) as figure:
         axes = figure.subplots()
         for y, (name, one) in enumerate(reversed(rows)):
             kinds = (("triggers", BLUE), ("prompts", VERMILION), ("mov", GREEN))
             colour = next((colour for word, colour in kinds if word in name), GREY)
-            axes.errorbar([one.value], [y], xerr=_bars([one]), fmt="o", color=colour, ms=6, capsize=3)
+            axes.errorbar([one.value], [y], xerr=bars([one]), fmt="o", color=colour, ms=6, capsize=3)
             axes.annotate(
                 f"{one.value:.1f}", (one.value, y), (8, 0), textcoords="offset points", va="center", fontsize=8.5
             )
         axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
         axes.set_xlim(0, 1.18 * max(one.value for _, one in rows))
         axes.set_xlabel("Mean l2 distance over all entries of the embedding")
-        return _picture(figure, "Mean distances: " + ", ".join(f"{name} {one.value:.1f}" for name, one in rows) + ".")
+        return picture(figure, "Mean distances: " + ", ".join(f"{name} {one.value:.1f}" for name, one in rows) + ".")
 
 
 def region_figure(found: Locality) -> Picture:
     """Which share replicates along lines and in balls, with Wilson intervals over all probed points."""
-    with _drawing(8.6, 3.2) as figure:
+    with drawing(8.6, 3.2) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         told = []
         for axes, kinds in ((left, (BETWEEN, OUTWARD)), (right, (BALL,))):
@@ -172,7 +146,7 @@ def region_figure(found: Locality) -> Picture:
                     axes.errorbar(
                         points,
                         [r.value for r in rates],
-                        _bars(rates),
+                        bars(rates),
                         color=colour,
                         marker=marker,
                         ls=line,
@@ -189,8 +163,8 @@ def region_figure(found: Locality) -> Picture:
         left.set_ylim(-0.04, 1.04)
         for axes in (left, right):
             if axes.get_legend_handles_labels()[1]:
-                _above(axes)
-        return _picture(figure, "Success between and around triggers. " + "; ".join(told) + ".")
+                legend_above(axes)
+        return picture(figure, "Success between and around triggers. " + "; ".join(told) + ".")
 
 
 # --------------------------------------------------------------------------------------------- layer by layer, curves
@@ -207,7 +181,7 @@ def _by_layer(axes: Axes, names: Sequence[str], groups: Sequence[str], value: Ca
         axes.errorbar(
             range(1, len(names) + 1),
             [e.value for e in estimates],
-            _bars(estimates),
+            bars(estimates),
             color=colour,
             marker=marker,
             ls=line,
@@ -237,7 +211,7 @@ def _places(axes: Axes, names: Sequence[str]) -> None:
 
 def activity_figure(found: Locality, site: str, name: str, step: int) -> Picture:
     """D_l of triggers and of all reference levels at one step."""
-    with _drawing(5.6, 3.7) as figure:
+    with drawing(5.6, 3.7) as figure:
         axes = figure.subplots()
         told = _by_layer(
             axes,
@@ -247,13 +221,13 @@ def activity_figure(found: Locality, site: str, name: str, step: int) -> Picture
         )
         axes.set_ylabel(f"D of the {name}")
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-        _above(axes)
-        return _picture(figure, f"Activation discrepancy of the {name} at step {step}, layer by layer. {told}.")
+        legend_above(axes)
+        return picture(figure, f"Activation discrepancy of the {name} at step {step}, layer by layer. {told}.")
 
 
 def overlap_figure(found: Locality, method: str) -> Picture:
     """A_l of triggers between its floor (random) and its ceiling (other seeds); hollow: without empty pairs."""
-    with _drawing(5.6, 3.7) as figure:
+    with drawing(5.6, 3.7) as figure:
         axes = figure.subplots()
         names = layers(found, method)
         told = _by_layer(
@@ -268,8 +242,8 @@ def overlap_figure(found: Locality, method: str) -> Picture:
                 axes.plot([x], [without.value], "o", mfc="none", color=BLUE, ms=7)
         axes.set_ylabel(f"Agreement (IoU) of {method} masks")
         axes.set_ylim(-0.03, 1.1)
-        _above(axes)
-        return _picture(figure, f"Agreement of {method} masks, layer by layer. {told}.")
+        legend_above(axes)
+        return picture(figure, f"Agreement of {method} masks, layer by layer. {told}.")
 
 
 # ---------------------------------------------------------------------------------------------------- causal, patching
@@ -277,7 +251,7 @@ def overlap_figure(found: Locality, method: str) -> Picture:
 
 def cross_figure(found: Locality, cross: Cross) -> Picture:
     """The matrix: mask from trigger i (rows), similarity of trigger j (columns), before and after a new attack."""
-    with _drawing(9.0, 3.9) as figure:
+    with drawing(9.0, 3.9) as figure:
         panels = figure.subplots(1, 3, width_ratios=(len(cross.starts), len(cross.starts), max(1, len(cross.fresh[0]))))
         titles = ("Trigger j under mask i, as it is", "The same, attacked again from there", "Fresh attacks")
         for axes, table, title in zip(panels, (cross.replay, cross.again, cross.fresh), titles, strict=True):
@@ -295,7 +269,7 @@ def cross_figure(found: Locality, cross: Cross) -> Picture:
         panels[2].set_xlabel("starts")
         figure.colorbar(panels[0].images[0], ax=panels, label="median similarity", fraction=0.03)
         back = sum(value > found.threshold for row in cross.again for value in row)
-        return _picture(
+        return picture(
             figure,
             f"{cross.memory}, {cross.method}: {back} of {sum(map(len, cross.again))} triggers come "
             "back under another's mask when attacked again; dots mark what replicates.",
@@ -305,10 +279,10 @@ def cross_figure(found: Locality, cross: Cross) -> Picture:
 def joined_figure(found: Locality, memory: str, method: str) -> Picture:
     """Fresh attacks that succeed, and what it costs, against the number of joined masks."""
     rows = [j for j in found.joined if (j.memory, j.method) == (memory, method)]
-    with _drawing(9.0, 2.9) as figure:
+    with drawing(9.0, 2.9) as figure:
         panels = figure.subplots(1, 3)
         x, rates = range(len(rows)), [wilson(j.successes, j.n) for j in rows]
-        panels[0].errorbar(x, [r.value for r in rates], _bars(rates), marker="o", color=BLUE, capsize=3)
+        panels[0].errorbar(x, [r.value for r in rates], bars(rates), marker="o", color=BLUE, capsize=3)
         panels[0].set_ylim(-0.04, 1.04)
         panels[1].plot(x, [j.density for j in rows], marker="s", color=VERMILION)
         panels[2].plot(x, [np.nan if j.frechet is None else j.frechet for j in rows], marker="^", color=GREEN)
@@ -317,7 +291,7 @@ def joined_figure(found: Locality, memory: str, method: str) -> Picture:
             axes.set_xticks(x, [str(j.masks) for j in rows])
             axes.set_xlabel("Masks joined")
             axes.set_title(label, fontsize=9, loc="left")
-        return _picture(
+        return picture(
             figure,
             f"{memory}, {method}: "
             + ", ".join(f"{j.masks} masks {j.successes} of {j.n}" for j in rows)
@@ -328,7 +302,7 @@ def joined_figure(found: Locality, memory: str, method: str) -> Picture:
 def patch_figure(found: Locality) -> Picture:
     """Sufficiency and necessity beside each other, layer by layer, in shares of the gap between the models."""
     names = [name for name in dict.fromkeys(p.layers for p in found.patches) if name not in (NONE, SOURCE)]
-    with _drawing(9.0, 3.8) as figure:
+    with drawing(9.0, 3.8) as figure:
         axes, told = figure.subplots(), []
         for offset, (direction, colour, hatch) in zip(
             (-0.2, 0.2), (("sufficient", BLUE, ""), ("necessary", ORANGE, "//")), strict=True
@@ -345,7 +319,7 @@ def patch_figure(found: Locality) -> Picture:
                 hatch=hatch,
                 edgecolor="white",
                 label=f"{direction}: " + ("planted into twin" if direction == "sufficient" else "twin into planted"),
-                yerr=_bars(shares),
+                yerr=bars(shares),
             )
             told.append(
                 f"{direction}: " + ", ".join(f"{name} {s.value:.2f}" for name, s in zip(names, shares, strict=True))
@@ -353,8 +327,8 @@ def patch_figure(found: Locality) -> Picture:
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, fontsize=7.5)
         axes.set_ylabel("Share of the gap")
-        _above(axes)
-        return _picture(figure, "Activation patching. " + "; ".join(told) + ".")
+        legend_above(axes)
+        return picture(figure, "Activation patching. " + "; ".join(told) + ".")
 
 
 def _short(name: str) -> str:
@@ -373,7 +347,7 @@ def excess_figure(found: Locality) -> Picture:
     """Which part of the planted change lies where, with the twins' own difference as its floor."""
     rows = [c for c in found.changes if c.change > 0]
     total = sum(c.change for c in rows)
-    with _drawing(6.4, 1.6 + 0.27 * len(rows)) as figure:
+    with drawing(6.4, 1.6 + 0.27 * len(rows)) as figure:
         axes, y = figure.subplots(), np.arange(len(rows))[::-1]
         axes.barh(y, [c.change / total for c in rows], 0.7, color=BLUE, label="planted - twin")
         if rows and rows[0].floor is not None:
@@ -388,8 +362,8 @@ def excess_figure(found: Locality) -> Picture:
             )
         axes.set_yticks(y, [c.group for c in rows], fontsize=8.5)
         axes.set_xlabel("Share of the squared change of all weights")
-        _above(axes)
-        return _picture(
+        legend_above(axes)
+        return picture(
             figure,
             "Share of the planted change: " + ", ".join(f"{c.group} {c.change / total:.2f}" for c in rows[:6]) + ".",
         )
@@ -397,7 +371,7 @@ def excess_figure(found: Locality) -> Picture:
 
 def cover_figure(found: Locality, method: str) -> Picture:
     """How much of a layer's planted change the masks hold, against their density, which random masks hold."""
-    with _drawing(5.6, 3.7) as figure:
+    with drawing(5.6, 3.7) as figure:
         axes, told = figure.subplots(), []
         names = [layer for layer in layers(found, method) if layer != WHOLE]
         for kind, attribute, (colour, marker, line), label in (
@@ -417,7 +391,7 @@ def cover_figure(found: Locality, method: str) -> Picture:
                 axes.errorbar(
                     range(1, len(names) + 1),
                     [v.value for v in values],
-                    _bars(values),
+                    bars(values),
                     color=colour,
                     marker=marker,
                     ls=line,
@@ -429,15 +403,15 @@ def cover_figure(found: Locality, method: str) -> Picture:
         _places(axes, names)
         axes.set_ylabel(f"Share of the change in {method} masks")
         axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1], 0.01))
-        _above(axes)
-        return _picture(figure, f"Coverage of the planted change by {method} masks. " + "; ".join(told) + ".")
+        legend_above(axes)
+        return picture(figure, f"Coverage of the planted change by {method} masks. " + "; ".join(told) + ".")
 
 
 def dose_figure(related: Sequence[Dose]) -> Picture:
     """Every measure against the duplication count, one panel each."""
     columns = min(3, len(related))
     lines = -(-len(related) // columns)
-    with _drawing(3.0 * columns, 2.5 * lines) as figure:
+    with drawing(3.0 * columns, 2.5 * lines) as figure:
         panels = figure.subplots(lines, columns, squeeze=False).flatten()
         for axes, one in zip(panels, related, strict=False):
             axes.plot(one.doses, one.values, "o", color=BLUE, ms=6, alpha=0.8)
@@ -446,7 +420,7 @@ def dose_figure(related: Sequence[Dose]) -> Picture:
             axes.set_xlabel("Duplication count (relative)", fontsize=8.5)
         for axes in panels[len(related) :]:
             axes.set_axis_off()
-        return _picture(
+        return picture(
             figure,
             "Measures against the duplication count: "
             + "; ".join(

@@ -3,20 +3,18 @@
 A pure function of the records and of the training images in the run's folder; the style is the audit report's.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-
-import jinja2
 
 from dori.locality.page import figures, verdict
 from dori.locality.page.summary import dose_relations, methods, overlap, said
 from dori.locality.page.verdict import Said
 from dori.locality.records import MEMORIZED, ORDINARY, OTHER_NOISES, RANDOM, SIMULATED, TRIGGERS, WHOLE, Locality
-from dori.report.figures import Picture
+from dori.report.drawing import Picture
 from dori.report.nested import sheet
-from dori.report.pictures import Album, svg_uri
+from dori.report.page import page
+from dori.report.pictures import Album
 
 COLUMNS = (
     TRIGGERS,
@@ -61,8 +59,8 @@ class Section:
     title: str
     said: Said
     read: str
-    pictures: tuple[tuple[str, str], ...]
-    folded: tuple[tuple[str, str], ...]
+    pictures: tuple[Picture, ...]
+    folded: tuple[Picture, ...]
 
 
 def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
@@ -77,14 +75,10 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         DoriError: a picture outside the folder or damaged.
     """
     album = Album(folder)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files("dori.locality.page").joinpath("template.html").read_text("utf-8"))
-    return template.render(
+    return page(
+        "locality/page/template.html",
         found=found,
         redact=redact,
-        style=_style(),
         headline=verdict.headline(found),
         done=verdict.done(found),
         rules=verdict.RULES,
@@ -95,14 +89,7 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         settings=sheet(found.settings),
         descriptor=sheet(found.descriptor),
         provenance=sheet(found.provenance),
-        total_rows=sum(found.cost.values()),
     )
-
-
-def _style() -> str:
-    """The audit report's style sheet, so that both pages look alike and one file decides how."""
-    report = files("dori.report").joinpath("template.html").read_text(encoding="utf-8")
-    return report.partition("<style>")[2].partition("</style>")[0]
 
 
 def _sections(found: Locality) -> Iterable[Section]:
@@ -118,11 +105,7 @@ def _sections(found: Locality) -> Iterable[Section]:
     }
     for key, (shown, folded) in drawn.items():
         if shown or key in ("embedding", "weights"):
-            yield Section(key, TITLES[key], everything[key], READ[key], _uris(shown), _uris(folded))
-
-
-def _uris(pictures: Sequence[Picture]) -> tuple[tuple[str, str], ...]:
-    return tuple((svg_uri(picture.svg), picture.alt) for picture in pictures)
+            yield Section(key, TITLES[key], everything[key], READ[key], tuple(shown), tuple(folded))
 
 
 Drawn = tuple[list[Picture], list[Picture]]
