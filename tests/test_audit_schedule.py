@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_audit import BRIEF, JUDGE, MEMORIES, PLAN, tiny_audit, tiny_subjects
 from transformers import CLIPConfig, CLIPModel
 
+from dori.attack.dori import Dori
 from dori.audit.checks import blind_scores
 from dori.audit.folders import load_clip
 from dori.audit.judge import Case, Judge
@@ -68,7 +69,8 @@ def test_the_paper_preset_takes_five_hours_at_most(tiny: StableDiffusion, tmp_pa
     rows = planned_rows(whole_testbed(tiny, tmp_path / "twin"), plan)
     # Three edits on 76 + 72 images from the prompt and from noise, foreign starts of the memories alone, the rest once.
     attacks = 3 * 148 * 2 + 3 * 76 + 64 + 76 + 2 * 76
-    assert rows[ATTACK] == attacks * 50 * 8
+    longer = 3 * (24 + 24) + 24  # to 150 steps: of both groups under each edit, and on the twin
+    assert rows[ATTACK] == (attacks * 50 + longer * 100) * 8
     assert plan.nemo is not None
     rows[EDITS] += 76 * plan.nemo.noises * plan.nemo.max_refinement_passes  # whatever size the model has
     assert planned_seconds(rows, forward=250, both=90) < 5 * 3600
@@ -82,6 +84,29 @@ def test_final_attacks_have_ten_seeds_and_their_curves_four(tiny: StableDiffusio
     assert drawn["images.tiny.none.gaussian.0.verbatim-0"] == plan.chunk * 4 * per_image
     once = {key.split(".")[2:4][0] + "." + key.split(".")[3] for key in drawn if ".once-" in key}
     assert once == {"none.asked", "none.prompt"}
+
+
+def test_long_attacks_go_on_from_where_the_usual_ones_end(tiny: StableDiffusion, tmp_path: Path) -> None:
+    plan = dataclasses.replace(
+        BRIEF,
+        seeds=2,
+        curve_seeds=1,
+        attack=Dori(steps=2, batch=1, snapshots=(1, 2)),
+        starts=Starts(("prompt", "gaussian"), ("prompt",), (), ("prompt",), ()),
+    )
+    longer = dataclasses.replace(plan, long_steps=(3, 4), long_images=2)
+    subjects = tiny_subjects(tiny, StableDiffusion(**tiny_parts(tmp_path), name="twin"))
+    usual, found = (
+        {(f.model, f.start, f.steps, f.id): f.similarities for f in tiny_audit(subjects, tmp_path / n, p).findings}
+        for n, p in (("usual", plan), ("longer", longer))
+    )
+    assert {key: len(values) for key, values in found.items() if key not in usual} == {
+        (model, "prompt", step, one): 1
+        for step in (3, 4)
+        for model, one in (("tiny", "m0"), ("tiny", "c0"), ("twin", "m0"))
+    }  # the other memory of the two has no prompt
+    for key, values in usual.items():
+        assert found[key] == pytest.approx(values, abs=1e-4)
 
 
 def test_time_is_the_rows_over_the_speed() -> None:

@@ -81,7 +81,7 @@ class _Loop:
     def _attack_inputs(self, ask: Ask) -> dict[str, Any]:
         plan, ids = self.plan, [case.memory.id for case in ask.cases]
         return {
-            "attack": plan.attack,
+            "attack": ask.attack,
             "restarts": plan.restarts,
             "start": ask.start,
             "ids": ids,
@@ -100,7 +100,7 @@ class _Loop:
 
         def compute() -> dict[str, Tensor]:
             found = restarts(
-                plan.attack,
+                ask.attack,
                 model,
                 torch.stack([case.latent for case in ask.cases]),
                 [self._starts(ask, seeds) for seeds in inputs["start_seeds"]],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dori.attack.dori import Dori
 from dori.audit.edits import Names, edit_cells, edit_names
 from dori.audit.judge import Case
 from dori.audit.plan import Plan, Start
@@ -143,11 +144,20 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
-    """One way of asking for a chunk of images, `start` "" for the prompt itself; `judged` are steps and seeds each."""
+    """One way of asking for a chunk of images.
+
+    Args:
+        setting: the model with its edit.
+        cases: the chunk.
+        start: where the attack begins; "" is the prompt itself without one.
+        attack: the attack, as long as it is on these images.
+        judged: steps and number of seeds each.
+    """
 
     setting: Setting
     cases: tuple[Case, ...]
     start: str
+    attack: Dori
     judged: tuple[tuple[int, int], ...]
 
     @property
@@ -180,21 +190,45 @@ def settings(subjects: Subjects, plan: Plan, names: Names) -> list[Setting]:
 
 def asks(setting: Setting, plan: Plan) -> Iterator[Ask]:
     """All ways of asking under one setting, chunk by chunk."""
-    for first in range(0, len(setting.cases), plan.chunk):
-        cases = setting.cases[first : first + plan.chunk]
+    for cases in _chunks(setting.cases, plan):
         texts = tuple(case for case in cases if case.memory.text is not None)
         if texts:
-            yield Ask(setting, texts, "", ((0, plan.seeds),))
+            yield Ask(setting, texts, "", plan.attack, ((0, plan.seeds),))
         for start in setting.starts:
-            attacked = texts if start == "prompt" else cases
-            if attacked:
-                yield Ask(setting, attacked, start, tuple(_judged(setting, plan, start)))
+            if start == "prompt":
+                yield from _from_prompt(setting, plan, texts)
+            else:
+                yield Ask(setting, cases, start, plan.attack, tuple(_judged(setting, plan, start, plan.attack)))
 
 
-def _judged(setting: Setting, plan: Plan, start: Start) -> Iterator[tuple[int, int]]:
+def _chunks(cases: tuple[Case, ...], plan: Plan) -> Iterator[tuple[Case, ...]]:
+    for first in range(0, len(cases), plan.chunk):
+        yield cases[first : first + plan.chunk]
+
+
+def _from_prompt(setting: Setting, plan: Plan, texts: tuple[Case, ...]) -> Iterator[Ask]:
+    """Attacks from the prompt: long ones on some of the images, the usual one on the others."""
+    long = {setting.cases[k].memory.id for k in choose(len(setting.cases), plan.long_images if plan.long_steps else 0)}
+    if setting.scope == "own" or setting.cases[0].memory.kind == "once":
+        long = set()
+    attack = plan.attack
+    further = replace(attack, steps=max(plan.long_steps, default=attack.steps), snapshots=_snapshots(plan))
+    for cases, chosen in (
+        (tuple(case for case in texts if case.memory.id not in long), attack),
+        (tuple(case for case in texts if case.memory.id in long), further),
+    ):
+        if cases:
+            yield Ask(setting, cases, "prompt", chosen, tuple(_judged(setting, plan, "prompt", chosen)))
+
+
+def _snapshots(plan: Plan) -> tuple[int, ...]:
+    return (*(plan.attack.snapshots or (plan.attack.steps,)), *plan.long_steps)
+
+
+def _judged(setting: Setting, plan: Plan, start: Start, attack: Dori) -> Iterator[tuple[int, int]]:
     """Steps and seeds. The prompt itself is asked anyway, other starts are step 0; own edits are judged at the end."""
     last = plan.attack.steps
-    for step in plan.attack.snapshots or (last,):
+    for step in attack.snapshots or (last,):
         if step == last:
             yield step, plan.seeds
         elif setting.scope != "own" and not (start == "prompt" and step == 0):
@@ -206,7 +240,7 @@ def _judged(setting: Setting, plan: Plan, start: Start) -> Iterator[tuple[int, i
 
 def attack_rows(plan: Plan, ask: Ask) -> int:
     """U-Net rows, forward and backward, of the attacks of one ask."""
-    return len(ask.cases) * plan.restarts * plan.attack.steps * plan.attack.batch if ask.start else 0
+    return len(ask.cases) * plan.restarts * ask.attack.steps * ask.attack.batch if ask.start else 0
 
 
 def drawn_rows(plan: Plan, images: int) -> int:
