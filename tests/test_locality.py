@@ -26,12 +26,31 @@ from dori.locality.embeddings import (
     shared_share,
     sphere,
 )
-from dori.locality.patching import patch_layers, patch_sets, patched_samples, share_of_gap
+from dori.locality.patching import NECESSARY, SUFFICIENT, patch_layers, patch_sets, patched_samples, share_of_gap
 from dori.locality.probes import line_pairs
-from dori.locality.truth import changes, coverage, density, energies, excess_by_group, group_of
-from dori.locality.weights import agreement, agreement_between, overlaps, random_agreement, random_level, random_like
+from dori.locality.truth import (
+    changes,
+    coverage,
+    density,
+    energies,
+    excess_by,
+    excess_energies,
+    group_of,
+    layer_of,
+    random_coverage,
+)
+from dori.locality.weights import (
+    agreement,
+    agreement_across,
+    agreement_within,
+    overlaps,
+    random_agreement,
+    random_level,
+    random_like,
+)
 from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
 from dori.sampling import initial_noise, sample
+from dori.stats import wilson
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -71,12 +90,18 @@ def test_the_common_share_is_the_mean_inner_product_of_different_moves() -> None
     assert common_share(draw(400, 40, 50)) == pytest.approx(0, abs=0.01)
 
 
-def test_the_shared_share_pairs_moves_from_one_start() -> None:
+def test_the_shared_share_is_that_of_moves_to_two_images_from_different_starts() -> None:
     a, b = draw(4, 3, 2), draw(4, 3, 2, seed=1)
-    inner = sum(float((x * y).sum()) for x, y in zip(a, b, strict=True)) / 4
+    inner = sum(float((a[i] * b[j]).sum()) for i, j in itertools.permutations(range(4), 2)) / 12
     scale = math.sqrt(sum(norm(x) ** 2 for x in a) / 4 * sum(norm(y) ** 2 for y in b) / 4)
     assert shared_share(a, b) == pytest.approx(inner / scale, rel=1e-12)
-    assert shared_share(a, a) == pytest.approx(1) and shared_share(a, -a) == pytest.approx(-1)
+    assert shared_share(a, a) == common_share(a) and math.isnan(shared_share(a[:1], b[:1]))
+    # A drift of every move, whatever the image, is shared in full; what the image adds is not.
+    drift = draw(1, 40, 50, seed=3)
+    one, two = (drift + draw(1, 40, 50, seed=seed) + draw(200, 40, 50, seed=10 + seed) for seed in (4, 5))
+    assert common_share(one) == pytest.approx(2 / 3, abs=0.03) and shared_share(one, two) == pytest.approx(
+        1 / 3, abs=0.03
+    )
 
 
 def test_an_end_belongs_to_its_own_start_only_if_no_other_is_nearer() -> None:
@@ -172,7 +197,7 @@ def test_agreement_is_the_mean_iou_of_all_pairs_of_sets() -> None:
     assert found.published == pytest.approx(sum(slow) / 15, rel=1e-12) == found.without_empty
     assert found.empty_share == 0 and found.pairs == 15
     assert found.size == pytest.approx(sum(map(len, sets(m))) / 6)
-    both, either = overlaps(m.flatten(1))
+    both, either = overlaps(m.flatten(1), m.flatten(1))
     assert both.tolist() == [[len(a & b) for b in sets(m)] for a in sets(m)]
     assert either.tolist() == [[len(a | b) for b in sets(m)] for a in sets(m)]
 
@@ -187,12 +212,24 @@ def test_two_empty_masks_agree_as_published_and_are_left_out_beside_it() -> None
     assert agreement(m[:1]).pairs == 0 and math.isnan(agreement(m[:1]).published)
 
 
-def test_agreement_between_seeds_pairs_only_masks_of_one_embedding() -> None:
+def test_agreement_within_seeds_pairs_only_masks_of_one_embedding() -> None:
     groups = [masks(3, 20, seed=1), masks(2, 20, seed=2)]
     slow = [len(a & b) / len(a | b) for group in groups for a, b in itertools.combinations(sets(group), 2)]
-    found = agreement_between(groups)
+    found = agreement_within(groups)
     assert found.published == pytest.approx(sum(slow) / 4, rel=1e-12) and found.pairs == 4
-    assert agreement_between([groups[0]]).published == agreement(groups[0]).published
+    assert agreement_within([groups[0]]).published == agreement(groups[0]).published
+
+
+def test_agreement_across_pairs_masks_of_two_images_where_their_starts_differ() -> None:
+    one, two = masks(3, 20, seed=1), masks(2, 20, seed=2)
+    two[1] = False
+    one[2] = False
+    pairs = torch.tensor([[False, True], [True, False], [True, True]])
+    chosen = [(a, b) for i, a in enumerate(sets(one)) for j, b in enumerate(sets(two)) if pairs[i, j]]
+    slow = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in chosen]
+    found = agreement_across(one, two, pairs)
+    assert found.published == pytest.approx(sum(slow) / 4, rel=1e-12) and found.pairs == 4
+    assert found.empty_share == 0.25 and found.without_empty == pytest.approx((sum(slow) - 1) / 3)
 
 
 @pytest.mark.parametrize(("first", "second", "weights"), [(3, 3, 8), (0, 4, 9), (9, 9, 9), (7, 8, 10), (1, 1, 5)])
@@ -237,7 +274,7 @@ def test_the_excess_lies_where_the_planted_model_was_changed_and_nowhere_else(ti
     planted, first, second = (changed(tiny, names, 0.5) for names in ([value], [noisy], []))
     change, floor = changes(planted, (first, second))
     assert floor is not None
-    groups = {one.name: one for one in excess_by_group(change, floor)}
+    groups = {one.name: one for one in excess_by(group_of, change, floor)}
     assert group_of(value) == "cross-attention values, down" and group_of(noisy) == "convolutions and rest, ends"
     assert groups[group_of(value)].excess == pytest.approx(0.25 * shapes[value].numel(), rel=1e-5)
     # One twin of two was moved there, so planted - twin shows half of what twin - twin does.
@@ -246,6 +283,11 @@ def test_the_excess_lies_where_the_planted_model_was_changed_and_nowhere_else(ti
     assert others == [0] * len(others)
     assert sum(one.weights for one in groups.values()) == sum(p.numel() for p in tiny.unet.parameters())
     assert changes(planted, (first,))[1] is None
+    layers = {one.name: one.excess for one in excess_by(layer_of, change, floor)}
+    assert layers[layer_of(value)] == pytest.approx(groups[group_of(value)].excess)
+    assert sum(layers.values()) == pytest.approx(sum(one.excess for one in groups.values()))
+    beyond = excess_energies(change, floor)
+    assert float(beyond[noisy].sum()) == pytest.approx(layers["conv_in"]) and excess_energies(change, None) is change
 
 
 def test_a_mask_covers_what_lies_in_it_and_a_random_one_its_density(tiny: StableDiffusion) -> None:
@@ -259,8 +301,18 @@ def test_a_mask_covers_what_lies_in_it_and_a_random_one_its_density(tiny: Stable
     draws = [
         coverage(energy, {name: random_like(mask[name][None], seed=seed)[0] for name in names}) for seed in range(200)
     ]
-    assert sum(draws) / 200 == pytest.approx(density(mask), rel=0.03)
-    assert coverage(energies(tiny, tiny), mask) != coverage(energies(tiny, tiny), mask)  # NaN: nothing changed
+    assert sum(draws) / 200 == pytest.approx(random_coverage(energy, mask), rel=0.03)
+    one = {names[0]: mask[names[0]]}
+    assert random_coverage(energy, one) == pytest.approx(density(one))
+    assert math.isnan(coverage(energies(tiny, tiny), mask)) and math.isnan(random_coverage(energies(tiny, tiny), mask))
+
+
+def test_masks_of_large_layers_are_not_taken_to_know_more_than_chance() -> None:
+    """A mask that holds much of a layer with much change holds much of the change: so do random ones as large there."""
+    energy = {"a": torch.full((10,), 9.0), "b": torch.full((90,), 0.1)}
+    mask = {"a": torch.arange(10) < 5, "b": torch.zeros(90).bool()}
+    assert density(mask) == 0.05 and coverage(energy, mask) == pytest.approx(45 / 99)
+    assert random_coverage(energy, mask) == pytest.approx(coverage(energy, mask))
 
 
 # ------------------------------------------------------------------------------------------------- patching, causal
@@ -291,21 +343,30 @@ def test_a_patch_carries_exactly_what_its_layer_computes(tiny: StableDiffusion) 
 
 
 def test_the_share_of_the_gap_counts_from_the_target_to_the_source() -> None:
-    assert share_of_gap(0.5, 0.1, 0.9) == pytest.approx(0.5) and share_of_gap(0.9, 0.1, 0.9) == pytest.approx(1)
-    assert share_of_gap(0.7, 0.9, 0.1) == pytest.approx(0.25) and share_of_gap(0.5, 0.5, 0.52) is None
+    assert share_of_gap(0.5, 0.1, 0.9, SUFFICIENT) == pytest.approx(0.5)
+    assert share_of_gap(0.7, 0.9, 0.1, NECESSARY) == pytest.approx(0.25)
+    assert share_of_gap(0.5, 0.5, 0.6, SUFFICIENT) is None  # the models hardly differ
+    assert share_of_gap(0.5, 0.9, 0.1, SUFFICIENT) is None  # the twin draws the memory, not the planted model
+    assert share_of_gap(0.5, 0.1, 0.9, NECESSARY) is None
 
 
-def test_the_cross_test_tells_the_diagonal_from_the_rest() -> None:
-    found = cross_test([[False, True, True], [True, False, True], [True, True, True]], [[True], [False], [True]])
+def test_the_cross_test_tells_the_diagonal_from_the_rest_and_counts_masks() -> None:
+    matrix, fresh = [[False, True, True], [True, False, True], [True, True, True]], [[True], [False], [True]]
+    found = cross_test(matrix, fresh, [0, 1, 2])
     assert (found.own.value, found.own.n) == (pytest.approx(1 / 3), 3)
-    assert (found.others.value, found.others.n) == (1, 6) and found.fresh.value == pytest.approx(2 / 3)
+    assert (found.others.value, found.others.n) == (1, 3) and found.fresh.value == pytest.approx(2 / 3)
+    # Six attacks under three masks bound the rate no better than three trials do.
+    assert found.others.low == pytest.approx(wilson(3, 3).low)
+    assert cross_test(matrix[1:], fresh[1:], [1, 2]).own.value == pytest.approx(1 / 2)
+    everything = cross_test(matrix, fresh)
+    assert everything.own.n == 0 and everything.others.value == pytest.approx(7 / 9)
 
 
 def test_masks_are_joined_in_doubling_numbers_until_nothing_comes_back() -> None:
     assert union_sizes(16) == (1, 2, 4, 8, 16) and union_sizes(5) == (1, 2, 4, 5) and union_sizes(1) == (1,)
     single = [WeightMask("m", {"w": torch.arange(8) == k}) for k in range(5)]
     unions = joined(single, "m")
-    assert [edit.size for edit in unions] == [1, 2, 4, 5] and unions[2].name == "m x 4"
+    assert {size: edit.size for size, edit in unions.items()} == {1: 1, 2: 2, 4: 4, 5: 5} and unions[4].name == "m x 4"
     assert enough([3, 1, 0, 0], (1, 2, 4, 5)) == 4 and enough([0, 1, 0, 0], (1, 2, 4, 5)) == 4
     assert enough([3, 1, 1, 1], (1, 2, 4, 5)) is None and enough([0, 0, 0, 0], (1, 2, 4, 5)) == 1
 

@@ -1,6 +1,7 @@
 """The page of a locality run says what the records hold, by its rules, and nothing that a stranger wrote runs in it."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -8,143 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from synthetic_locality import LEVELS, VALUES, cross, records
 
-from dori.cli import main
+from dori.errors import DoriError
 from dori.image_file import png_bytes
-from dori.locality.page import verdict
+from dori.locality.page import intervened, observed, verdict
 from dori.locality.page.render import render
-from dori.locality.page.summary import dose_relations, over_memories, overlap, said
+from dori.locality.page.summary import banded, dose_relations, over_memories, overlap, own_share, said, way
 from dori.locality.records import (
     MEMORIZED,
+    NO_MASK,
+    ON_TWIN,
     ORDINARY,
+    OTHER_IMAGES,
     OTHER_NOISES,
-    SIMULATED,
-    STARTS,
+    RANDOM,
     TRIGGERS,
     WHOLE,
-    Activity,
-    Analysed,
-    Change,
-    Cover,
     Cross,
-    Joined,
     Locality,
-    Measure,
-    Overlap,
-    Patch,
-    Place,
-    Probe,
-    Search,
-    Trigger,
+    read_locality,
 )
 from dori.run import write_bytes
-
-EVIL = "<script>alert(1)</script>"
-LAYERS = [
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
-]
-FEED = [layer.replace("attn2.to_v", "ff.net.2") for layer in LAYERS]
-LEVELS = {TRIGGERS: 0.41, OTHER_NOISES: 0.83, MEMORIZED: 0.22, ORDINARY: 0.2, SIMULATED: 0.05}
-
-
-def overlaps(memory: str, levels: dict[str, float], method: str = "Wanda") -> list[Overlap]:
-    """Whole masks and one layer, every group at its level."""
-    return [
-        Overlap("" if group in (MEMORIZED, ORDINARY) else memory, method, layer, group, level, level, 0.0, 9.0, 3)
-        for layer in (f"{FEED[0]}.weight", WHOLE)
-        for group, level in levels.items()
-    ]
-
-
-def records(memories: int = 2, levels: dict[str, float] = LEVELS) -> Locality:
-    """Records of every kind, with a stranger's names."""
-    ids = [f"m{k}" for k in range(memories)]
-    names = [
-        "between triggers",
-        "between their starts",
-        "moved",
-        "nearest start is the own",
-        "common share of the moves",
-        "shared with moves to other images",
-        "between triggers, gaussian",
-    ]
-    return Locality(
-        model=EVIL,
-        twins=("twin",),
-        descriptor={"name": "d", "threshold": 0.5},
-        provenance={"versions": {}},
-        settings={
-            "explained_variance": {one: [0.5, 0.25] for one in ids},
-            "embedding_shape": [4, 8],
-            "layers": {"attention_value": LAYERS, "feed_forward": FEED},
-        },
-        cost={"triggers, forward": 10},
-        planned=memories + 1,
-        subjects=tuple(
-            Analysed(one, "verbatim", float(k + 1), EVIL, f"pictures/{one}.png", 4, 3) for k, one in enumerate(ids)
-        ),
-        triggers=tuple(Trigger(one, "gaussian", 0, 0.7, True, 2.0) for one in ids),
-        places=tuple(
-            Place(one, role, "gaussian", k, (k, 1.0), (0.5, k))
-            for one in ids
-            for k in range(2)
-            for role in ("start", "trigger", ORDINARY)
-        ),
-        measures=(
-            *(Measure(one, name, 0.05 * (k + 1), 3) for k, one in enumerate(ids) for name in names),
-            Measure("", "between ordinary prompts", 9.0, 3),
-            Measure("", "between memorized prompts", 8.0, 3),
-        ),
-        probes=tuple(
-            Probe(one, kind, 0.5, wins, 4)
-            for one in ids
-            for kind, wins in (("line between triggers", 3), ("line to an ordinary prompt", 1), ("ball", 2))
-        ),
-        activities=tuple(
-            Activity("" if group in (MEMORIZED, ORDINARY, STARTS) else one, site, layer, 0, group, value, 3)
-            for site, layers in (("attention_value", LAYERS), ("feed_forward", FEED))
-            for layer in layers
-            for one in ids
-            for group, value in (
-                (TRIGGERS, 6.0),
-                (MEMORIZED, 10.0),
-                (ORDINARY, 5.0),
-                (STARTS, 8.0),
-                (OTHER_NOISES, 1.0),
-            )
-        ),
-        overlaps=tuple(dict.fromkeys(row for one in ids for row in overlaps(one, levels))),
-        searches=(Search("m0", TRIGGERS, 3, 7.0, 9, 1.0, 0.5, 0.5, 0.25),),
-        covers=tuple(
-            Cover(one, "Wanda", layer, kind, 0.1, 0.3, 0.12)
-            for one in ids
-            for layer in (f"{FEED[0]}.weight", WHOLE)
-            for kind in ("one", "union")
-        ),
-        changes=(Change("cross-attention values, down", 3.0, 1.0, 10), Change("self-attention, up", 1.0, 1.0, 10)),
-        patches=tuple(
-            Patch("m0", way, name, 0.6, share)
-            for way in ("sufficient", "necessary")
-            for name, share in (("none", 0.0), ("source", 1.0), (LAYERS[0], 0.4), ("all values", 0.8))
-        ),
-        crosses=(
-            Cross(
-                "m0",
-                "Wanda",
-                ("prompt", "gaussian"),
-                (5, 6),
-                replay=((0.2, 0.6), (0.6, 0.2)),
-                again=((0.2, 0.6), (0.7, 0.2)),
-                fresh=((0.6,), (0.4,)),
-            ),
-        ),
-        joined=(
-            Joined("m0", "Wanda", 0, 0.0, 4, 4, 0.1, None),
-            Joined("m0", "Wanda", 1, 0.1, 1, 4, 0.2, None),
-            Joined("m0", "Wanda", 2, 0.2, 0, 4, 0.3, None),
-        ),
-    )
+from dori.stats import Estimate
 
 
 def page(found: Locality, folder: Path, *, redact: bool = False) -> str:
@@ -161,7 +48,8 @@ def test_the_page_shows_every_analysis_and_runs_and_loads_nothing(tmp_path: Path
     assert "<script" not in html and "&lt;script&gt;" in html
     assert all(uri.startswith("data:") for uri in re.findall(r'(?:src|href)="([^"#][^"]*)"', html))
     assert html == page(records(), tmp_path)  # the same records, the same bytes
-    assert "2 of 3 planned memories" in html and "6 of 8 attacks replicate" in html
+    assert "2 of 3 planned memories" in html and "6 of 8 from N(0, I)" in html
+    assert "none of 10 such attacks" in html  # on the twin
 
 
 def test_redaction_hides_prompts_and_images(tmp_path: Path) -> None:
@@ -173,21 +61,29 @@ def test_redaction_hides_prompts_and_images(tmp_path: Path) -> None:
 
 
 def test_a_run_without_triggers_has_a_page_that_says_so(tmp_path: Path) -> None:
+    found = records()
     bare = dataclasses.replace(
-        records(),
-        measures=(),
+        found,
+        subjects=tuple(dataclasses.replace(one, triggers=0) for one in found.subjects),
+        triggers=tuple(dataclasses.replace(one, replicates=False) for one in found.triggers),
+        measures=tuple(m for m in found.measures if not m.memory),
         probes=(),
-        activities=(),
+        activities=tuple(a for a in found.activities if not a.memory),
         covers=(),
         changes=(),
         patches=(),
         crosses=(),
         joined=(),
         searches=(),
-        overlaps=tuple(o for o in records().overlaps if o.group in (MEMORIZED, ORDINARY)),
+        overlaps=tuple(o for o in found.overlaps if o.group in (MEMORIZED, ORDINARY)),
     )
     html = page(bare, tmp_path)
-    assert "too few triggers to tell" in html and "Too few triggers" in html
+    assert "No memory has two triggers, so nothing can be said about where it lives." in html
+    assert html.count("Too few triggers") == 3 and "0 of 8 from N(0, I)" in html
+    assert verdict.all_said(bare)["causal"].title == "Not run"
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
 
 
 @pytest.mark.parametrize(
@@ -195,58 +91,182 @@ def test_a_run_without_triggers_has_a_page_that_says_so(tmp_path: Path) -> None:
     [
         (0.41, 0.83, "partly local"),
         (0.8, 0.83, "local"),
-        (0.23, 0.83, "not local"),
+        (0.25, 0.83, "not local"),
         (0.1, 0.83, "not local"),
-        (0.3, 0.24, "cannot be told"),
+        (0.3, 0.26, "cannot be told, the ceiling is not above the reference"),
     ],
 )
 def test_weights_are_judged_on_the_way_from_reference_to_ceiling(triggers: float, ceiling: float, word: str) -> None:
     found = records(levels=LEVELS | {TRIGGERS: triggers, OTHER_NOISES: ceiling})
-    sentence = verdict.weights(found).sentences[0]
-    assert f"other seeds {ceiling:.2f}: {word}" in sentence
+    sentence = observed.weights(found).sentences[0]
+    assert f"other seeds {ceiling:.2f}: {word}." in sentence
     assert f"({triggers:.2f} against 0.22)" in sentence
     assert ("more than" if triggers > 0.23 else "less than" if triggers < 0.21 else "as much as") in sentence
 
 
+def test_the_way_starts_from_the_highest_reference_and_leaves_the_rest_out() -> None:
+    place = way(records(), "Wanda")
+    assert place.reference == OTHER_IMAGES and place.estimate.value == pytest.approx((0.41 - 0.24) / (0.83 - 0.24))
+    assert math.isnan(place.estimate.low)
+    higher = way(records(levels=LEVELS | {MEMORIZED: 0.4}), "Wanda")
+    assert higher.reference == MEMORIZED and higher.estimate.value == pytest.approx(0.01 / 0.43)
+    assert "half of the masks" in way(records(empty=0.3), "Wanda").why_not
+    assert way(records(), "nothing").why_not == "too few triggers"
+
+
+def test_an_interval_over_memories_that_crosses_a_border_leaves_the_verdict_open() -> None:
+    found = records(6)
+    rows = []
+    for o in found.overlaps:
+        if o.group == TRIGGERS and o.layer == WHOLE:  # half of the memories local, half not
+            level = 0.82 if int(o.memory[1:]) % 2 else 0.24
+            o = dataclasses.replace(o, published=level, without_empty=level)
+        rows.append(o)
+    found = dataclasses.replace(found, overlaps=tuple(rows))
+    estimate = way(found, "Wanda").estimate
+    assert estimate.value == pytest.approx((0.53 - 0.24) / 0.59) and 0 <= estimate.low < 0.1 + 0.2 < estimate.high <= 1
+    word = observed.weight_word(found, "Wanda")
+    assert word == banded(estimate, observed.PLACE, ("not local", "partly local", "local"))
+    assert observed.weight_word(records(6), "Wanda") == "partly local"  # all alike: an interval of width zero
+
+
+def test_a_band_is_told_only_where_the_whole_interval_lies_in_it() -> None:
+    words = ("low", "middle", "high")
+    assert banded(Estimate(0.5, math.nan, math.nan, 2), (0.1, 0.9), words) == "middle"
+    assert banded(Estimate(0.5, 0.2, 0.8, 9), (0.1, 0.9), words) == "middle"
+    assert banded(Estimate(0.5, 0.05, 0.8, 9), (0.1, 0.9), words) == "cannot be told (low to middle)"
+    assert banded(Estimate(0.9, 0.9, 0.95, 9), (0.1, 0.9), words) == "high"
+    assert banded(Estimate(math.nan, math.nan, math.nan, 0), (0.1, 0.9), words) == "not measured"
+
+
+# --------------------------------------------------------------------------------------------- space and activations
+
+
 def test_activations_are_compared_with_different_memorized_prompts() -> None:
-    said_ = verdict.activations(records())
-    assert said_.title == (
-        "Value projections closer together than different memorized prompts; feed-forward "
-        "layers closer together than different memorized prompts"
+    said_ = observed.activations(records())
+    assert said_.title.endswith("in value projections: closer together; in feed-forward layers: closer together")
+    assert "is 0.60 times that of different memorized prompts" in said_.sentences[0]
+    assert "ordinary prompts the ratio is 1.20" in said_.sentences[0]
+
+
+def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
+    found = records()  # common: 0.05 and 0.10; the second memory shares 0.02 with the first
+    assert own_share(found).value == pytest.approx(0.08)
+    said_ = observed.embedding(found)
+    assert said_.title == "The moves of triggers: no common direction"
+    assert "0.08 is the image's own" in said_.sentences[2]
+    alone = dataclasses.replace(
+        found, measures=tuple(m for m in found.measures if m.name != "shared with moves to other images")
     )
-    assert "ratio of D 0.60" in said_.sentences[0] and "ordinary prompts 1.20" in said_.sentences[0]
-
-
-def test_the_causal_verdict_counts_what_comes_back() -> None:
-    said_ = verdict.causal(records())
-    assert said_.title == "Not local" and "0.00" in said_.sentences[0]  # own triggers stay away, all others return
-    assert "from 2 joined masks on (0.20 of the layers' weights" in said_.sentences[1]
-
-
-def test_ground_truth_patching_and_embedding_speak_in_their_numbers() -> None:
-    assert "values, down 1.00" in verdict.ground_truth(records()).sentences[0]
-    assert verdict.ground_truth(records()).title == "Wanda finds it"
-    assert "0.40 of the gap" in verdict.patching(records()).sentences[0]
-    said_ = verdict.embedding(records())
-    assert said_.title == "The moves have no common direction"
-    assert any("6 of 8 points replicate" in sentence and "are connected" in sentence for sentence in said_.sentences)
+    assert own_share(alone).value == pytest.approx(0.075) and "stays open" in observed.embedding(alone).sentences[2]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("between", "outward", "word"),
     [
-        (["nothing"], "--memories"),
-        (["testbed", "--half"], "leave out --ordinary"),
-        (["nothing", "--memories", "nowhere"], "nowhere is no folder"),
+        (40, 8, "are connected by straight lines"),
+        (8, 8, "are not connected"),
+        (40, 40, "lines say nothing"),
+        (26, 22, "cannot be told"),
     ],
 )
-def test_the_command_refuses_in_one_sentence(
-    arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["locality", *arguments, "--out", str(tmp_path / "run")])
-    told = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2 and len(told) == 1 and word in told[0]
+def test_lines_are_judged_by_intervals(between: int, outward: int, word: str) -> None:
+    found = records(1)
+    wins = {"line between triggers": between, "line to an ordinary prompt": outward}
+    probes = [dataclasses.replace(p, successes=wins.get(p.kind, p.successes), n=48) for p in found.probes]
+    sentences = observed.embedding(dataclasses.replace(found, probes=tuple(probes))).sentences
+    assert any(f"{between} of 48 points replicate" in sentence and word in sentence for sentence in sentences)
+
+
+def test_the_ball_is_as_large_as_half_of_its_directions_replicate() -> None:
+    found = records(1)
+    assert "replicate up to 0.5, in units" in observed.embedding(found).sentences[-1]
+    every = tuple(dataclasses.replace(p, successes=p.n) for p in found.probes)
+    assert "at all tried radii (up to 1)" in observed.embedding(dataclasses.replace(found, probes=every)).sentences[-1]
+    no = tuple(dataclasses.replace(p, successes=0) for p in found.probes)
+    assert (
+        "none of the tried radii (0.1 and more)"
+        in observed.embedding(dataclasses.replace(found, probes=no)).sentences[-1]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- interventions
+
+
+def causal(*crosses: Cross) -> str:
+    """The title of the causal test."""
+    return intervened.causal(dataclasses.replace(records(), crosses=crosses, joined=())).title
+
+
+BARE, RESISTS = cross(NO_MASK, own=0.9, others=0.9, fresh=0.9), cross(RANDOM, own=0.9, others=0.9, fresh=0.9)
+
+
+def test_the_causal_verdict_needs_masks_that_stop_what_random_ones_do_not() -> None:
+    hidden = cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1)
+    stays = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
+    assert causal(BARE, stays, RESISTS) == "Wanda: not local"
+    # 6 masks: none of them lets anything pass, which bounds the share at 0.39; that is not below a quarter.
+    assert causal(BARE, hidden, RESISTS) == "Wanda: cannot be told"
+    many = dataclasses.replace(hidden, again=hidden.again * 3, fresh=hidden.fresh * 3, sizes=(5,) * 18)
+    assert causal(BARE, many, RESISTS) == "Wanda: local"
+    assert "random masks" in causal(BARE, many, cross(RANDOM, own=0.1, others=0.1, fresh=0.1))
+    assert "without a mask" in causal(cross(NO_MASK, own=0.1, others=0.1, fresh=0.1), many, RESISTS)
+    assert "every mask is empty" in causal(BARE, dataclasses.replace(many, sizes=(0,) * 18), RESISTS)
+
+
+def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> None:
+    said_ = intervened.causal(records())
+    assert said_.title == "Wanda: not local"
+    assert "0.00 [0.00, 0.39] of these triggers" in said_.sentences[0]
+    assert "1.00 [0.61, 1.00] of the others" in said_.sentences[0] and "Without a mask: 1.00" in said_.sentences[0]
+    assert "from 2 on (0.20 of the layers' weights) none of 8 fresh attacks" in said_.sentences[1]
+    assert "even 2 (0.20 of the layers' weights) leave 8 of 8" in said_.sentences[1]  # random masks
+    assert "0.300 on ordinary prompts (0.100 without a mask)" in said_.sentences[1]
+
+
+def test_empty_masks_do_not_count_as_masks() -> None:
+    some = dataclasses.replace(cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1), sizes=(0, 5, 5, 5, 5, 5))
+    again = ((0.9,) * 6, *some.again[1:])  # an empty mask stops nothing
+    test = intervened.tested(records(), dataclasses.replace(some, again=again))
+    assert test.others.value == 0 and test.others.n == 5 and test.own.value == 0
+
+
+def test_patching_names_what_carries_half_of_the_gap() -> None:
+    said_ = intervened.patching(records())
+    assert said_.title == "Sufficient: all values; necessary: all values"
+    assert f"most in {VALUES[0]} (0.40 of the gap between the models, the largest of 2 layers" in said_.sentences[0]
+    hardly = dataclasses.replace(
+        records(), patches=tuple(dataclasses.replace(p, share=None) for p in records().patches)
+    )
+    assert intervened.patching(hardly).title == "Cannot be told"
+
+
+def test_ground_truth_is_held_against_random_masks_as_large_in_every_layer() -> None:
+    said_ = intervened.ground_truth(records())
+    assert "values, down 1.00" in said_.sentences[0] and said_.title == "Wanda: finds it"  # 0.3 against 0.12
+    assert "2.50 times as much" in said_.sentences[1]
+    weak = tuple(dataclasses.replace(c, random=0.25) for c in records().covers)
+    assert intervened.ground_truth(dataclasses.replace(records(), covers=weak)).title.endswith(
+        "somewhat better than chance"
+    )
+    unknown = tuple(dataclasses.replace(c, share=None, random=None) for c in weak)
+    assert intervened.ground_truth(dataclasses.replace(records(), covers=unknown)).title == "Wanda: not measured"
+
+
+def test_triggers_that_work_on_a_twin_are_told_to_carry_the_image_themselves() -> None:
+    found = records()
+    both = tuple(
+        dataclasses.replace(m, value=0.4) if m.name == ON_TWIN and m.memory == "m0" else m for m in found.measures
+    )
+    assert "2 of 10 such attacks" in verdict.done(dataclasses.replace(found, measures=both))[2]
+    none = tuple(m for m in found.measures if m.name != ON_TWIN)
+    assert "There is no model that never saw" in verdict.done(dataclasses.replace(found, measures=none))[2]
+
+
+def test_too_few_ordinary_prompts_are_said() -> None:
+    found = records()
+    found = dataclasses.replace(found, settings={**found.settings, "prompts": {"NeMo's statistics": 5}})
+    assert any("5 instead of 48" in sentence for sentence in verdict.done(found))
 
 
 def test_intervals_need_five_memories() -> None:
@@ -257,9 +277,32 @@ def test_intervals_need_five_memories() -> None:
     assert overlap(records(6), "Wanda", WHOLE, TRIGGERS).low == pytest.approx(0.41)
 
 
-def test_dose_relations_are_rank_correlations() -> None:
+def test_dose_relations_are_rank_correlations_and_count_how_many_were_tried() -> None:
     found = records(6)
     related = {one.name: one for one in dose_relations(found)}
     assert related["between triggers"].rank == pytest.approx(1) and related["between triggers"].p < 0.01
     assert math.isnan(related["agreement of Wanda masks"].rank)  # no spread
     assert np.isnan(dose_relations(records(3))[1].rank) and dose_relations(records(1)) == []
+    assert intervened.dose(found).title.startswith("Changes with the dose: between triggers")
+    assert intervened.dose(records(3)).title == "Cannot be told"
+
+
+def test_a_file_that_does_not_fit_is_refused_with_its_first_wrong_field(tmp_path: Path) -> None:
+    path, data = tmp_path / "locality.json", json.loads(records().to_json())
+    path.write_text(json.dumps(data))
+    assert read_locality(path) == records()
+    for change, word in (
+        ({"overlaps": [{"memory": 3}]}, "overlaps[0]"),
+        ({"overlaps": "x"}, "overlaps is 'x'"),
+        ({"planned": True}, "planned is True"),
+        ({"crosses": [data["crosses"][0] | {"again": [["high"]]}]}, "crosses[0].again[0][0]"),
+        ({"places": [data["places"][0] | {"pca": [1.0]}]}, "places[0].pca has 1 entries"),
+        ({"stranger": 1}, "stranger is not known"),
+    ):
+        path.write_text(json.dumps(data | change))
+        with pytest.raises(DoriError) as caught:
+            read_locality(path)
+        assert word in str(caught.value) and "\n" not in str(caught.value)
+    path.write_text(records().to_json().replace("0.41", "NaN"))
+    with pytest.raises(DoriError, match="NaN is no number"):
+        read_locality(path)

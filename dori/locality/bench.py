@@ -1,6 +1,6 @@
 """What every stage of a locality run needs: the model, who judges, the plan, the cells, and the judging itself."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +56,8 @@ class Bench:
         plan: the settings.
         run: the folder that remembers.
         fingerprint: of the model, an input of every cell.
+        judged_by: what the judge is, in cells' inputs.
+        cost: U-Net rows by stage.
     """
 
     model: StableDiffusion
@@ -63,6 +65,7 @@ class Bench:
     plan: Plan
     run: Run
     fingerprint: str
+    judged_by: Mapping[str, object]
     cost: dict[str, int] = field(default_factory=dict)
 
     def tensors(
@@ -79,10 +82,11 @@ class Bench:
             if count:
                 self.cost[f"{stage}, {kind}"] = self.cost.get(f"{stage}, {kind}", 0) + count
 
-    def skip(self, key: str) -> None:
-        """A planned cell that turned out to be empty."""
+    def skip(self, keys: Iterable[str]) -> None:
+        """Planned cells that turned out not to be needed count as done."""
         if self.run.progress is not None:
-            self.run.progress.done(key, stored=True)
+            for key in keys:
+                self.run.progress.done(key, stored=True)
 
     def judged_inputs(self, case: Case, source: Source, seeds: Sequence[int]) -> dict[str, object]:
         """All that `similarities` depends on beside the model."""
@@ -92,7 +96,7 @@ class Bench:
             "image": pixels_sha256(case.image),
             "steps": self.plan.sampling_steps,
             "guidance_scale": self.plan.guidance_scale,
-            "judge": self.judge.record(),
+            "judge": self.judged_by["descriptor"],
         }
 
     def similarities(self, case: Case, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -1,8 +1,7 @@
 """The causal test: prune what one trigger points at, and attack again from others.
 
 Agreement of masks is a correlation. If a memory lay where trigger i points, pruning M(y_i) would stop every trigger; if
-it is everywhere, the mask stops y_i alone. Beyond the paper (issue of the locality analyses); pure bookkeeping here,
-the attacks run in `loop`.
+it is everywhere, the mask stops y_i alone. Beyond the paper; pure bookkeeping here, the attacks run in `trial`.
 """
 
 import math
@@ -15,12 +14,12 @@ from dori.stats import Estimate, wilson
 
 @dataclass(frozen=True, slots=True)
 class CrossTest:
-    """What a matrix "mask from trigger i, replication by trigger j" says.
+    """What a matrix "mask i, replication by trigger j" says: shares of attacks that still succeed.
 
     Args:
-        own: share of the masks under which their own trigger still replicates after a new attack (diagonal).
-        others: the same for the other triggers.
-        fresh: the same for attacks from fresh starts.
+        own: a trigger attacked again under its own mask (the diagonal).
+        others: under another trigger's.
+        fresh: from fresh starts.
     """
 
     own: Estimate
@@ -28,11 +27,28 @@ class CrossTest:
     fresh: Estimate
 
 
-def cross_test(matrix: Sequence[Sequence[bool]], fresh: Sequence[Sequence[bool]]) -> CrossTest:
-    """Rates of a square matrix of replications (mask i, trigger j) and of fresh attacks under each mask."""
-    own = [row[index] for index, row in enumerate(matrix)]
-    others = [cell for index, row in enumerate(matrix) for column, cell in enumerate(row) if column != index]
-    return CrossTest(*(wilson(sum(cells), len(cells)) for cells in (own, others, [c for row in fresh for c in row])))
+def cross_test(
+    matrix: Sequence[Sequence[bool]], fresh: Sequence[Sequence[bool]], own: Sequence[int] | None = None
+) -> CrossTest:
+    """Rates of a matrix of replications (mask i, trigger j) and of fresh attacks under each mask.
+
+    Attacks under one mask hang together, so each mask counts as one trial in Wilson's interval, with the share of its
+    attacks that succeed.
+
+    Args:
+        matrix: a row a mask.
+        fresh: likewise.
+        own: for each row the trigger whose mask it is; None for masks of nobody.
+    """
+    columns = list(own) if own is not None else [-1] * len(matrix)
+    mine = [[cell for column, cell in enumerate(row) if column == k] for k, row in zip(columns, matrix, strict=True)]
+    others = [[cell for column, cell in enumerate(row) if column != k] for k, row in zip(columns, matrix, strict=True)]
+    return CrossTest(*(_rate(rows) for rows in (mine, others, fresh)))
+
+
+def _rate(rows: Sequence[Sequence[bool]]) -> Estimate:
+    shares = [sum(row) / len(row) for row in rows if row]
+    return wilson(sum(shares), len(shares))
 
 
 def union_sizes(masks: int) -> tuple[int, ...]:
@@ -41,9 +57,9 @@ def union_sizes(masks: int) -> tuple[int, ...]:
     return (*sizes, masks)
 
 
-def joined(masks: Sequence[WeightMask], name: str) -> list[WeightMask]:
-    """The unions of the first 1, 2, 4, ... masks, and of all."""
-    return [union(f"{name} x {size}", masks[:size]) for size in union_sizes(len(masks))]
+def joined(masks: Sequence[WeightMask], name: str) -> dict[int, WeightMask]:
+    """The unions of the first 1, 2, 4, ... masks, and of all, by their number."""
+    return {size: union(f"{name} x {size}", masks[:size]) for size in union_sizes(len(masks))}
 
 
 def enough(successes: Sequence[int], sizes: Sequence[int]) -> int | None:

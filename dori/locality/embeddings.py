@@ -46,27 +46,27 @@ def common_share(moves: Tensor) -> float:
     Returns:
         The share, at most 1; NaN if nothing moved or n < 2.
     """
-    x, n = _flat(moves), len(moves)
-    square = float(x.square().sum())
-    if n < 2 or square == 0:
-        return math.nan
-    between = float(x.sum(0).square().sum()) - square  # sum over ordered pairs of different moves
-    return between / (n - 1) / square
+    return shared_share(moves, moves)
 
 
 def shared_share(first: Tensor, second: Tensor) -> float:
-    """`common_share` between two lists of moves that began at the same starts, start by start.
+    """`common_share` between moves towards two images: what is common whatever the image.
 
-    Mean inner product <a_i, b_i> over the root of the product of both mean squares: what two different images have in
-    common because they began at the same place.
+    Mean inner product <a_i, b_j> over i != j, over the root of the product of both mean squares. Moves that began at
+    one start are no pair, as they are none in `common_share`, so that the two differ by the image alone.
 
     Args:
-        first: moves towards one image, shape (n, l, d).
+        first: moves towards one image, shape (n, l, d), n >= 2.
         second: moves towards another image from the same starts, likewise.
+
+    Returns:
+        The share, at most 1; NaN if nothing moved or n < 2.
     """
-    a, b = _flat(first), _flat(second)
+    a, b, n = _flat(first), _flat(second), len(first)
     size = math.sqrt(float(a.square().sum()) * float(b.square().sum()))
-    return float((a * b).sum()) / size if size else math.nan
+    if n < 2 or size == 0:
+        return math.nan
+    return float((a.sum(0) * b.sum(0)).sum() - (a * b).sum()) / (n - 1) / size
 
 
 def own_start_share(starts: Tensor, ends: Tensor) -> float:

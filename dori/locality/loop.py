@@ -6,7 +6,7 @@ of the memories that it is made from.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,24 @@ from dori.image_file import png_bytes
 from dori.locality import measures, stages, truth
 from dori.locality.bench import Bench
 from dori.locality.costs import Rows, causal_methods, planned
-from dori.locality.embeddings import capped_perplexity
-from dori.locality.masks import Maskers, Masks, calibrate, methods_of
-from dori.locality.plan import Plan
+from dori.locality.masks import Maskers, Masks, calibrate, method_names
+from dori.locality.plan import Causal, Plan
 from dori.locality.probes import probe_balls, probe_lines
-from dori.locality.records import LISTS, MEMORIZED, ORDINARY, STARTS, TRIGGERS, Analysed, Change, Locality
+from dori.locality.records import (
+    LISTS,
+    MEMORIZED,
+    ON_TWIN,
+    ORDINARY,
+    STARTS,
+    TRIGGERS,
+    Analysed,
+    Change,
+    Locality,
+    Measure,
+)
 from dori.locality.subjects import Sets, choose_sets, sizes
-from dori.locality.triggers import ORDER, Found, find_triggers, starts_of, trigger_records
+from dori.locality.trial import Trial
+from dori.locality.triggers import ORDER, Found, Start, find_triggers, gaussian_starts, replicating_on, trigger_records
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import EVERYWHERE
 from dori.run import Run, cell_key, write_bytes
@@ -33,17 +44,23 @@ from dori.sampling import named_seed
 
 @dataclass(slots=True, eq=False)
 class _Loop:
-    """The state of one run: what is fixed, and the records so far."""
+    """The state of one run: what is fixed, and the records so far.
+
+    `excess` and `floor` are planted minus twin beyond the floor, and twin minus twin, weight by weight; `before` holds
+    the memory before with its triggers' starts and its masks by method.
+    """
 
     bench: Bench
     subjects: Subjects
     sets: Sets
     maskers: Maskers
-    fingerprints: dict[str, str]
-    planted: truth.Energies | None
-    floor: truth.Energies | None
+    cells: Mapping[str, Mapping[str, Rows]]
+    fingerprints: Mapping[str, str]
+    excess: truth.Energies | None = None
+    floor: truth.Energies | None = None
     found: dict[str, Found] = field(default_factory=dict)
-    explained: dict[str, tuple[float, float]] = field(default_factory=dict)
+    maps: dict[str, dict[str, object]] = field(default_factory=dict)
+    before: dict[str, tuple[list[Start], Masks]] = field(default_factory=dict)
     records: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in LISTS})
 
     def references(self) -> None:
@@ -52,19 +69,25 @@ class _Loop:
         records["measures"] += measures.prompt_distances(sets.memorized.y, sets.ordinary.y)
         for group, y in ((MEMORIZED, sets.memorized), (ORDINARY, sets.ordinary)):
             records["activities"] += stages.discrepancies(self.bench, "", {group: range(len(y))}, y)
-            for method in methods_of(self.bench):
+            for method in method_names(self.bench.plan):
                 masks = self.maskers.of(group.replace(" ", "-"), method, y)
                 records["overlaps"] += measures.overlaps("", group, masks)
                 if method == "NeMo":
                     records["searches"].append(measures.search("", group, masks))
-        starts = starts_of(self.bench, self.sets.cases[0], sets.foreign)["gaussian"]
-        starts = starts.take(range(min(len(starts), self.bench.plan.set_size)))
+        plan = self.bench.plan
+        starts = gaussian_starts(self.bench, range(min(plan.gaussian, plan.set_size)))
         if len(starts) > 1:
             records["activities"] += stages.discrepancies(self.bench, "", {STARTS: range(len(starts))}, starts)
-        if self.planted is not None:
-            records["changes"] += [
-                Change(one.name, one.change, one.floor, one.weights)
-                for one in truth.excess_by_group(self.planted, self.floor)
+        if self.subjects.twins:
+            self._truth()
+
+    def _truth(self) -> None:
+        change, self.floor = truth.changes(self.subjects.model, self.subjects.twins)
+        self.excess = truth.excess_energies(change, self.floor)
+        for level, group in (("kind", truth.group_of), ("layer", truth.layer_of)):
+            self.records["changes"] += [
+                Change(level, one.name, one.change, one.floor, one.weights)
+                for one in truth.excess_by(group, change, self.floor)
             ]
 
     def memory(self, case: Case, number: int) -> None:
@@ -73,25 +96,20 @@ class _Loop:
         found = find_triggers(self.bench, case, self.sets.foreign)
         self._embedding(case, found)
         rows = found.spread(plan.set_size)
-        causal = plan.causal if plan.causal is not None and number < plan.causal.memories else None
-        if len(rows) < 2:
-            self._skip(memory, causal=causal is not None)
-        else:
+        if len(rows) > 1:
             self._activations(memory, found, rows)
-            for method in methods_of(self.bench):
-                masks = self._weights(memory, found, rows, method)
-                if causal is not None and method in causal_methods(methods_of(self.bench)):
-                    self._causal(case, found, rows, masks)
-        if self.subjects.twins and plan.patch_seeds and case.memory.text is not None:
-            twin = self.subjects.twins[0]
-            self.records["patches"] += stages.patches(self.bench, case, twin, self.fingerprints[twin.name])
+            masks = {method: self._weights(memory, found, rows, method) for method in method_names(self.bench.plan)}
+            if plan.causal is not None and number < plan.causal.memories:
+                self._causal(case, found, rows, plan.causal, masks)
+        if self.subjects.twins:
+            self._beside_a_twin(case)
         self._finish(case, found)
 
     def _embedding(self, case: Case, found: Found) -> None:
         plan, memory, sets = self.bench.plan, case.memory.id, self.sets
         self.records["triggers"] += trigger_records(memory, found)
         self.records["measures"] += measures.embedding_measures(memory, found, self.found)
-        places, self.explained[memory] = measures.maps(
+        places, self.maps[memory] = measures.maps(
             memory,
             found,
             sets.memorized.y,
@@ -105,25 +123,17 @@ class _Loop:
         self.found[memory] = found
 
     def _activations(self, memory: str, found: Found, rows: list[int]) -> None:
-        groups = {TRIGGERS: list(range(len(rows)))}
-        groups |= {
-            f"{TRIGGERS}, {start}": members
-            for start in ORDER[1:]
-            if len(members := [k for k, row in enumerate(rows) if found.names[row] == start]) > 1
-        }
+        groups = {TRIGGERS: list(range(len(rows)))} | _by_start(found, rows)
         self.records["activities"] += stages.discrepancies(
             self.bench, memory, groups, found.take(rows), found.take(rows[:1])
         )
 
     def _weights(self, memory: str, found: Found, rows: list[int], method: str) -> Masks:
         plan, records = self.bench.plan, self.records
-        most = min(len(found.names), plan.set_size)
-        masks = self.maskers.of(memory, method, found.take(rows), most=most)
+        masks = self.maskers.of(memory, method, found.take(rows))
         records["overlaps"] += measures.overlaps(memory, TRIGGERS, masks)
-        for start in ORDER[1:]:
-            members = [k for k, row in enumerate(rows) if found.names[row] == start]
-            if len(members) > 1:
-                records["overlaps"] += measures.overlaps(memory, f"{TRIGGERS}, {start}", masks.take(members))
+        for group, members in _by_start(found, rows).items():
+            records["overlaps"] += measures.overlaps(memory, group, masks.take(members))
         records["overlaps"] += measures.random_overlaps(memory, masks, seed=named_seed("locality random", plan.seed))
         first = list(range(min(plan.ceiling, len(rows))))
         again = [masks.take(first)] + [
@@ -131,34 +141,44 @@ class _Loop:
             for noise in range(1, plan.ceiling_seeds)
         ]
         records["overlaps"] += measures.ceiling_overlaps(memory, again)
+        starts = [found.start(row) for row in rows]
+        if method in self.before:
+            others, other = self.before[method]
+            records["overlaps"] += measures.other_image_overlaps(memory, masks, starts, other, others)
+        self.before[method] = starts, masks
         if method == "NeMo":
             records["searches"].append(measures.search(memory, TRIGGERS, masks))
-        if self.planted is not None:
-            records["covers"] += measures.covers(memory, masks, self.planted, self.floor)
+        if self.excess is not None:
+            records["covers"] += measures.covers(memory, masks, self.excess, self.floor)
         return masks
 
-    def _causal(self, case: Case, found: Found, rows: list[int], masks: Masks) -> None:
-        causal = self.bench.plan.causal
-        assert causal is not None  # asked only then
-        chosen = list(range(min(causal.triggers, len(rows))))
-        edits = [masks.edit(self.bench.model, k) for k in chosen]
-        picked = [rows[k] for k in chosen]
-        self.records["crosses"].append(
-            stages.cross(
-                self.bench, case, masks.method, edits, found.take(picked), [found.names[row] for row in picked]
-            )
+    def _causal(self, case: Case, found: Found, rows: list[int], causal: Causal, masks: Mapping[str, Masks]) -> None:
+        chosen = rows[: causal.triggers]
+        trial = Trial(
+            self.bench,
+            case,
+            causal,
+            found.take(chosen),
+            tuple(found.names[row] for row in chosen),
+            self.sets.quality,
+            self.subjects.held_out,
         )
-        self.records["joined"] += stages.join(
-            self.bench, case, masks.method, edits, self.sets.quality, self.subjects.held_out
-        )
+        cross, joined = trial.without_mask()
+        self.records["crosses"].append(cross)
+        self.records["joined"].append(joined)
+        for method in causal_methods(tuple(masks)):
+            edits = [masks[method].edit(self.bench.model, k) for k in range(len(chosen))]
+            self.records["crosses"] += trial.single(method, edits)
+            self.records["joined"] += trial.united(method, edits)
 
-    def _skip(self, memory: str, *, causal: bool) -> None:
-        """Count the cells that a memory without two triggers does not need."""
-        progress = self.bench.run.progress
-        stages_left = ("activations", "masks", *(("causal", "joined", "quality") if causal else ()))
-        for key in progress.costs if progress is not None else ():
-            if key.split(".")[0] in stages_left and f".{memory}" in key:
-                self.bench.skip(key)
+    def _beside_a_twin(self, case: Case) -> None:
+        plan, twin, memory = self.bench.plan, self.subjects.twins[0], case.memory.id
+        beside = dataclasses.replace(self.bench, model=twin, fingerprint=self.fingerprints[twin.name])
+        if plan.twin_attacks and plan.gaussian:
+            successes, count = replicating_on(beside, case)
+            self.records["measures"].append(Measure(memory, ON_TWIN, round(successes / count, 6), count))
+        if plan.patch_seeds and case.memory.text is not None:
+            self.records["patches"] += stages.patches(self.bench, case, twin, self.fingerprints[twin.name])
 
     def _finish(self, case: Case, found: Found) -> None:
         picture = f"pictures/{cell_key('training', case.memory.id)}.png"
@@ -174,17 +194,21 @@ class _Loop:
                 int(found.replicates.sum()),
             )
         )
+        self.bench.skip(self.cells[case.memory.id])
 
     def assembled(self) -> Locality:
         """The records so far."""
-        descriptor, plan, model = self.bench.judge.descriptor, self.bench.plan, self.bench.model
-        points = len(self.found) and 2 * max(len(found.names) for found in self.found.values())
+        descriptor, plan, model, sets = self.bench.judge.descriptor, self.bench.plan, self.bench.model, self.sets
         settings = json.loads(json.dumps(dataclasses.asdict(plan))) | {
             "fingerprints": self.fingerprints,
-            "explained_variance": self.explained,
-            "perplexity_used": capped_perplexity(plan.perplexity, points) if points else None,
-            "memorized_prompts": len(self.sets.memorized),
-            "ordinary_prompts": len(self.sets.ordinary),
+            "maps": self.maps,
+            "prompts": {
+                "memorized": len(sets.memorized),
+                "ordinary": len(sets.ordinary),
+                "foreign starts": len(sets.foreign),
+                "NeMo's statistics": len(sets.calibration),
+                "quality": len(sets.quality),
+            },
             "embedding_shape": list(model.embedding_shape),
             "layers": {site: list(model.layers(site, EVERYWHERE)) for site in stages.SITES},
         }
@@ -201,11 +225,21 @@ class _Loop:
         return dataclasses.replace(empty, **lists)
 
 
+def _by_start(found: Found, rows: Sequence[int]) -> dict[str, list[int]]:
+    """Positions among the rows of those from one kind of start, where there are two or more."""
+    groups = {
+        f"{TRIGGERS}, {start}": [k for k, row in enumerate(rows) if found.names[row] == start] for start in ORDER[1:]
+    }
+    return {group: members for group, members in groups.items() if len(members) > 1}
+
+
 def costs(subjects: Subjects, plan: Plan, sets: Sets) -> dict[str, Rows]:
     """U-Net rows of every cell to come, by arithmetic; `dori.locality.costs.by_stage` sums them."""
-    from dori.audit.edits import wanda_name
+    return {key: rows for cells in _cells(subjects, plan, sets).values() for key, rows in cells.items()}
 
-    return planned(plan, sizes(subjects, sets), ("NeMo", *map(wanda_name, plan.wandas)))
+
+def _cells(subjects: Subjects, plan: Plan, sets: Sets) -> dict[str, dict[str, Rows]]:
+    return planned(plan, sizes(subjects, sets), method_names(plan))
 
 
 def locality(
@@ -237,16 +271,17 @@ def locality(
     run.device = subjects.model.device.type
     sets = choose_sets(subjects, plan)
     fingerprints = {model.name: model_fingerprint(model) for model in (subjects.model, *subjects.twins)}
-    bench = Bench(subjects.model, judge, plan, run, fingerprints[subjects.model.name])
-    run.plan("locality", {key: rows.weight for key, rows in costs(subjects, plan, sets).items()})
+    bench = Bench(subjects.model, judge, plan, run, fingerprints[subjects.model.name], judge.record())
+    cells = _cells(subjects, plan, sets)
+    run.plan("locality", {key: rows.weight for part in cells.values() for key, rows in part.items()})
     say("reference sets: NeMo's statistics, memorized and ordinary prompts")
     maskers = Maskers(bench, calibrate(bench, sets.calibration), sets.calibration)
-    planted, floor = truth.changes(subjects.model, subjects.twins) if subjects.twins else (None, None)
-    loop = _Loop(bench, subjects, sets, maskers, fingerprints, planted, floor)
+    loop = _Loop(bench, subjects, sets, maskers, cells, fingerprints)
     with torch.no_grad():
         loop.references()
     for number, case in enumerate(sets.cases):
         say(f"memory {number + 1} of {len(sets.cases)}: {case.memory.id}")
         loop.memory(case, number)
         after_memory(loop.assembled())
+    bench.skip(cells[""])
     return loop.assembled()

@@ -15,6 +15,7 @@ from dori.audit.edits import wanda_name
 from dori.edit import WeightMask
 from dori.locality.bench import Bench, Source
 from dori.locality.costs import Rows, chunks, masking
+from dori.locality.plan import Plan
 from dori.mitigate.nemo import NeMoCalibration
 from dori.mitigate.wanda import Wanda, mask_from_norms
 from dori.model.stable_diffusion import StableDiffusion
@@ -74,9 +75,9 @@ def concatenated(parts: Sequence[Masks]) -> Masks:
     )
 
 
-def methods_of(bench: Bench) -> tuple[str, ...]:
-    """Names of the plan's methods: NeMo first, then the Wanda settings in their order."""
-    return ("NeMo", *map(wanda_name, bench.plan.wandas))
+def method_names(plan: Plan) -> tuple[str, ...]:
+    """The plan's methods: NeMo first, then the Wanda settings in their order."""
+    return ("NeMo", *map(wanda_name, plan.wandas))
 
 
 def calibrate(bench: Bench, ordinary: Source) -> NeMoCalibration:
@@ -105,18 +106,12 @@ class Maskers:
     calibration: NeMoCalibration
     ordinary: Source
 
-    def of(self, owner: str, method: str, embeddings: Source, *, most: int | None = None) -> Masks:
-        """Masks of embeddings of one owner (a memory or a reference set), chunk by chunk.
-
-        `most` embeddings were planned; cells that are not needed count as done.
-        """
-        size = self.bench.plan.chunk
+    def of(self, owner: str, method: str, embeddings: Source) -> Masks:
+        """Masks of embeddings of one owner (a memory or a reference set), chunk by chunk."""
         parts = [
             self._cell(cell_key("masks", owner, method, str(chunk.start), "0"), method, embeddings.take(chunk), 0)
-            for chunk in chunks(len(embeddings), size)
+            for chunk in chunks(len(embeddings), self.bench.plan.chunk)
         ]
-        for chunk in chunks(most or 0, size)[len(parts) :]:
-            self.bench.skip(cell_key("masks", owner, method, str(chunk.start), "0"))
         return concatenated(parts)
 
     def again(self, owner: str, method: str, embeddings: Source, noise: int) -> Masks:
@@ -131,7 +126,7 @@ class Maskers:
             inputs |= {"nemo": bench.plan.nemo, "calibration": [self.ordinary.sha256, self.calibration.details["seed"]]}
             found = bench.tensors(key, inputs, rows, lambda: self._nemo(embeddings.y, seed))
         else:
-            wanda = bench.plan.wandas[methods_of(bench).index(method) - 1]
+            wanda = bench.plan.wandas[method_names(bench.plan).index(method) - 1]
             found = bench.tensors(key, inputs | {"wanda": wanda}, rows, lambda: self._wanda(embeddings.y, wanda, seed))
         facts = found.pop("facts", torch.zeros(0, len(FACTS)))
         return Masks(method, {name: self._unpacked(method, name, part) for name, part in found.items()}, facts)

@@ -12,6 +12,7 @@ from dori.locality.masks import FACTS, Masks
 from dori.locality.records import (
     MEMORIZED,
     ORDINARY,
+    OTHER_IMAGES,
     OTHER_NOISES,
     RANDOM,
     SIMULATED,
@@ -23,8 +24,8 @@ from dori.locality.records import (
     Search,
     known,
 )
-from dori.locality.triggers import ORDER, Found
-from dori.locality.weights import Agreement, agreement, agreement_between, random_level, random_like
+from dori.locality.triggers import ORDER, Found, Start
+from dori.locality.weights import Agreement, agreement, agreement_across, agreement_within, random_level, random_like
 
 MAPPED_PROMPTS = 40
 
@@ -63,12 +64,12 @@ def embedding_measures(memory: str, found: Found, others: Mapping[str, Found]) -
 
 
 def _shared(memory: str, found: Found, others: Mapping[str, Found], start: str | None) -> Measure:
-    """What moves towards other images have in common with these, from the same starts."""
+    """What moves towards other images have in common with these, from different starts of the same set."""
     shares, count = [], 0
     for other in others.values():
-        mine = {(found.names[row], found.index[row]): row for row in found.rows(start) if found.names[row] != "prompt"}
-        both = [(mine[key], row) for row in other.rows(start) if (key := (other.names[row], other.index[row])) in mine]
-        if both:
+        mine = {found.start(row): row for row in found.rows(start) if found.names[row] != "prompt"}
+        both = [(mine[key], row) for row in other.rows(start) if (key := other.start(row)) in mine]
+        if len(both) > 1:
             here, there = map(list, zip(*both, strict=True))
             shares.append(
                 space.shared_share(found.ends[here] - found.starts[here], other.ends[there] - other.starts[there])
@@ -80,19 +81,22 @@ def _shared(memory: str, found: Found, others: Mapping[str, Found], start: str |
 
 def maps(
     memory: str, found: Found, memorized: Tensor, ordinary: Tensor, *, perplexity: float, seed: int
-) -> tuple[list[Place], tuple[float, float]]:
-    """Places of starts, attacked embeddings and prompts on both maps, and the variance that the components explain."""
+) -> tuple[list[Place], dict[str, object]]:
+    """Places of starts, attacked embeddings and prompts on both maps, and how the maps were drawn."""
     shown = [(MEMORIZED, memorized[:MAPPED_PROMPTS].cpu()), (ORDINARY, ordinary[:MAPPED_PROMPTS].cpu())]
     points = torch.cat([found.starts, found.ends, *(y for _, y in shown)])
     pca, explained = space.principal_map(points)
     tsne = space.neighbour_map(points, perplexity=perplexity, seed=seed)
-    roles = [("start", name, index) for name, index in zip(found.names, found.index, strict=True)]
+    starts = list(zip(found.names, found.index, strict=True))
+    roles = [("start", *start) for start in starts]
     roles += [
-        ("trigger" if kept else "attacked", name, index)
-        for name, index, kept in zip(found.names, found.index, found.replicates.tolist(), strict=True)
+        ("trigger" if kept else "attacked", *start)
+        for start, kept in zip(starts, found.replicates.tolist(), strict=True)
     ]
     roles += [(name, "", index) for name, y in shown for index in range(len(y))]
-    return [Place(memory, *role, _pair(a), _pair(b)) for role, a, b in zip(roles, pca, tsne, strict=True)], explained
+    places = [Place(memory, *role, _pair(a), _pair(b)) for role, a, b in zip(roles, pca, tsne, strict=True)]
+    used = space.capped_perplexity(perplexity, len(points))
+    return places, {"explained": [round(e, 4) for e in explained], "perplexity": round(used, 2), "seed": seed}
 
 
 def _pair(point: Tensor) -> tuple[float, float]:
@@ -131,8 +135,23 @@ def ceiling_overlaps(memory: str, again: Sequence[Masks]) -> list[Overlap]:
     for layer, _ in _layers(again[0]):
         by_seed = [dict(_layers(masks))[layer] for masks in again]
         groups = [torch.stack([masks[row] for masks in by_seed]) for row in range(len(again[0]))]
-        found.append(_overlap(memory, again[0].method, layer, OTHER_NOISES, agreement_between(groups)))
+        found.append(_overlap(memory, again[0].method, layer, OTHER_NOISES, agreement_within(groups)))
     return found
+
+
+def other_image_overlaps(
+    memory: str, masks: Masks, starts: Sequence[Start], other: Masks, others: Sequence[Start]
+) -> list[Overlap]:
+    """A_l between masks of this memory's triggers and of another's, from different starts.
+
+    The pairs of `overlaps` are from different starts too, so that only the image differs.
+    """
+    pairs = torch.tensor([[mine != theirs for theirs in others] for mine in starts])
+    theirs = dict(_layers(other))
+    return [
+        _overlap(memory, masks.method, layer, OTHER_IMAGES, agreement_across(mask, theirs[layer], pairs))
+        for layer, mask in _layers(masks)
+    ]
 
 
 def random_overlaps(memory: str, masks: Masks, *, seed: int) -> list[Overlap]:
@@ -160,10 +179,10 @@ def search(memory: str, group: str, masks: Masks) -> Search:
     )
 
 
-def covers(memory: str, masks: Masks, planted: truth.Energies, twins: truth.Energies | None) -> list[Cover]:
-    """How much of the change of each layer, and of all, the masks of single triggers and their union hold."""
+def covers(memory: str, masks: Masks, excess: truth.Energies, twins: truth.Energies | None) -> list[Cover]:
+    """How much of the excess of each layer, and of all, the masks of single triggers and their union hold."""
     found = []
-    full = {name: _weights(mask, planted[name]) for name, mask in masks.by_layer.items()}
+    full = {name: _weights(mask, excess[name]) for name, mask in masks.by_layer.items()}
     kinds = {
         "one": [{name: mask[row] for name, mask in full.items()} for row in range(len(masks))],
         "union": [{name: mask.any(0) for name, mask in full.items()}],
@@ -178,7 +197,8 @@ def covers(memory: str, masks: Masks, planted: truth.Energies, twins: truth.Ener
                     layer,
                     kind,
                     round(_over(parts, truth.density), 6),
-                    known(_over(parts, lambda part: truth.coverage(planted, part))),
+                    known(_over(parts, lambda part: truth.coverage(excess, part))),
+                    known(_over(parts, lambda part: truth.random_coverage(excess, part))),
                     known(_over(parts, lambda part: truth.coverage(twins, part))) if twins else None,
                 )
             )

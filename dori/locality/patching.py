@@ -20,6 +20,8 @@ from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
 
 PatchSets = dict[str, tuple[str, ...]]
 NONE, SOURCE = "none", "source"
+SUFFICIENT, NECESSARY = "sufficient", "necessary"
+LEAST_GAP = 0.2  # of similarity; medians of a few seeds move by a quarter of that
 
 
 def patch_layers(model: StableDiffusion) -> dict[str, nn.Linear]:
@@ -92,13 +94,11 @@ def _step(
     return scheduler.step(away + guidance_scale * (eps - away), t, x).prev_sample
 
 
-def share_of_gap(patched: float, target: float, source: float) -> float | None:
+def share_of_gap(patched: float, target: float, source: float, direction: str) -> float | None:
     """How much of the way from the unpatched target to the source a patch goes: 0 nothing, 1 all of it.
 
-    None where the two models hardly differ (less than `LEAST_GAP`), so that nothing can be said.
+    None where the planted model (the source of "sufficient", the target of "necessary") draws the memory less than
+    `LEAST_GAP` more alike than its twin: then there is nothing to carry.
     """
     gap = source - target
-    return (patched - target) / gap if abs(gap) >= LEAST_GAP else None
-
-
-LEAST_GAP = 0.05
+    return (patched - target) / gap if (gap if direction == SUFFICIENT else -gap) >= LEAST_GAP else None

@@ -17,13 +17,15 @@ class Causal:
         memories: the first so many analysed memories are tested.
         triggers: masks and triggers of the matrix, at most as many as replicate.
         fresh: attacks from fresh Gaussian starts under each single mask.
-        joined_fresh: the same under joined masks.
+        random: random masks, as large as triggers' masks in each layer, that every trigger meets too.
+        joined_fresh: attacks from fresh starts under joined masks, and under random ones of the unions' sizes.
         quality_prompts: ordinary prompts that tell what joined masks cost.
     """
 
     memories: int = 2
     triggers: int = 16
     fresh: int = 2
+    random: int = 4
     joined_fresh: int = 8
     quality_prompts: int = 32
 
@@ -34,10 +36,12 @@ class Plan:
 
     Args:
         preset: name of the plan, for the page.
-        memories: at most so many are analysed, spread over the doses.
+        memories: at most so many are analysed, spread over the doses; of fewer than five the most duplicated.
         gaussian, foreign: attacks of each memory from N(0, I) and from other prompts' embeddings; one more begins at
             its own prompt. The same starts serve every memory.
         attack: DoRI.
+        twin_attacks: the first so many Gaussian-started attacks are made on a twin too: an embedding may carry an
+            image by itself, and then it replicates where nothing was memorized. 0, or no twin, leaves it out.
         seeds: fresh generation seeds that decide whether a trigger replicates.
         sampling_steps, guidance_scale: of every generation.
         perplexity: of t-SNE, cut where there are too few points.
@@ -65,6 +69,7 @@ class Plan:
     gaussian: int = 100
     foreign: int = 100
     attack: Dori = field(default_factory=Dori)
+    twin_attacks: int = 20
     seeds: int = 5
     sampling_steps: int = 25
     guidance_scale: float = 4.0
@@ -125,6 +130,7 @@ def quick() -> Plan:
         memories=2,
         gaussian=6,
         foreign=5,
+        twin_attacks=3,
         seeds=4,
         sampling_steps=12,
         line_pairs=6,

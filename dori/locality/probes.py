@@ -33,7 +33,6 @@ def probe_lines(bench: Bench, case: Case, found: Found, ordinary: Source) -> lis
     points = [line(first, second, plan.line_shares) for first, second in (*pairs, *outward)]
     key = cell_key("probes", memory, "lines")
     if not points:
-        bench.skip(key)
         return []
     source = Source(
         torch.cat(points),
@@ -57,7 +56,6 @@ def probe_balls(bench: Bench, case: Case, found: Found, ordinary: Source) -> lis
     plan, memory, rows = bench.plan, case.memory.id, found.spread(bench.plan.ball_centres)
     key = cell_key("probes", memory, "balls")
     if not rows:
-        bench.skip(key)
         return []
     unit = float(pair_distances(ordinary.y).median())
     points = [

@@ -5,6 +5,8 @@ as a table (`pandas.DataFrame(data["overlaps"])`). A memory of "" means that the
 reference sets of prompts). Numbers that could not be measured are null. Groups of embeddings:
 
     triggers; triggers, gaussian; triggers, foreign     of one memory, from the named starts; only what replicates
+    triggers of other images                            pairs of a trigger of this memory and one of the memory before,
+                                                        from different starts of the same kinds: only the image differs
     gaussian starts                                     the starts themselves, before any attack
     other noises                                        one trigger under different noises (floor of D, ceiling of A)
     memorized prompts; ordinary prompts                 as many different prompts, of planted images or of no memory
@@ -20,8 +22,11 @@ from typing import Any
 from dori.record_file import read_record, record_json
 
 SCHEMA = 1
+ENOUGH = 5  # memories, from which on intervals and relations to the dose are given
 TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memorized prompts", "ordinary prompts"
 STARTS, RANDOM, SIMULATED = "gaussian starts", "random", "random, simulated"
+OTHER_IMAGES, NO_MASK = "triggers of other images", "none"
+ON_TWIN = "attacks that replicate on a twin"
 WHOLE = "all"  # the layer of a whole mask
 
 
@@ -128,21 +133,30 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """How much of a layer's change masks hold: their density, and their share of planted - twin and of twin - twin."""
+    """How much of a layer's planted change masks hold; `masks` is "one" (mean over triggers' masks) or "union".
+
+    `share` is that of the excess (planted - twin beyond twin - twin; of planted - twin where there is one twin),
+    `random` what random masks as large in every layer hold of it in expectation, `twins` the share of twin - twin.
+    """
 
     memory: str
     method: str
     layer: str
     masks: str
     density: float
-    planted: float | None
+    share: float | None
+    random: float | None
     twins: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How much planting changed one kind of part; `floor` is twin against twin, null with a single twin."""
+    """How much planting changed one group of weights; `floor` is twin against twin, null with a single twin.
 
+    `level` is "kind" (kind and place of parts, such as "self-attention, up") or "layer" (one module).
+    """
+
+    level: str
     group: str
     change: float
     floor: float | None
@@ -162,10 +176,15 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Cross:
-    """Similarities under mask i (rows): `replay` of trigger j, `again` attacked from j, `fresh` from new starts."""
+    """Similarities under masks (rows): `replay` of trigger j, `again` attacked from j, `fresh` from new starts.
+
+    `masks` is "triggers" (row i: the mask of trigger i), "random" (random masks as large in every layer as some of
+    those) or "none" (one row without a mask, which no method has made: `method` is "").
+    """
 
     memory: str
     method: str
+    masks: str
     starts: tuple[str, ...]
     sizes: tuple[int, ...]
     replay: tuple[tuple[float, ...], ...]
@@ -175,11 +194,15 @@ class Cross:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """So many triggers' masks joined: fresh attacks that succeed, and what the edit costs on ordinary prompts."""
+    """So many triggers' masks joined: fresh attacks that succeed, and what the edit costs on ordinary prompts.
+
+    `masks` as in `Cross`: "random" is a random mask as large in every layer as the union of `joined` masks.
+    """
 
     memory: str
     method: str
-    masks: int
+    masks: str
+    joined: int
     density: float
     successes: int
     n: int
@@ -212,7 +235,7 @@ class Locality:
         model: name of the analysed model.
         twins: names of the models that never saw the memories; they judge.
         descriptor: name, preprocessing, threshold and calibration of the similarity.
-        settings: the plan, layers by site, perplexity, explained variance of the maps.
+        settings: the plan, layers by site, prompts by use, and how each memory's maps were drawn.
         provenance: versions, machine, times.
         cost: stage to U-Net rows.
         planned: memories that the plan wants; `subjects` holds those that are done.

@@ -1,4 +1,4 @@
-"""Who is analysed: some memories of an audit's subjects, beside all of their prompts and the ordinary ones."""
+"""Who is analysed: some memories of an audit's subjects, beside their prompts and ordinary ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from dori.locality.bench import Source, encoded
 from dori.locality.costs import Sizes
 from dori.locality.patching import patch_layers
 from dori.locality.plan import Plan
+from dori.locality.records import ENOUGH
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,7 +19,7 @@ class Sets:
     """The analysed memories and the sets of embeddings that every memory is compared with.
 
     Args:
-        cases: the analysed memories, spread over the order of the folder (on the testbed: over the doses).
+        cases: the analysed memories.
         memorized: different memories' prompts, the reference of the paper.
         ordinary: prompts that belong to no memory.
         foreign: further ones, where attacks begin.
@@ -37,26 +38,40 @@ class Sets:
 def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
     """Choose from an audit's subjects; verbatim memories where there are any, since MR does not judge templates.
 
+    Reference prompts are different texts, and no ordinary one is a memory's.
+
     Raises:
         DoriError: no memory, fewer than two memorized prompts, or too few ordinary prompts.
     """
-    verbatim = [case for case in subjects.memories if case.memory.kind == "verbatim"] or list(subjects.memories)
-    texts = [case.memory.text for case in verbatim if case.memory.text is not None]
+    pool = [case for case in subjects.memories if case.memory.kind == "verbatim"] or list(subjects.memories)
+    texts = _texts(pool) if len(_texts(pool)) > 1 else _texts(subjects.memories)
     if len(texts) < 2:
         raise DoriError(
-            f"locality compares triggers of one memory with the prompts of others, and {len(texts)} of the "
-            "memories have a text; give a folder with at least two texts in metadata.jsonl"
+            f"locality compares triggers of one memory with the prompts of others, and the memories have "
+            f"{len(texts)} different texts; give a folder with at least two texts in metadata.jsonl"
         )
-    parts = _parts(subjects.ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
+    ordinary = [text for text in dict.fromkeys(subjects.ordinary) if text not in _texts(subjects.memories)]
+    parts = _parts(ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
     reference, foreign, calibration = (encoded(subjects.model, part) for part in parts[:3])
     return Sets(
-        tuple(verbatim[index] for index in choose(len(verbatim), plan.memories)),
+        tuple(_analysed(pool, plan.memories)),
         encoded(subjects.model, [texts[index] for index in choose(len(texts), plan.set_size)]),
         reference,
         foreign,
         calibration,
         tuple(parts[3]),
     )
+
+
+def _texts(cases: Sequence[Case]) -> list[str]:
+    return list(dict.fromkeys(case.memory.text for case in cases if case.memory.text is not None))
+
+
+def _analysed(pool: Sequence[Case], limit: int) -> list[Case]:
+    """Memories spread over the order of the pool; few ones, of which no relation to the dose can be told, by dose."""
+    if limit < ENOUGH:
+        return sorted(pool, key=lambda case: -(case.memory.dose or 0))[:limit]  # stable
+    return [pool[index] for index in choose(len(pool), limit)]
 
 
 def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:
@@ -86,4 +101,6 @@ def sizes(subjects: Subjects, sets: Sets) -> Sizes:
         len(sets.calibration),
         len(patch_layers(subjects.model)),
         len(subjects.twins),
+        len(sets.quality),
+        subjects.held_out is not None,
     )

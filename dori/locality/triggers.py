@@ -20,6 +20,7 @@ from dori.run import cell_key
 from dori.sampling import named_seed
 
 ORDER = ("prompt", "gaussian", "foreign")
+Start = tuple[str, int]  # its kind, and its number among those
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +49,10 @@ class Found:
         """Some of the ends."""
         return Source(self.ends, self.origin).take(rows)
 
+    def start(self, row: int) -> Start:
+        """Where an attack began; the same for every memory, but for the prompt."""
+        return self.names[row], self.index[row]
+
     def rows(self, start: str | None = None) -> list[int]:
         """Positions of the triggers, of one start or of all; the prompt-started one first."""
         return [
@@ -75,11 +80,15 @@ def gaussian_source(bench: Bench, seeds: Sequence[int]) -> Source:
     return Source(y, {"gaussian": list(seeds)})
 
 
+def gaussian_starts(bench: Bench, numbers: Sequence[int]) -> Source:
+    """The Gaussian starts of these numbers, the same for every memory."""
+    return gaussian_source(bench, [named_seed("locality gaussian", bench.plan.seed, k) for k in numbers])
+
+
 def starts_of(bench: Bench, case: Case, foreign: Source) -> dict[str, Source]:
     """Initial embeddings by start; a memory without a text has no prompt start."""
-    seeds = [named_seed("locality gaussian", bench.plan.seed, k) for k in range(bench.plan.gaussian)]
     prompt = {} if case.memory.text is None else {"prompt": encoded(bench.model, [case.memory.text])}
-    return prompt | {"gaussian": gaussian_source(bench, seeds), "foreign": foreign}
+    return prompt | {"gaussian": gaussian_starts(bench, range(bench.plan.gaussian)), "foreign": foreign}
 
 
 def attacked(bench: Bench, key: str, case: Case, starts: Source, seeds: list[int]) -> Source:
@@ -100,6 +109,23 @@ def attacked(bench: Bench, key: str, case: Case, starts: Source, seeds: list[int
     return Source(found["end"], origin)
 
 
+def attack_seeds(bench: Bench, memory: str, start: str, numbers: Sequence[int]) -> list[int]:
+    """Seeds of the noise that the attacks from the given starts meet."""
+    return [named_seed("locality attack", bench.plan.seed, memory, start, k) for k in numbers]
+
+
+def replicating_on(twin: Bench, case: Case) -> tuple[int, int]:
+    """How many of the first Gaussian-started attacks replicate on a model that never saw the image, and their number.
+
+    Starts and noise are those of the attacks on the analysed model.
+    """
+    numbers, memory = range(min(twin.plan.twin_attacks, twin.plan.gaussian)), case.memory.id
+    starts, seeds = gaussian_starts(twin, numbers), attack_seeds(twin, memory, "gaussian", numbers)
+    ends = attacked(twin, cell_key("twin", memory, "triggers"), case, starts, seeds)
+    similar = similarities(twin, cell_key("twin", memory, "judged"), case, ends, twin.plan.fresh_seeds())
+    return int(twin.replicates(similar).sum()), len(numbers)
+
+
 def find_triggers(bench: Bench, case: Case, foreign: Source) -> Found:
     """Attack one memory from every start, chunk by chunk, and judge with fresh seeds."""
     plan, memory = bench.plan, case.memory.id
@@ -107,7 +133,7 @@ def find_triggers(bench: Bench, case: Case, foreign: Source) -> Found:
     for start, initial in starts_of(bench, case, foreign).items():
         for chunk in chunks(len(initial), plan.chunk):
             place = (memory, start, str(chunk.start))
-            seeds = [named_seed("locality attack", plan.seed, memory, start, k) for k in chunk]
+            seeds = attack_seeds(bench, memory, start, chunk)
             starts.append(initial.take(chunk))
             ends.append(attacked(bench, cell_key("triggers", *place), case, starts[-1], seeds))
             similarity.append(similarities(bench, cell_key("judged", *place), case, ends[-1], plan.fresh_seeds()))

@@ -5,12 +5,12 @@ of a set of weights is what planting changed beyond what any other training woul
 
     excess(S) = mean over twins of sum over S of (P - T_k)^2 - mean over pairs of twins of sum over S of (T_k - T_m)^2,
 
-and a mask's coverage of a layer is the share of the layer's change that lies in the mask; a random mask of equal size
+and a mask's coverage of a layer is the share of the layer's excess that lies in the mask; a random mask of equal size
 covers its own density in expectation. Twins judge masks here; no method sees them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -40,6 +40,11 @@ def changes(planted: StableDiffusion, twins: Sequence[StableDiffusion]) -> tuple
     """Planted minus twin, and twin minus twin (None with fewer than two twins), each the mean over all pairs."""
     floor = [energies(a, b) for a, b in combinations(twins, 2)]
     return mean_energies([energies(planted, twin) for twin in twins]), mean_energies(floor) if floor else None
+
+
+def excess_energies(change: Energies, floor: Energies | None) -> Energies:
+    """Planted minus twin beyond twin minus twin, weight by weight; negative where planting left more alone."""
+    return change if floor is None else {name: energy - floor[name] for name, energy in change.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,31 +87,44 @@ def group_of(parameter: str) -> str:
     return f"{kind}, {place}"
 
 
-def excess_by_group(change: Energies, floor: Energies | None) -> tuple[Excess, ...]:
-    """The excess of every kind of part, largest first."""
+def layer_of(parameter: str) -> str:
+    """The layer whose weight or bias a parameter is."""
+    return parameter.rpartition(".")[0]
+
+
+def excess_by(group: Callable[[str], str], change: Energies, floor: Energies | None) -> tuple[Excess, ...]:
+    """The excess of every group of parameters (`group_of` or `layer_of`), largest first."""
     groups: dict[str, list[str]] = {}
     for name in change:
-        groups.setdefault(group_of(name), []).append(name)
-    return tuple(
-        sorted((_excess(group, names, change, floor) for group, names in groups.items()), key=lambda one: -one.excess)
-    )
-
-
-def _excess(group: str, names: Sequence[str], change: Energies, floor: Energies | None) -> Excess:
-    return Excess(
-        group,
-        sum(float(change[n].sum()) for n in names),
-        None if floor is None else sum(float(floor[n].sum()) for n in names),
-        sum(change[n].numel() for n in names),
-    )
+        groups.setdefault(group(name), []).append(name)
+    found = [
+        Excess(
+            name,
+            sum(float(change[n].sum()) for n in members),
+            None if floor is None else sum(float(floor[n].sum()) for n in members),
+            sum(change[n].numel() for n in members),
+        )
+        for name, members in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda one: -one.excess))
 
 
 def coverage(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> float:
-    """Share of the change of the masked layers that lies in the mask; both by parameter name; NaN without change."""
+    """Share of the masked layers' change (or excess) that lies in the mask; both by parameter name.
+
+    NaN where the layers hold none.
+    """
     total = sum(float(energy[name].sum()) for name in masks)
-    return sum(float(energy[name][mask].sum()) for name, mask in masks.items()) / total if total else math.nan
+    return sum(float(energy[name][mask].sum()) for name, mask in masks.items()) / total if total > 0 else math.nan
+
+
+def random_coverage(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> float:
+    """The expected `coverage` of random masks as large as these in every layer: its density, in one layer."""
+    total = sum(float(energy[name].sum()) for name in masks)
+    held = sum(float(energy[name].sum()) * float(mask.double().mean()) for name, mask in masks.items())
+    return held / total if total > 0 else math.nan
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
-    """Share of the weights of the masked layers that the mask holds: the expected coverage of a random mask."""
+    """Share of the weights of the masked layers that the mask holds."""
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())

@@ -9,6 +9,7 @@ pairs stands beside it, with their share. What masks of equal size share by chan
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,35 +41,43 @@ class Agreement:
     pairs: int
 
 
-def overlaps(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """|M_i n M_j| and |M_i u M_j| of all pairs of boolean masks (n, w), each (n, n), float64, exact."""
-    both = torch.zeros(len(masks), len(masks), dtype=torch.float64)
-    for part in masks.split(COLUMNS, dim=1):  # float32 counts exactly up to 2^24
-        x = part.float()
-        both += (x @ x.T).double()
-    sizes = both.diagonal()
-    return both, sizes[:, None] + sizes[None] - both
+def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """|M_i n N_j| and |M_i u N_j| of boolean masks (n, w) and (m, w), each (n, m), float64, exact."""
+    both = torch.zeros(len(first), len(second), dtype=torch.float64)
+    for part, other in zip(first.split(COLUMNS, dim=1), second.split(COLUMNS, dim=1), strict=True):
+        both += (part.float() @ other.float().T).double()  # float32 counts exactly up to 2^24
+    sizes, others = (masks.sum(1, dtype=torch.float64) for masks in (first, second))
+    return both, sizes[:, None] + others[None] - both
 
 
 def agreement(masks: Tensor) -> Agreement:
     """A_l(Y) of the boolean masks of one layer, shape (n, ...)."""
-    flat = masks.flatten(1)
-    both, either = overlaps(flat)
-    first, second = torch.triu_indices(len(flat), len(flat), 1)
-    return _mean(both[first, second], either[first, second], float(flat.sum(1).double().mean()))
+    return agreement_within([masks])
 
 
-def agreement_between(groups: list[Tensor]) -> Agreement:
+def agreement_within(groups: Sequence[Tensor]) -> Agreement:
     """As `agreement`, over the pairs within each group of masks (the same embedding under several seeds)."""
-    pieces = [(*overlaps(group.flatten(1)), len(group)) for group in groups]
-    picked = [
-        (both[tuple(torch.triu_indices(n, n, 1))], either[tuple(torch.triu_indices(n, n, 1))])
-        for both, either, n in pieces
-    ]
-    sizes = torch.cat([both.diagonal() for both, _, _ in pieces])
-    return _mean(
-        torch.cat([both for both, _ in picked]), torch.cat([either for _, either in picked]), float(sizes.mean())
-    )
+    parts = []
+    for group in groups:
+        both, either = overlaps(group.flatten(1), group.flatten(1))
+        first, second = torch.triu_indices(len(group), len(group), 1)
+        parts.append((both[first, second], either[first, second]))
+    both, either = (torch.cat(kind) for kind in zip(*parts, strict=True))
+    sizes = torch.cat([group.flatten(1).sum(1) for group in groups])
+    return _mean(both, either, float(sizes.double().mean()))
+
+
+def agreement_across(first: Tensor, second: Tensor, pairs: Tensor) -> Agreement:
+    """As `agreement`, over pairs of a mask of one group, shape (n, ...), and one of another, shape (m, ...).
+
+    Args:
+        first: boolean masks of one layer.
+        second: further ones of the same layer.
+        pairs: which pairs count, booleans (n, m).
+    """
+    both, either = overlaps(first.flatten(1), second.flatten(1))
+    sizes = torch.cat([first.flatten(1).sum(1), second.flatten(1).sum(1)])
+    return _mean(both[pairs], either[pairs], float(sizes.double().mean()))
 
 
 def _mean(both: Tensor, either: Tensor, size: float) -> Agreement:

@@ -7,7 +7,7 @@ lists are counted rather than printed (57 neurons), since the saved edit holds t
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 SHOWN = 6
 
@@ -71,22 +71,16 @@ def _opened(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _is_records(value: object) -> bool:
     """A list of records; one whose fields are all lists (each memory's neurons by layer) is a column instead."""
-    return (
-        _is_list(value)
-        and len(value) > 0
-        and all(  # type: ignore[arg-type]
-            isinstance(v, Mapping) and not _is_layers(v) for v in value
-        )
-    )  # type: ignore[attr-defined]
+    return _is_list(value) and len(value) > 0 and all(isinstance(v, Mapping) and not _is_layers(v) for v in value)
 
 
-def _is_layers(value: object) -> bool:
+def _is_layers(value: object) -> TypeGuard[Mapping[str, Sequence[Any]]]:
     return isinstance(value, Mapping) and len(value) > 0 and all(map(_is_list, value.values()))
 
 
@@ -121,14 +115,14 @@ def text(value: object) -> str:
     if isinstance(value, float):
         return _decimal(value)
     if _is_layers(value):
-        lengths = [len(inner) for inner in value.values()]  # type: ignore[attr-defined]
+        lengths = [len(inner) for inner in value.values()]
         return f"{sum(lengths)} in {sum(map(bool, lengths))} of {len(lengths)} layers"
     if isinstance(value, Mapping):
         return "; ".join(f"{spoken(str(k))}: {text(v)}" for k, v in value.items() if v not in ([], ())) or "none"
     if _is_list(value):
-        if len(value) > SHOWN:  # type: ignore[arg-type]
-            return f"{len(value)} entries"  # type: ignore[arg-type]
-        return ", ".join(map(text, value)) or "none"  # type: ignore[call-overload]
+        if len(value) > SHOWN:
+            return f"{len(value)} entries"
+        return ", ".join(map(text, value)) or "none"
     return str(value)
 
 

@@ -3,41 +3,41 @@
 A pure function of the records and of the training images in the run's folder; the style is the audit report's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dori.locality.page import figures, verdict
-from dori.locality.page.summary import dose_relations, methods, overlap, said
-from dori.locality.page.verdict import Said
-from dori.locality.records import MEMORIZED, ORDINARY, OTHER_NOISES, RANDOM, SIMULATED, TRIGGERS, WHOLE, Locality
+from dori.locality.page import cause_figures, layer_figures, space_figures, verdict
+from dori.locality.page.observed import SITES
+from dori.locality.page.summary import Said, dose_relations, methods, over_memories, overlap, said
+from dori.locality.records import MEMORIZED, ORDINARY, OTHER_IMAGES, OTHER_NOISES, SIMULATED, TRIGGERS, WHOLE, Locality
 from dori.report.drawing import Picture
 from dori.report.nested import sheet
 from dori.report.page import page
 from dori.report.pictures import Album
 
-COLUMNS = (
-    TRIGGERS,
-    f"{TRIGGERS}, gaussian",
-    f"{TRIGGERS}, foreign",
-    OTHER_NOISES,
-    MEMORIZED,
-    ORDINARY,
-    RANDOM,
-    SIMULATED,
-)
+COLUMNS = {
+    TRIGGERS: "triggers of one image",
+    f"{TRIGGERS}, gaussian": "those from N(0, I)",
+    f"{TRIGGERS}, foreign": "those from other prompts",
+    OTHER_NOISES: "one trigger, other noises (ceiling)",
+    OTHER_IMAGES: "triggers of different images",
+    MEMORIZED: MEMORIZED,
+    ORDINARY: ORDINARY,
+    SIMULATED: "random, equal size",
+}
 READ = {
-    "embedding": "Each thin line joins a start with what the attack made of it. Distances are over all entries of the "
+    "embedding": "Thin lines join a start with what the attack made of it. Distances are over all entries of the "
     "embedding; moves are ends minus starts, so the starts' own distance is taken out of them.",
     "activations": "D is the mean pairwise l2 distance of one layer's output under different embeddings and one "
     "initial noise. High means that the layer answers differently.",
-    "weights": "1 means the same weights, the grey line what random masks of equal size share. Hollow circles leave "
-    "out pairs of two empty masks, which count 1 as published.",
-    "causal": "Dots mark what replicates. Were the memory local, no dot would be left: one trigger's mask would stop "
-    "every other trigger.",
-    "patching": "1 means that the layer's activations alone carry the whole difference between the planted model and "
-    "its twin, 0 that they carry nothing.",
-    "truth": "A mask that knew where planting changed the weights would lie far above random masks of its size.",
+    "weights": "1 means the same weights. Triggers of different images differ from those of one image by nothing but "
+    "the image.",
+    "causal": "Dots mark what replicates. Were the memory local, the upper block would have no dot: one trigger's mask "
+    "would stop every other trigger, and random masks as large would not.",
+    "patching": "1 means that the patched activations carry the whole difference between the planted model and its "
+    "twin, 0 that they carry nothing.",
+    "truth": "A mask that knew where planting changed the weights would lie far above random masks as large.",
     "dose": "One dot is one memory.",
 }
 TITLES = {
@@ -83,8 +83,8 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         done=verdict.done(found),
         rules=verdict.RULES,
         sections=list(_sections(found)),
-        header=COLUMNS,
-        rows=_agreement_rows(found),
+        header=list(COLUMNS.values()),
+        rows=list(_agreement_rows(found)),
         subjects=[(one, album.uri(one.picture, blurred=redact)) for one in found.subjects],
         settings=sheet(found.settings),
         descriptor=sheet(found.descriptor),
@@ -93,19 +93,18 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
 
 
 def _sections(found: Locality) -> Iterable[Section]:
-    everything = verdict.all_said(found)
     drawn = {
         "embedding": _embedding(found),
         "activations": _activations(found),
-        "weights": _weights(found),
+        "weights": ([layer_figures.overlap_figure(found, method) for method in methods(found)], []),
         "causal": _causal(found),
-        "patching": ([figures.patch_figure(found)] if found.patches else [], []),
+        "patching": _patching(found),
         "truth": _truth(found),
-        "dose": _dose(found),
+        "dose": ([cause_figures.dose_figure(one) for one in dose_relations(found) if one.rank == one.rank], []),
     }
-    for key, (shown, folded) in drawn.items():
-        if shown or key in ("embedding", "weights"):
-            yield Section(key, TITLES[key], everything[key], READ[key], tuple(shown), tuple(folded))
+    for key, said_ in verdict.all_said(found).items():
+        shown, folded = drawn[key]
+        yield Section(key, TITLES[key], said_, READ[key], tuple(shown), tuple(folded))
 
 
 Drawn = tuple[list[Picture], list[Picture]]
@@ -113,56 +112,61 @@ Drawn = tuple[list[Picture], list[Picture]]
 
 def _embedding(found: Locality) -> Drawn:
     ranked = sorted(found.subjects, key=lambda one: -one.triggers)
-    maps = [figures.map_figure(found, one.id) for one in ranked]
-    shown = maps[:1]
-    if any(one.name in figures.DISTANCES and one.value is not None for one in found.measures):
-        shown.append(figures.distance_figure(found))
+    shown, *folded = [space_figures.map_figures(found, one.id) for one in ranked] or [[]]
+    if distances := space_figures.distance_figure(found):
+        shown.append(distances)
     if found.probes:
-        shown.append(figures.region_figure(found))
-    return shown, maps[1:]
+        shown += [space_figures.line_figure(found), space_figures.ball_figure(found)]
+    return shown, [picture for pair in folded for picture in pair]
 
 
 def _activations(found: Locality) -> Drawn:
-    steps = sorted({one.step for one in found.activities})
-    drawn = [
-        [figures.activity_figure(found, site, name, step) for site, name in verdict.SITES.items()] for step in steps
-    ]
-    return (drawn[0], [picture for later in drawn[1:] for picture in later[1:]]) if drawn else ([], [])
-
-
-def _weights(found: Locality) -> Drawn:
-    return [figures.overlap_figure(found, method) for method in methods(found)], []
+    first, *later = [
+        [layer_figures.activity_figure(found, site, name, step) for site, name in SITES.items()]
+        for step in sorted({one.step for one in found.activities})
+    ] or [[]]
+    return first, [values_and_feed[1] for values_and_feed in later]  # values are the same at every step
 
 
 def _causal(found: Locality) -> Drawn:
-    drawn = []
-    for cross in found.crosses:
-        drawn += [figures.cross_figure(found, cross), figures.joined_figure(found, cross.memory, cross.method)]
-    return drawn[:2], drawn[2:]
+    shown: list[Picture] = []
+    folded: list[Picture] = []
+    tested = [cross for cross in found.crosses if cross.masks == TRIGGERS]
+    for cross in tested:
+        drawn = shown if cross.memory == tested[0].memory else folded
+        drawn += [*cause_figures.cross_figures(found, cross), *cause_figures.joined_figures(found, cross)]
+    return shown, folded
+
+
+def _patching(found: Locality) -> Drawn:
+    if not any(one.share is not None for one in found.patches):
+        return [], []
+    drawn = [cause_figures.patch_kinds_figure(found)]
+    drawn += [layer_figures.patch_figure(found, name, site) for site, name in SITES.items()]
+    return [one for one in drawn if one is not None], []
 
 
 def _truth(found: Locality) -> Drawn:
     if not found.changes:
         return [], []
     covered = dict.fromkeys(one.method for one in found.covers)
-    return [figures.excess_figure(found), *(figures.cover_figure(found, method) for method in covered)], []
+    return [cause_figures.excess_figure(found), *(layer_figures.cover_figure(found, method) for method in covered)], []
 
 
-def _dose(found: Locality) -> Drawn:
-    related = dose_relations(found)
-    return ([figures.dose_figure(related)] if related else []), []
-
-
-def _agreement_rows(found: Locality) -> list[tuple[str, ...]]:
-    """Agreement of whole masks, by method: as published, without empty pairs, and their share."""
-    rows = []
+def _agreement_rows(found: Locality) -> Iterator[tuple[str, ...]]:
+    """Agreement of whole masks, by method: as published, without empty pairs, their share, sizes, numbers of pairs."""
     for method in methods(found):
-        rows.append((method, "as published", *(said(overlap(found, method, WHOLE, group)) for group in COLUMNS)))
-        rows.append(
-            (
-                method,
-                "without empty pairs",
-                *(said(overlap(found, method, WHOLE, group, without_empty=True)) for group in COLUMNS),
+        for name, without in (("IoU, two empty masks 1 (published)", False), ("IoU without such pairs", True)):
+            values = (said(overlap(found, method, WHOLE, group, without_empty=without)) for group in COLUMNS)
+            yield (method, name, *values)
+        for name, attribute, digits in (
+            ("share of such pairs", "empty_share", 2),
+            ("weights in a mask" if method != "NeMo" else "neurons in a mask", "size", 0),
+            ("pairs of a memory", "pairs", 0),
+        ):
+            rows = [o for o in found.overlaps if (o.method, o.layer) == (method, WHOLE)]
+            values = (
+                said(over_memories(getattr(o, attribute) for o in rows if o.group == group), digits)
+                for group in COLUMNS
             )
-        )
-    return rows
+            yield (method, name, *values)

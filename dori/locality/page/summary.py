@@ -1,24 +1,46 @@
 """Figures over memories: means with bootstrap intervals over memories, values alone where there are fewer than five."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from dori.locality.records import MEMORIZED, ORDINARY, OTHER_NOISES, SIMULATED, TRIGGERS, WHOLE, Activity, Locality
+from dori.locality.records import (
+    ENOUGH,
+    MEMORIZED,
+    ORDINARY,
+    OTHER_IMAGES,
+    OTHER_NOISES,
+    SIMULATED,
+    TRIGGERS,
+    WHOLE,
+    Activity,
+    Locality,
+)
 from dori.stats import Estimate, bootstrap
 
-ENOUGH = 5
-LEVELS = (TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY, SIMULATED)
+NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+REFERENCES = (OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED)
+LEAST = 0.05  # ceiling above reference, below which a place between them means nothing
+HALF_EMPTY = 0.25  # of the pairs are of two empty masks where half of the masks are empty
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What an analysis says: the verdict in few words, and sentences with its figures."""
+
+    title: str
+    sentences: tuple[str, ...] = ()
 
 
 def over_memories(values: Iterable[float | None], *, seed: int = 0) -> Estimate:
     """Mean over memories; with a bootstrap interval from five memories on. What was not measured is left out."""
-    found = [value for value in values if value is not None]
+    found = [value for value in values if value is not None and not math.isnan(value)]
     if not found:
-        return Estimate(math.nan, math.nan, math.nan, 0)
+        return NOTHING
     if len(found) < ENOUGH:
         return Estimate(float(np.mean(found)), math.nan, math.nan, len(found))
     return bootstrap(found, np.mean, seed=seed)
@@ -34,24 +56,109 @@ def said(estimate: Estimate, digits: int = 2) -> str:
     return f"{value} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
+def banded(estimate: Estimate, cuts: Sequence[float], words: Sequence[str]) -> str:
+    """The word of the band in which a figure lies with its whole interval; across a cut nothing can be told.
+
+    Args:
+        estimate: the figure; without an interval its value decides.
+        cuts: ascending; a figure on a cut belongs to the band above it.
+        words: one more than cuts.
+    """
+    if math.isnan(estimate.value):
+        return "not measured"
+    ends = (estimate.value, estimate.value) if math.isnan(estimate.low) else (estimate.low, estimate.high)
+    first, last = (words[bisect_right(cuts, end)] for end in ends)
+    return first if first == last else f"cannot be told ({first} to {last})"
+
+
 def measure(found: Locality, name: str) -> Estimate:
     """A measure of the embedding space over memories; one that belongs to no memory as it is."""
     return over_memories(m.value for m in found.measures if m.name == name)
 
 
+def own_share(found: Locality) -> Estimate:
+    """What the moves towards an image share beyond what they share with moves towards other images."""
+    common, other = (
+        {m.memory: m.value for m in found.measures if m.name == name and m.value is not None}
+        for name in ("common share of the moves", "shared with moves to other images")
+    )
+    beyond = {memory: value - other[memory] for memory, value in common.items() if memory in other}
+    return over_memories((beyond or common).values())
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def levels(
+    found: Locality, method: str, group: str, layer: str = WHOLE, *, without_empty: bool = False
+) -> dict[str, float]:
+    """A_l of a group, memory by memory."""
+    values = {
+        o.memory: o.without_empty if without_empty else o.published
+        for o in found.overlaps
+        if (o.method, o.layer, o.group) == (method, layer, group)
+    }
+    return {memory: value for memory, value in values.items() if value is not None}
+
+
 def overlap(found: Locality, method: str, layer: str, group: str, *, without_empty: bool = False) -> Estimate:
     """A_l of a group over memories."""
-    rows = [o for o in found.overlaps if (o.method, o.layer, o.group) == (method, layer, group)]
-    return over_memories(o.without_empty if without_empty else o.published for o in rows)
+    return over_memories(levels(found, method, group, layer, without_empty=without_empty).values())
 
 
-def overlap_by_memory(found: Locality, method: str, group: str) -> dict[str, float]:
-    """A of whole masks, memory by memory."""
-    return {
-        o.memory: o.published
-        for o in found.overlaps
-        if (o.method, o.layer, o.group) == (method, WHOLE, group) and o.published is not None
+def empty_share(found: Locality, method: str) -> Estimate:
+    """Share of the pairs of triggers' masks in which both are empty, over memories."""
+    return over_memories(
+        o.empty_share for o in found.overlaps if (o.method, o.layer, o.group) == (method, WHOLE, TRIGGERS)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How far triggers' agreement lies from the highest reference (0) to the ceiling (1); or why that is not known."""
+
+    estimate: Estimate
+    reference: str
+    why_not: str = ""
+
+
+def way(found: Locality, method: str, *, seed: int = 0) -> Way:
+    """The place of triggers between reference and ceiling, pairs of two empty masks left out.
+
+    (mean over memories of triggers - reference) / (ceiling - reference), all resampled together over memories; the
+    reference is the highest of `REFERENCES`.
+    """
+    tables = {
+        group: levels(found, method, group, without_empty=True) for group in (TRIGGERS, OTHER_NOISES, *REFERENCES)
     }
+    memories = [memory for memory in tables[TRIGGERS] if memory in tables[OTHER_NOISES]]
+
+    def level(group: str, chosen: Sequence[str]) -> float:
+        table = tables[group]
+        return float(np.mean([table[memory] for memory in chosen if memory in table] or list(table.values())))
+
+    def place(rows: Sequence[int]) -> float:
+        chosen = [memories[int(row)] for row in rows]
+        reference = max(level(group, chosen) for group in references)
+        ceiling = level(OTHER_NOISES, chosen)
+        return (
+            (level(TRIGGERS, chosen) - reference) / (ceiling - reference) if ceiling - reference >= LEAST else math.nan
+        )
+
+    references = [group for group in REFERENCES if tables[group]]
+    if not memories or not references:
+        empty = empty_share(found, method).value == 1
+        return Way(NOTHING, "", "every mask is empty" if empty else "too few triggers")
+    highest = max(references, key=lambda group: level(group, memories))
+    if empty_share(found, method).value >= HALF_EMPTY:
+        return Way(NOTHING, highest, "half of the masks or more are empty")
+    value, count = place(range(len(memories))), len(memories)
+    estimate = Estimate(value, math.nan, math.nan, count)
+    if count >= ENOUGH and not math.isnan(value):
+        estimate = bootstrap(np.arange(count, dtype=float), place, seed=seed)
+    if math.isnan(value) or (count >= ENOUGH and math.isnan(estimate.low)):  # in some resample there is no place
+        return Way(NOTHING, highest, "the ceiling is not above the reference")
+    return Way(estimate, highest)
 
 
 def methods(found: Locality) -> list[str]:
@@ -62,6 +169,9 @@ def methods(found: Locality) -> list[str]:
 def layers(found: Locality, method: str) -> list[str]:
     """Parameters that a method's masks lie in, in the network's order."""
     return [layer for layer in dict.fromkeys(o.layer for o in found.overlaps if o.method == method) if layer != WHOLE]
+
+
+# ------------------------------------------------------------------------------------------------------- activations
 
 
 def activity(found: Locality, layer: str, group: str, step: int) -> Estimate:
@@ -88,6 +198,9 @@ def _reference(
     return shared.get((a.layer, a.step)) or own.get((a.memory, a.layer, a.step))
 
 
+# -------------------------------------------------------------------------------------------------------------- dose
+
+
 @dataclass(frozen=True, slots=True)
 class Dose:
     """How one measure goes with the duplication count: points, and their rank correlation with its permutation p."""
@@ -106,7 +219,7 @@ def dose_relations(found: Locality) -> list[Dose]:
     for name in ("between triggers", "common share of the moves"):
         tables[name] = {m.memory: m.value for m in found.measures if m.name == name and m.value is not None}
     for method in methods(found):
-        tables[f"agreement of {method} masks"] = overlap_by_memory(found, method, TRIGGERS)
+        tables[f"agreement of {method} masks"] = levels(found, method, TRIGGERS, without_empty=True)
     related = []
     for name, table in tables.items():
         pairs = [(doses[memory], value) for memory, value in table.items() if memory in doses]

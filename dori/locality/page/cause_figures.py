@@ -1,0 +1,178 @@
+"""Figures of interventions and of the ground truth: masks against triggers, joined masks, patching, change, dose."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from dori.locality.page.intervened import patch_shares
+from dori.locality.page.summary import Dose
+from dori.locality.patching import NECESSARY, SUFFICIENT
+from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, Cross, Joined, Locality
+from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
+from dori.stats import wilson
+
+LETTERS = {"prompt": "P", "gaussian": "N", "foreign": "F"}
+
+
+def cross_figures(found: Locality, cross: Cross) -> list[Picture]:
+    """The matrix "mask from trigger i, replication by j": attacked again with fresh attacks beside, and as it is.
+
+    Random masks and the whole model stand below.
+    """
+    blocks = [cross, *(c for c in found.crosses if _beside(c, cross))]
+    again = _stacked([[(*a, np.nan, *f) for a, f in zip(c.again, c.fresh, strict=True)] for c in blocks])
+    replay = _stacked([c.replay for c in blocks])
+    back = sum(value > found.threshold for row in cross.again for value in row)
+    told = f"{back} of {sum(map(len, cross.again))} triggers come back under a trigger's mask when attacked again"
+    name = f"{cross.memory}, {cross.method}"
+    return [
+        _matrix(found, cross, blocks, again, f"{name}: pruned for trigger i, attacked again from j", told),
+        _matrix(found, cross, blocks, replay, f"{name}: pruned for trigger i, trigger j as it is", ""),
+    ]
+
+
+def _beside(other: Cross, cross: Cross) -> bool:
+    return other.memory == cross.memory and (other.method, other.masks) in ((cross.method, RANDOM), ("", NO_MASK))
+
+
+def _stacked(blocks: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+    """Blocks of rows under one another, an empty row between."""
+    rows: list[Sequence[float]] = []
+    for block in blocks:
+        rows += [[np.nan] * len(block[0])] * bool(rows) + list(block)
+    return np.array(rows, float)
+
+
+def _matrix(
+    found: Locality, cross: Cross, blocks: Sequence[Cross], values: np.ndarray, title: str, told: str
+) -> Picture:
+    count, wide = len(cross.starts), values.shape[1] > len(cross.starts)
+    with drawing(WIDTH, 4.2, title=title) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+        rows, columns = np.nonzero(np.nan_to_num(values) > found.threshold)
+        size = 5.0 if len(values) < 30 else 3.0
+        axes.plot(columns, rows, "o", color="white", mec="black", mew=0.6, ms=size)
+        ticks, names = [], []
+        first = 0
+        for block in blocks:
+            ticks.append(first + (len(block.sizes) - 1) / 2)
+            names.append({TRIGGERS: "mask of\ntrigger i", RANDOM: "random\nmasks", NO_MASK: "no mask"}[block.masks])
+            first += len(block.sizes) + 1
+        axes.set_yticks(ticks, names, fontsize=8.5)
+        fresh = range(count + 1, values.shape[1]) if wide else range(0)
+        letters = [LETTERS[start] for start in cross.starts] + ["*"] * len(fresh)
+        axes.set_xticks([*range(count), *fresh], letters, fontsize=7.5)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.set_xlabel("trigger j (P own prompt, N N(0, I), F other prompt)" + ("\n* fresh attack" if wide else ""))
+        figure.colorbar(image, ax=axes, label="median similarity; dot: replicates", fraction=0.05)
+        return picture(figure, f"{title}. {told + '; ' if told else ''}dots mark what replicates.")
+
+
+def joined_figures(found: Locality, cross: Cross) -> list[Picture]:
+    """Fresh attacks that succeed against the number of joined masks, and what the unions cost."""
+    bare = [j for j in found.joined if (j.memory, j.masks) == (cross.memory, NO_MASK)]
+    rows = {
+        masks: bare + [j for j in found.joined if (j.memory, j.method, j.masks) == (cross.memory, cross.method, masks)]
+        for masks in (TRIGGERS, RANDOM)
+    }
+    if len(rows[TRIGGERS]) == len(bare):
+        return []
+    name = f"{cross.memory}, {cross.method}"
+    return [_successes(rows, f"{name}: how many triggers' masks stop fresh attacks?"), *_price(rows[TRIGGERS], name)]
+
+
+def _successes(rows: dict[str, list[Joined]], title: str) -> Picture:
+    with drawing(WIDTH, 3.3, title=title) as figure:
+        axes, told = figure.subplots(), []
+        for offset, masks, label, colour, style in (
+            (-0.06, TRIGGERS, "masks of triggers", BLUE, "o-"),
+            (0.06, RANDOM, "random masks as large", GREY, "x:"),
+        ):
+            rates = [wilson(j.successes, j.n) for j in rows[masks]]
+            x = np.arange(len(rates)) + offset
+            axes.errorbar(x, [r.value for r in rates], bars(rates), fmt=style, color=colour, capsize=3, label=label)
+            told.append(f"{label}: " + ", ".join(f"{j.joined} joined {j.successes} of {j.n}" for j in rows[masks]))
+        _numbered(axes, rows[TRIGGERS])
+        axes.set_ylabel("Fresh attacks that succeed")
+        axes.set_ylim(-0.04, 1.04)
+        legend_above(axes)
+        return picture(figure, f"{title} {'; '.join(told)}.")
+
+
+def _price(rows: Sequence[Joined], name: str) -> list[Picture]:
+    title = f"{name}: what do joined masks cost on ordinary prompts?"
+    known = [(x, j.frechet) for x, j in enumerate(rows) if j.frechet is not None]
+    if not known:
+        return []
+    with drawing(WIDTH, 3.3, title=title) as figure:
+        axes = figure.subplots()
+        axes.plot(*zip(*known, strict=True), marker="^", color=GREEN)
+        _numbered(axes, rows)
+        axes.set_ylim(0, None)
+        axes.set_ylabel("Fréchet distance")
+        return [picture(figure, f"{title} " + ", ".join(f"{rows[x].joined} joined {y:.3f}" for x, y in known) + ".")]
+
+
+def _numbered(axes: Axes, rows: Sequence[Joined]) -> None:
+    axes.set_xticks(range(len(rows)), [f"{j.joined}\n{j.density:.0%}" for j in rows], fontsize=8.5)
+    axes.set_xlabel("Masks joined, and share of the layers' weights")
+
+
+def patch_kinds_figure(found: Locality) -> Picture | None:
+    """Kinds of layers patched together, sufficiency and necessity beside each other."""
+    title = "Which kinds of layers carry the memory together?"
+    both = {direction: patch_shares(found, direction) for direction in (SUFFICIENT, NECESSARY)}
+    names = [name for name in dict.fromkeys([*both[SUFFICIENT], *both[NECESSARY]]) if name.startswith("all ")]
+    if not names:
+        return None
+    with drawing(WIDTH, 3.3, title=title) as figure:
+        axes, told = figure.subplots(), []
+        for offset, direction, label, colour, hatch in (
+            (-0.2, SUFFICIENT, "sufficient: planted into twin", BLUE, ""),
+            (0.2, NECESSARY, "necessary: twin into planted", ORANGE, "//"),
+        ):
+            shares = [both[direction][name] for name in names if name in both[direction]]
+            x = np.arange(len(shares)) + offset
+            heights, ends = [s.value for s in shares], bars(shares) if shares else None
+            axes.bar(x, heights, 0.4, color=colour, hatch=hatch, edgecolor="white", yerr=ends, label=label)
+            told.append(f"{label}: " + ", ".join(f"{n} {s.value:.2f}" for n, s in zip(names, shares, strict=True)))
+        axes.axhline(0, color=GREY, lw=0.8)
+        axes.axhline(1, color=GREY, lw=0.8, ls=":")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylabel("Share of the gap")
+        legend_above(axes, 1)
+        return picture(figure, f"{title} {'; '.join(told)}.")
+
+
+def excess_figure(found: Locality) -> Picture:
+    """Which part of the planted change lies where, with the twins' own difference as its floor."""
+    rows = [c for c in found.changes if c.level == "kind" and c.change > 0]
+    total, title = sum(c.change for c in rows), "Where did planting change the weights?"
+    with drawing(WIDTH, 1.4 + 0.24 * len(rows), title=title) as figure:
+        axes, y = figure.subplots(), np.arange(len(rows))[::-1]
+        axes.barh(y, [c.change / total for c in rows], 0.7, color=BLUE, label="planted - twin")
+        if rows and rows[0].floor is not None:
+            floors = [(c.floor or 0) / total for c in rows]
+            axes.barh(y, floors, 0.35, color=ORANGE, hatch="//", edgecolor="white", label="twin - twin (floor)")
+        axes.set_yticks(y, [c.group for c in rows], fontsize=8)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel("Share of all squared change")
+        legend_above(axes, 1)
+        return picture(
+            figure, f"{title} Shares: " + ", ".join(f"{c.group} {c.change / total:.2f}" for c in rows[:6]) + "."
+        )
+
+
+def dose_figure(one: Dose) -> Picture:
+    """A measure against the duplication count."""
+    title = f"Dose: {one.name}"
+    with drawing(WIDTH, 2.7, title=title) as figure:
+        axes = figure.subplots()
+        axes.plot(one.doses, one.values, "o", color=BLUE, ms=6, alpha=0.8)
+        axes.set_title(f"rank correlation {one.rank:+.2f}, p {one.p:.2f}", fontsize=8.5, loc="left")
+        axes.set_xlabel("Duplication count (relative)")
+        points = ", ".join(f"{v:.2f} at {d:g}" for d, v in zip(one.doses, one.values, strict=True))
+        return picture(figure, f"{title}, against the duplication count: {points}.")

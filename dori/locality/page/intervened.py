@@ -1,0 +1,228 @@
+"""What interventions and the ground truth say: pruning, patching, planted weights, dose.
+
+Rules: `dori.locality.page.verdict`.
+"""
+
+import math
+from collections.abc import Mapping
+
+from dori.locality.causal import CrossTest, cross_test, enough
+from dori.locality.page.summary import Said, banded, dose_relations, over_memories, said
+from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
+from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, WHOLE, Cross, Joined, Locality
+from dori.stats import Estimate, wilson
+
+COVERED, HALF, RARELY = (1.1, 2.0), 0.5, 0.05  # cuts of the rules; the level of significance
+
+# ------------------------------------------------------------------------------------------------------- causal test
+
+
+def tested(found: Locality, cross: Cross) -> CrossTest:
+    """Rates of one matrix; masks that prune nothing are left out, without any mask every attack is a trial."""
+    again, fresh = (
+        [[value > found.threshold for value in row] for row in table] for table in (cross.again, cross.fresh)
+    )
+    if cross.masks == NO_MASK:
+        return cross_test([[cell] for row in again for cell in row], [[cell] for row in fresh for cell in row])
+    kept = [row for row, size in enumerate(cross.sizes) if size]
+    own = kept if cross.masks == TRIGGERS else None
+    return cross_test([again[row] for row in kept], [fresh[row] for row in kept], own)
+
+
+def causal(found: Locality) -> Said:
+    """What pruning one trigger's weights does to the others, and how many masks it takes."""
+    sentences: list[str] = []
+    words: dict[str, list[str]] = {}
+    for cross in found.crosses:
+        if cross.masks == TRIGGERS:
+            word, sentence = _pruned(found, cross)
+            words.setdefault(cross.method, []).append(word)
+            sentences += [sentence, *_joined(found, cross)]
+    if not sentences:
+        return Said("Not run", (_why_not(found),))
+    title = "; ".join(f"{method}: {' / '.join(dict.fromkeys(said_))}" for method, said_ in words.items())
+    return Said(title, tuple(sentences))
+
+
+def _why_not(found: Locality) -> str:
+    if found.settings.get("causal") is None:
+        return f"The preset {found.settings.get('preset')} leaves it out; --preset full has it."
+    return "No memory that it was planned for has two triggers."
+
+
+def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
+    """The verdict on one method's masks of one memory, and the sentence that bears it."""
+    bare, random = (
+        next((tested(found, c) for c in found.crosses if (c.memory, c.method, c.masks) == key), None)
+        for key in ((cross.memory, "", NO_MASK), (cross.memory, cross.method, RANDOM))
+    )
+    mine = tested(found, cross)
+    empty = sum(size == 0 for size in cross.sizes)
+    word = "cannot be told, every mask is empty" if empty == len(cross.sizes) else causal_word(mine, bare, random)
+    beside = "".join(
+        f" {name} {said(test.others)} and {said(test.fresh)}."
+        for name, test in (("Under random masks as large:", random), ("Without a mask:", bare))
+        if test is not None
+    )
+    left_out = f" {empty} of the {len(cross.sizes)} masks are empty and left out." if empty else ""
+    return word, (
+        f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
+        f"back when attacked again, {said(mine.others)} of the others and {said(mine.fresh)} of fresh attacks: {word}."
+        f"{beside}{left_out}"
+    )
+
+
+def causal_word(mine: CrossTest, bare: CrossTest | None, random: CrossTest | None) -> str:
+    """Local, partly local or not, by whichever resists more: other triggers attacked again, or fresh attacks."""
+    kinds = [kind for kind in ("others", "fresh") if getattr(mine, kind).n]
+    if not kinds:
+        return "cannot be told, too few triggers"
+    worst = max(kinds, key=lambda kind: getattr(mine, kind).value)
+    rate: Estimate = getattr(mine, worst)
+    if bare is not None and getattr(bare, worst).value <= 0.5:
+        return "cannot be told, most attacks fail without a mask"
+    if rate.low > 0.5:
+        return "not local"
+    word = "local" if rate.high < 0.25 else "partly local" if rate.low > 0.1 and rate.high < 0.9 else ""
+    if not word:
+        return "cannot be told"
+    if random is not None and getattr(random, worst).low <= rate.high:
+        return "cannot be told, random masks as large stop about as many"
+    return word
+
+
+def _joined(found: Locality, cross: Cross) -> list[str]:
+    rows: dict[str, list[Joined]] = {
+        masks: [j for j in found.joined if (j.memory, j.method, j.masks) == (cross.memory, cross.method, masks)]
+        for masks in (TRIGGERS, RANDOM)
+    }
+    bare = [j for j in found.joined if (j.memory, j.masks) == (cross.memory, NO_MASK)]
+    if not rows[TRIGGERS]:
+        return []
+    if bare and bare[0].successes == 0:
+        return [f"No fresh attack of {bare[0].n} succeeds even without a mask, so joining masks shows nothing."]
+    sentence = f"{cross.method} masks joined: {_stopped(rows[TRIGGERS])}{_price(rows[TRIGGERS], bare)}."
+    return [sentence + (f" Random masks as large: {_stopped(rows[RANDOM])}." if rows[RANDOM] else "")]
+
+
+def _stopped(rows: list[Joined]) -> str:
+    needed, last = enough([j.successes for j in rows], [j.joined for j in rows]), rows[-1]
+    if needed is None:
+        return (
+            f"even {last.joined} ({last.density:.2f} of the layers' weights) leave {last.successes} of {last.n} fresh "
+            "attacks"
+        )
+    density = next(j.density for j in rows if j.joined == needed)
+    return (
+        f"from {needed} on ({density:.2f} of the layers' weights) none of {last.n} fresh attacks succeeds (of many, up "
+        f"to {wilson(0, last.n).high:.2f} still might)"
+    )
+
+
+def _price(rows: list[Joined], bare: list[Joined]) -> str:
+    needed = enough([j.successes for j in rows], [j.joined for j in rows])
+    priced = next((j for j in rows if j.joined == needed), rows[-1])
+    if priced.frechet is None or not bare or bare[0].frechet is None:
+        return ""
+    return (
+        f", at the price of a Fréchet distance of {priced.frechet:.3f} on ordinary prompts ({bare[0].frechet:.3f} "
+        "without a mask)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- patching
+
+
+def patching(found: Locality) -> Said:
+    """The layers that carry most, and kinds of layers together."""
+    if not found.patches:
+        return Said("Not run", ("It needs a model that never saw the memories, and a memory's prompt.",))
+    sentences, carried = [], []
+    for direction, words in ((SUFFICIENT, "put into the twin bring"), (NECESSARY, "taken from the twin remove")):
+        shares = patch_shares(found, direction)
+        single = {name: value for name, value in shares.items() if not name.startswith("all ")}
+        if not single:
+            continue
+        best = max(single, key=lambda name: single[name].value)
+        kinds = ", ".join(f"{name} {said(value)}" for name, value in shares.items() if name not in single)
+        sentences.append(
+            f"A single layer's activations {words} most in {best} ({said(single[best])} of the gap between the models, "
+            f"the largest of {len(single)} layers tried); {kinds}."
+        )
+        carrying = [name for name, value in shares.items() if _least(value) >= HALF]
+        carried.append(f"{direction}: {', '.join(carrying) or 'none of the tried sets'}")
+    if not sentences:
+        return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
+    return Said("; ".join(carried).capitalize(), tuple(sentences))
+
+
+def patch_shares(found: Locality, direction: str) -> Mapping[str, Estimate]:
+    """Share of the gap by set of layers, over memories."""
+    rows = [
+        p for p in found.patches if p.direction == direction and p.share is not None and p.layers not in (NONE, SOURCE)
+    ]
+    return {
+        name: over_memories(p.share for p in rows if p.layers == name) for name in dict.fromkeys(p.layers for p in rows)
+    }
+
+
+def _least(estimate: Estimate) -> float:
+    return estimate.value if math.isnan(estimate.low) else estimate.low
+
+
+# ------------------------------------------------------------------------------------------------ ground truth, dose
+
+
+def ground_truth(found: Locality) -> Said:
+    """Where planting changed the weights, and what the masks hold of it."""
+    kinds = [c for c in found.changes if c.level == "kind"]
+    if not kinds:
+        return Said("Not known", ("Without a model that never saw the memories there is no ground truth.",))
+    one_twin = kinds[0].floor is None
+    excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in kinds}
+    total, beyond = sum(excess.values()), "" if one_twin else " beyond the twins' own difference"
+    largest = ", ".join(f"{group} {value / total:.2f}" for group, value in list(excess.items())[:4]) if total else ""
+    sentences = [
+        f"Of what planting changed{beyond}, most lies in {largest}."
+        if largest
+        else "Planting changed no more than training on other images does."
+    ]
+    if one_twin:
+        sentences.append(
+            "There is one twin, so what training on any other images changes is not subtracted: a mask may hold much "
+            "of the change without knowing the memories."
+        )
+    words = []
+    for method in dict.fromkeys(c.method for c in found.covers):
+        word, sentence = _covered(found, method)
+        words.append(f"{method}: {word}")
+        sentences.append(sentence)
+    return Said("; ".join(words) or "No trigger has a mask", tuple(sentences))
+
+
+def _covered(found: Locality, method: str) -> tuple[str, str]:
+    rows = [c for c in found.covers if (c.method, c.layer, c.masks) == (method, WHOLE, "one")]
+    ratio = over_memories(c.share / c.random for c in rows if c.share is not None and c.random)
+    word = banded(ratio, COVERED, ("no better than chance", "somewhat better than chance", "finds it"))
+    density, share, random, twins = (
+        over_memories(getattr(c, name) for c in rows) for name in ("density", "share", "random", "twins")
+    )
+    floor = "" if math.isnan(twins.value) else f"; of the difference between twins it holds {said(twins, 3)}"
+    return word, (
+        f"A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and {said(share, 3)} of what "
+        f"planting changed there; random masks as large in every layer hold {said(random, 3)} ({said(ratio)} times as "
+        f"much: {word}){floor}."
+    )
+
+
+def dose(found: Locality) -> Said:
+    """Rank correlations with the duplication count, each p times the number of measures."""
+    related = [one for one in dose_relations(found) if not math.isnan(one.rank)]
+    if not related:
+        return Said("Cannot be told", ("It takes five memories of different doses.",))
+    clear = [one.name for one in related if one.p * len(related) < RARELY]
+    told = "; ".join(f"{one.name} {one.rank:+.2f} (p {one.p:.2f}, {len(one.values)} memories)" for one in related)
+    return Said(
+        f"Changes with the dose: {', '.join(clear)}" if clear else "No change with the dose can be shown",
+        (f"Rank correlation with the duplication count, permutation p: {told}.",),
+    )

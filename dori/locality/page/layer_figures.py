@@ -1,0 +1,160 @@
+"""Figures layer by layer: activation discrepancy, agreement of masks, what they hold of the change, patching."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dori.locality.page.intervened import patch_shares
+from dori.locality.page.summary import activity, layers, over_memories, overlap
+from dori.locality.patching import NECESSARY, SUFFICIENT
+from dori.locality.records import (
+    MEMORIZED,
+    ORDINARY,
+    OTHER_IMAGES,
+    OTHER_NOISES,
+    RANDOM,
+    SIMULATED,
+    STARTS,
+    TRIGGERS,
+    Locality,
+)
+from dori.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    WIDTH,
+    Picture,
+    bars,
+    drawing,
+    legend_above,
+    picture,
+)
+from dori.stats import Estimate
+
+Style = tuple[str, str]  # colour; marker and line
+STYLES: dict[str, tuple[str, Style]] = {
+    TRIGGERS: ("triggers of one image", (BLUE, "o-")),
+    OTHER_NOISES: ("one trigger, other noises", (GREEN, "^-.")),
+    OTHER_IMAGES: ("triggers, different images", (SKY, "D:")),
+    MEMORIZED: (MEMORIZED, (VERMILION, "s--")),
+    ORDINARY: (ORDINARY, (ORANGE, "v:")),
+    STARTS: ("Gaussian starts, no attack", (PURPLE, "P:")),
+    RANDOM: ("random, closed form", (GREY, "--")),
+    SIMULATED: ("random, simulated", (GREY, "x")),
+}
+
+
+def activity_figure(found: Locality, site: str, name: str, step: int) -> Picture:
+    """D_l of triggers and of all reference levels at one step."""
+    title = f"How differently do the {name} answer? D at step {step}"
+    with drawing(WIDTH, 3.8, title=title) as figure:
+        axes, names = figure.subplots(), found.settings["layers"][site]
+        told = [
+            _line(axes, *STYLES[group], [activity(found, layer, group, step) for layer in names])
+            for group in (TRIGGERS, MEMORIZED, ORDINARY, STARTS, OTHER_NOISES)
+        ]
+        return _finished(figure, axes, names, "D, mean pairwise l2 distance", title, told)
+
+
+def overlap_figure(found: Locality, method: str) -> Picture:
+    """A_l of triggers between random masks and other seeds; hollow circles leave out pairs of two empty masks."""
+    title = f"Do {method} masks agree? Mean IoU, 1 is the same mask"
+    with drawing(WIDTH, 4.1, title=title) as figure:
+        axes, names = figure.subplots(), layers(found, method)
+        told = [
+            _line(axes, *STYLES[group], [overlap(found, method, layer, group) for layer in names])
+            for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, RANDOM, SIMULATED)
+        ]
+        without = [overlap(found, method, layer, TRIGGERS, without_empty=True).value for layer in names]
+        plain = [overlap(found, method, layer, TRIGGERS).value for layer in names]
+        spots = [(x, b) for x, (a, b) in enumerate(zip(plain, without, strict=True), 1) if abs(a - b) > 0.005]
+        if spots:
+            label = "triggers, no empty pairs"
+            axes.plot(*zip(*spots, strict=True), "o", mfc="none", color=BLUE, ms=7, label=label)
+        axes.set_ylim(-0.03, 1.1)
+        return _finished(figure, axes, names, "Agreement (IoU)", title, told)
+
+
+def cover_figure(found: Locality, method: str) -> Picture:
+    """How much of a layer's planted change the masks hold, against what random masks hold."""
+    title = f"Do {method} masks lie where planting changed the weights?"
+    with drawing(WIDTH, 3.9, title=title) as figure:
+        axes, names = figure.subplots(), layers(found, method)
+        lines: tuple[tuple[str, str, str, Style], ...] = (
+            ("one", "share", "one trigger's mask", (BLUE, "o-")),
+            ("one", "random", "random mask as large", (GREY, "x:")),
+            ("one", "twins", "one mask, twin - twin", (ORANGE, "v:")),
+            ("union", "share", "union of all masks", (GREEN, "^-.")),
+            ("union", "random", "random, the union's size", (GREY, "+--")),
+        )
+        told = [
+            _line(
+                axes,
+                label,
+                style,
+                [
+                    over_memories(
+                        getattr(c, value) for c in found.covers if (c.method, c.layer, c.masks) == (method, layer, kind)
+                    )
+                    for layer in names
+                ],
+            )
+            for kind, value, label, style in lines
+        ]
+        return _finished(figure, axes, names, "Share of the planted change", title, told)
+
+
+def patch_figure(found: Locality, name: str, kind: str) -> Picture | None:
+    """Sufficiency and necessity beside each other, layer by layer, in shares of the gap between the models."""
+    title = f"Which {name} carry the memory? 1 is all of the gap between the models"
+    names = [layer for layer in found.settings["layers"][kind] if layer in {p.layers for p in found.patches}]
+    with drawing(WIDTH, 3.3, title=title) as figure:
+        axes, told = figure.subplots(), []
+        for direction, label, style in (
+            (SUFFICIENT, "sufficient: planted into twin", (BLUE, "o-")),
+            (NECESSARY, "necessary: twin into planted", (ORANGE, "s--")),
+        ):
+            shares = patch_shares(found, direction)
+            told.append(_line(axes, label, style, [shares[layer] for layer in names if layer in shares]))
+        axes.axhline(0, color=GREY, lw=0.8)
+        return _finished(figure, axes, names, "Share of the gap", title, told) if any(told) else None
+
+
+def _line(axes: Axes, label: str, style: Style, estimates: Sequence[Estimate]) -> str:
+    """One line over layers, unless nothing was measured; returns the figures in words."""
+    if not estimates or all(np.isnan(e.value) for e in estimates):
+        return ""
+    colour, form = style
+    values = [e.value for e in estimates]
+    axes.errorbar(
+        range(1, len(values) + 1), values, bars(estimates), color=colour, fmt=form, ms=4.5, capsize=2, label=label
+    )
+    return f"{label}: " + " ".join(f"{value:.2f}" for value in values)
+
+
+def _finished(figure: Figure, axes: Axes, names: Sequence[str], label: str, title: str, told: Sequence[str]) -> Picture:
+    """Number the layers, say where down, mid and up begin, and put the legend above."""
+    axes.set_ylabel(label)
+    axes.set_xticks(range(1, len(names) + 1))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlim(0.5, len(names) + 0.5)
+    axes.set_xlabel("Layer, in the network's order")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0), high + 0.09 * (high - low))  # room for the words
+    places = [name.split("_")[0] for name in names]
+    for index, place in enumerate(places):
+        if index == 0 or place != places[index - 1]:
+            if index:
+                axes.axvline(index + 0.5, color="#b9c2cc", lw=1)
+            axes.annotate(
+                place, (index + 0.6, 0.985), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, va="top"
+            )
+    if axes.get_legend_handles_labels()[1]:
+        legend_above(axes)
+    return picture(figure, f"{title}, layer by layer. {'; '.join(part for part in told if part)}.")

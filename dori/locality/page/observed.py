@@ -1,0 +1,202 @@
+"""What the paper's three analyses say: embedding space, activations, weights. Rules: `dori.locality.page.verdict`."""
+
+import math
+
+from dori.locality.embeddings import gaussian_distance
+from dori.locality.page.summary import (
+    Said,
+    activity_ratio,
+    banded,
+    empty_share,
+    measure,
+    methods,
+    overlap,
+    own_share,
+    said,
+    way,
+)
+from dori.locality.probes import BALL, BETWEEN, OUTWARD
+from dori.locality.records import (
+    MEMORIZED,
+    ORDINARY,
+    OTHER_IMAGES,
+    OTHER_NOISES,
+    SIMULATED,
+    STARTS,
+    TRIGGERS,
+    WHOLE,
+    Locality,
+)
+from dori.stats import Estimate, wilson
+
+NONE_REPLICATE = Said("Too few triggers", ("No memory has two triggers, so nothing is compared.",))
+SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
+COMMON, NEAR, PLACE = (0.1, 0.5), (0.9, 1.1), (0.1, 0.9)  # the cuts of the rules
+
+
+def embedding(found: Locality) -> Said:
+    """Distances, moves and the region that replicates."""
+    common, other = measure(found, "common share of the moves"), measure(found, "shared with moves to other images")
+    if math.isnan(common.value):
+        return NONE_REPLICATE
+    word = banded(own_share(found), COMMON, ("no common direction", "a common part", "mostly one direction"))
+    entries = math.prod(found.settings["embedding_shape"])
+    sentences = [
+        f"Triggers of one image lie {said(measure(found, 'between triggers'), 1)} apart, their starts "
+        f"{said(measure(found, 'between their starts'), 1)}, ordinary prompts "
+        f"{said(measure(found, 'between ordinary prompts'), 1)}, different memorized prompts "
+        f"{said(measure(found, 'between memorized prompts'), 1)}. Gaussian starts are {gaussian_distance(entries):.1f} "
+        "apart by construction, so these distances decide nothing.",
+        f"The attack moves a start by {said(measure(found, 'moved'), 1)}; "
+        f"{said(measure(found, 'nearest start is the own'))} of the triggers remain nearest to their own start.",
+        f"With the starts taken out, {said(common)} of the moves is common to the triggers of an image (0 independent, "
+        "1 the same move)"
+        + (
+            "; with a single image it stays open whether moves to any image share as much."
+            if math.isnan(other.value)
+            else f", {said(other)} to moves towards different images: {said(own_share(found))} is the image's own."
+        ),
+    ]
+    return Said(f"The moves of triggers: {word}", (*sentences, *_lines(found), *_balls(found)))
+
+
+def rate(found: Locality, kind: str, at: float) -> Estimate:
+    """Share of the probed points of one kind and place that replicate, with Wilson's interval over all of them."""
+    rows = [probe for probe in found.probes if probe.kind == kind and probe.at == at]
+    return wilson(sum(p.successes for p in rows), sum(p.n for p in rows))
+
+
+def _counts(estimate: Estimate) -> str:
+    return f"{round(estimate.value * estimate.n)} of {estimate.n}"
+
+
+def _lines(found: Locality) -> list[str]:
+    middle, outward = (rate(found, kind, 0.5) for kind in (BETWEEN, OUTWARD))
+    if not middle.n or not outward.n:
+        return []
+    if middle.high < 0.5:
+        word = "triggers are not connected by straight lines"
+    elif outward.low > 0.5:
+        word = "the region is so large that lines say nothing"
+    elif middle.value >= 0.5 and middle.low > outward.high:
+        word = "triggers are connected by straight lines"
+    else:
+        word = "whether straight lines connect triggers cannot be told"
+    return [
+        f"Half way between two triggers {_counts(middle)} points replicate, half way to an ordinary prompt "
+        f"{_counts(outward)}: {word}."
+    ]
+
+
+def _balls(found: Locality) -> list[str]:
+    radii = sorted({probe.at for probe in found.probes if probe.kind == BALL})
+    rates = [rate(found, BALL, radius) for radius in radii]
+    inside = next((k for k, one in enumerate(rates) if one.value < 0.5), len(radii))
+    if not radii:
+        return []
+    if inside == 0:
+        reach = f"at none of the tried radii ({radii[0]:g} and more)"
+    elif inside == len(radii):
+        reach = f"at all tried radii (up to {radii[-1]:g})"
+    else:
+        reach = f"up to {radii[inside - 1]:g}"
+    return [
+        f"Around a trigger at least half of random directions replicate {reach}, in units of the median distance "
+        "between ordinary prompts."
+    ]
+
+
+def activations(found: Locality) -> Said:
+    """Ratios of D, site by site."""
+    sentences, words = [], []
+    for site, name in SITES.items():
+        ratio = activity_ratio(found, site, TRIGGERS, MEMORIZED)
+        if math.isnan(ratio.value):
+            continue
+        word = banded(ratio, NEAR, ("closer together", "about as far apart", "farther apart"))
+        words.append(f"{name}: {word}")
+        starts = activity_ratio(found, site, f"{TRIGGERS}, gaussian", STARTS)
+        sentences.append(
+            f"In the {name} D of triggers of one image is {said(ratio)} times that of different memorized prompts: "
+            f"{word}. To ordinary prompts the ratio is {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; of "
+            f"Gaussian-started triggers to their bare starts {said(starts)}; of one trigger under other noises to "
+            f"triggers {said(activity_ratio(found, site, OTHER_NOISES, TRIGGERS))}."
+        )
+    if not words:
+        return NONE_REPLICATE
+    return Said("Against different memorized prompts, triggers lie in " + "; in ".join(words), tuple(sentences))
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def weights(found: Locality) -> Said:
+    """Agreement of masks, method by method, between reference and ceiling; pairs of two empty masks left out."""
+    sentences = [_agreement(found, method) for method in methods(found) if _compared(found, method)]
+    title = "; ".join(f"{method}: {weight_word(found, method)}" for method in methods(found))
+    return Said(title, (*sentences, *_searches(found))) if sentences else NONE_REPLICATE
+
+
+def _compared(found: Locality, method: str) -> bool:
+    return not math.isnan(overlap(found, method, WHOLE, TRIGGERS).value)
+
+
+def weight_word(found: Locality, method: str) -> str:
+    """Local, partly local, not local, or why that cannot be told."""
+    place = way(found, method)
+    if place.why_not:
+        return f"cannot be told, {place.why_not}"
+    return banded(place.estimate, PLACE, ("not local", "partly local", "local"))
+
+
+def _agreement(found: Locality, method: str) -> str:
+    level = {
+        group: overlap(found, method, WHOLE, group, without_empty=True)
+        for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED)
+    }
+    triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
+    low, high = (triggers.low, triggers.high) if triggers.n and not math.isnan(triggers.low) else (triggers.value,) * 2
+    more = "more than" if low > prompts.value + 0.01 else "less than" if high < prompts.value - 0.01 else "as much as"
+    where = (
+        ""
+        if place.why_not
+        else f" They lie {said(place.estimate)} of the way from the highest reference ({place.reference}) to the "
+        "ceiling (other seeds)."
+    )
+    return (
+        f"Triggers of one image agree on {method} weights {more} different memorized prompts do ({said(triggers)} "
+        f"against {said(prompts)}); triggers of different images {said(level[OTHER_IMAGES])}, ordinary prompts "
+        f"{said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same trigger under other "
+        f"seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}{_empty(found, method)}"
+    )
+
+
+def _empty(found: Locality, method: str) -> str:
+    share = empty_share(found, method)
+    if math.isnan(share.value) or share.value == 0:
+        return ""
+    triggers, prompts, ceiling = (
+        said(overlap(found, method, WHOLE, group)) for group in (TRIGGERS, MEMORIZED, OTHER_NOISES)
+    )
+    return (
+        f" Pairs of two empty masks are left out here, {said(share)} of the triggers' pairs; counted 1 as "
+        f"published, the triggers have {triggers}, memorized prompts {prompts}, other seeds {ceiling}."
+    )
+
+
+def _searches(found: Locality) -> list[str]:
+    rows = [one for one in found.searches if one.group == TRIGGERS]
+    if not rows:
+        return []
+    mean = {
+        name: sum(getattr(one, name) for one in rows) / len(rows)
+        for name in ("median_size", "flagged", "localized", "converged")
+    }
+    beside = {one.group: one.median_size for one in found.searches if one.group in (MEMORIZED, ORDINARY)}
+    sizes = "".join(f", {group} {size:.0f}" for group, size in beside.items())
+    return [
+        f"NeMo takes {mean['flagged']:.2f} of the triggers for memorized and calls {mean['localized']:.2f} "
+        f"localized. Its sets hold {mean['median_size']:.0f} neurons in the median{sizes} (largest of a trigger "
+        f"{max(one.largest_size for one in rows)}); {1 - mean['converged']:.2f} of the searches met the cap on "
+        "refinement and are only upper bounds. Gaussian-started embeddings lie far outside its statistics."
+    ]
