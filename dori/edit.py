@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.model.weights import fitting_parameters, weights_kept
 from dori.run import tensors_sha256, write_bytes
+from dori.tensor_file import read_tensors
 
 WEIGHT_MASK = "weight_mask"
 
@@ -107,17 +107,17 @@ def load_edit(path: Path) -> WeightMask | WeightDelta:
     Raises:
         DoriError: no such file, or not an edit.
     """
+    mend = "give a file that Dori wrote"
+    texts, tensors = read_tensors(path, what="an edit", mend=mend)
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("edit", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        header = json.loads(texts.get("edit", "{}"))
         kind, name, details = header["kind"], str(header["name"]), dict(header["details"])
         if kind not in (WEIGHT_MASK, WEIGHT_DELTA):
             raise ValueError(f"kind {kind!r:.40}")
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ValueError("a number that is not finite")
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DoriError(f"{path} cannot be read as an edit ({error}); give a file that Dori wrote") from None
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:  # types without arithmetic, and recursion, too
+        raise DoriError(f"{path} cannot be read as an edit ({error}); {mend}") from None
     if kind == WEIGHT_DELTA:
         return WeightDelta(name, tensors, details)
     return WeightMask(name, {key: mask.bool() for key, mask in tensors.items()}, details)

@@ -31,13 +31,14 @@ def forget(model: StableDiffusion, *, surrogates: int = 2, texts: tuple[str | No
         model.encode([text or "" for text in texts]),
         tuple(draw(surrogates, *shape, seed=10 + i) for i in range(n)),
         model.encode(["", "de", "hi"])[:n],
-        model.encode(["x", "yy", "z"]),
+        ("x", "yy", "z"),
+        "drawn",
     )
 
 
 def retain(model: StableDiffusion) -> Pairs:
     """Eight ordinary pairs."""
-    return Pairs(draw(8, *model.latent_shape, seed=2), model.encode([f"word {i}" for i in range(8)]))
+    return Pairs(draw(8, *model.latent_shape, seed=2), model.encode([f"word {i}" for i in range(8)]), "drawn")
 
 
 def colours(images: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ from torch import Tensor
 from dori.attack.dori import Dori
 from dori.edit import no_edit
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.delta import CannotErase
 from dori.erase.pairs import Work
 from dori.erase.processes import Processes
+from dori.erase.starts import starting_points
 from dori.erase.surrogates import SurrogateSearch, anchor_prompt, filtered, shortened
 from dori.erase.tuning import Tuner
-from dori.erase.watch import Watch, starting_points
+from dori.erase.watch import Watch
 from dori.errors import DoriError
-from dori.metrics.similarity import cosine
+from dori.metrics.similarity import cosine, masked_similarity
 from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
@@ -33,9 +35,10 @@ METHOD = AdversarialErasure(
 def watch(model: StableDiffusion, threshold: float = 0.7) -> Watch:
     """A cheap judge of the three memories."""
     images = model.to_images(draw(3, *model.latent_shape, seed=1))
+    shown = tuple(dataclasses.replace(case, image=image) for case, image in zip(cases(model), images, strict=True))
     return Watch(
         dataclasses.replace(DESCRIPTOR, threshold=threshold),
-        images,
+        shown,
         sampling_steps=1,
         seeds=2,
         attack=Dori(steps=1, batch=1),
@@ -69,6 +72,35 @@ def test_a_killed_erasure_goes_on_to_the_same_weights(tiny: StableDiffusion, tmp
     checkpoint.write_bytes(b"torn")
     with pytest.raises(DoriError, match="cannot be read"):
         METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint))
+
+
+def test_a_round_says_what_is_left_and_the_rows_are_those_that_were_planned(tiny: StableDiffusion) -> None:
+    growing = dataclasses.replace(METHOD, attack_growth=2.0, check_every=2, patience=9, search_rounds=2)
+    said = list[str]()
+    before = tiny.rows
+    edit = growing(tiny, forget(tiny), retain(tiny), seed=0, work=Work(say=said.append), watch=watch(tiny, 9.0))
+    assert tiny.rows - before == growing.rows(3, watch(tiny)).count == edit.details["rows"]
+    assert edit.details["updates"] == growing.rounds * growing.steps_per_round
+    assert all("left" in line for line in said[:-1]) and "left" not in said[-1] and len(said) == 3
+
+
+def test_a_diverging_training_stops_at_once_and_says_so(tiny: StableDiffusion) -> None:
+    said = list[str]()
+    wild = dataclasses.replace(METHOD, rounds=50, tuner=Tuner(learning_rate=1e25))
+    with pytest.raises(CannotErase, match=r"diverged.*--rate-scale"):
+        wild(tiny, forget(tiny), retain(tiny), seed=0, work=Work(say=said.append))
+    assert len(said) < 3
+
+
+def test_only_as_many_surrogates_are_taught_as_wanted(tiny: StableDiffusion) -> None:
+    memories = forget(tiny)
+    first = dataclasses.replace(memories, surrogates=tuple(images[:1] for images in memories.surrogates))
+    one = dataclasses.replace(METHOD, rounds=1, surrogates=1)
+    found, same, all_of_them = (
+        method(tiny, given, retain(tiny), seed=0).fingerprint
+        for method, given in ((one, memories), (one, first), (dataclasses.replace(one, surrogates=None), memories))
+    )
+    assert found == same != all_of_them
 
 
 def test_each_round_attacks_the_current_weights(tiny: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +185,29 @@ def test_held_out_attacks_share_no_stream_with_the_training(tiny: StableDiffusio
     first, again, other = (judge.held_out(tiny, memories, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (3,)
     bare = forget(tiny, texts=("a", None, "b"))
-    points = starting_points(tiny, bare, [0, 1], "prompt", seeds=[5, 6])
-    assert torch.equal(points[0], bare.embeddings[0]) and not torch.equal(points[1], bare.embeddings[1])
-    foreign = starting_points(tiny, bare, [0, 1, 2], "foreign", seeds=[5, 6, 7])
-    assert all(any(torch.equal(row, ordinary) for ordinary in bare.ordinary) for row in foreign)
+    given = {"texts": bare.texts, "ordinary": bare.ordinary, "seeds": [5, 6, 7]}
+    points = starting_points(tiny, "prompt", **given)
+    assert torch.equal(points[::2], bare.embeddings[::2])
+    assert torch.equal(points[1], starting_points(tiny, "gaussian", **given)[1])
+    ordinary = tiny.encode(bare.ordinary)
+    foreign = starting_points(tiny, "foreign", **given)
+    assert all(any(torch.allclose(row, one, atol=1e-6) for one in ordinary) for row in foreign)
+
+
+def test_a_template_is_watched_as_it_will_be_judged(tiny: StableDiffusion) -> None:
+    plain = watch(tiny)
+    box = dataclasses.replace(plain.cases[0].memory, kind="template", varying_box=(2, 2, 9, 9))
+    template = dataclasses.replace(plain.cases[0], memory=box)
+    masked = dataclasses.replace(
+        plain,
+        descriptor=dataclasses.replace(plain.descriptor, masked_threshold=0.9),
+        cases=(template, *plain.cases[1:]),
+    )
+    assert plain.limits.tolist() == pytest.approx([0.7] * 3) and masked.limits.tolist() == pytest.approx(
+        [0.9, 0.7, 0.7]
+    )
+    seen = [one.similarities(tiny, forget(tiny).embeddings, [0, 1, 2], seed=0) for one in (plain, masked)]
+    assert seen[0][0] != seen[1][0] and torch.equal(seen[0][1:], seen[1][1:])
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -230,11 +281,10 @@ def test_candidates_are_kept_greedily_if_unlike_target_and_one_another() -> None
     vectors = torch.nn.functional.normalize(
         torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 0.1], [0, 0, 1], [0, -1, 0]]), dim=1
     )
-    similarity = torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1])
-    limits = {"below_target": 0.5, "below_each_other": 0.7}
-    assert filtered(similarity, vectors, vectors[:0], wanted=9, **limits) == [1, 3, 4]
-    assert filtered(similarity, vectors, vectors[:0], wanted=2, **limits) == [1, 3]
-    assert filtered(similarity, vectors, vectors[1:2], wanted=9, **limits) == [3, 4]
+    allowed = torch.tensor([False, True, True, True, True])
+    assert filtered(allowed, vectors, vectors[:0], wanted=9, below_each_other=0.7) == [1, 3, 4]
+    assert filtered(allowed, vectors, vectors[:0], wanted=2, below_each_other=0.7) == [1, 3]
+    assert filtered(allowed, vectors, vectors[1:2], wanted=9, below_each_other=0.7) == [3, 4]
 
 
 def test_surrogates_come_from_the_mitigated_model_first_and_are_no_copies(tiny: StableDiffusion) -> None:
@@ -251,8 +301,32 @@ def test_surrogates_come_from_the_mitigated_model_first_and_are_no_copies(tiny: 
         assert found.sources[i][0].startswith(("none: ", "shortened prompt"))
     only = dataclasses.replace(search, mitigated=False)(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
     assert all(source.startswith("shortened prompt") for sources in only.sources for source in sources)
-    with pytest.raises(DoriError, match="no surrogate of memory 'memory-0'"):
-        dataclasses.replace(search, below_target=-2.0)(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
+    none = dataclasses.replace(search, below_target=-2.0)(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
+    assert [len(kept) for kept in none.latents] == [0, 0, 0] and all(-1 <= least <= 1 for least in none.nearest)
+
+
+def test_a_copy_of_another_memory_is_no_surrogate(tiny: StableDiffusion) -> None:
+    search = SurrogateSearch(
+        wanted=9, tries=4, sampling_steps=1, below_target=9.0, below_each_other=9.0, mitigated=False
+    )
+    asked = cases(tiny, 2)
+    drawn = search(tiny, asked, [], DESCRIPTOR, seed=0)
+    copied = dataclasses.replace(asked[1], image=drawn.images[0][0])
+    again = search(tiny, (asked[0], copied), [], DESCRIPTOR, seed=0)
+    reference = DESCRIPTOR(copied.image[None])
+    likeness = [float(cosine(DESCRIPTOR(found.images[0]), reference).max()) for found in (drawn, again)]
+    assert likeness[0] > 0.99 and likeness[1] < DESCRIPTOR.threshold
+
+
+def test_surrogates_of_templates_are_unlike_what_stays_the_same(tiny: StableDiffusion) -> None:
+    case = cases(tiny, 1)[0]
+    box = dataclasses.replace(case.memory, kind="template", varying_box=(2, 2, 9, 9))
+    template = dataclasses.replace(case, memory=box)
+    judge = dataclasses.replace(DESCRIPTOR, masked_threshold=0.9)
+    search = SurrogateSearch(wanted=99, tries=8, sampling_steps=1, below_target=0.5, below_each_other=9.0)
+    found = search(tiny, [template], [], judge, seed=0)
+    masked = masked_similarity(judge, found.images[0], template.image, (2, 2, 9, 9))
+    assert len(masked) and float(masked.max()) < 0.45
 
 
 def test_the_tiny_model_is_the_same_in_every_process(tmp_path: Path) -> None:

@@ -19,17 +19,18 @@ from dori.cli import main
 from dori.edit import load_edit
 from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
-from dori.erase.cells import bench
+from dori.erase.cells import Bench
 from dori.erase.certificate import render
-from dori.erase.command import Request, written
-from dori.erase.contest import contest, to_markdown
-from dori.erase.damage import neighbours
-from dori.erase.erasers import arms, eraser
+from dori.erase.command import Request, audit_rows, written
+from dori.erase.contest import contest, contest_costs, contestants, to_markdown
+from dori.erase.cost import Rows, forecast
+from dori.erase.damage import Damage, neighbours, spoiled
+from dori.erase.erasers import arms, eraser, frontier, ordinary
 from dori.erase.latent_attack import LatentAttack
-from dori.erase.material import Material, divided, of_split
-from dori.erase.pairs import Work
-from dori.erase.plan import PRESETS, Plan, scaled
-from dori.erase.proof import prove
+from dori.erase.material import Material, Uses, divided, of_split
+from dori.erase.pairs import Pairs, Work
+from dori.erase.plan import PRESETS, Plan, fitted, scaled
+from dori.erase.proof import Proof, proof_costs, prove
 from dori.erase.protocol import Protocol
 from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
@@ -66,6 +67,9 @@ PLAN = Plan(
     neighbours=1,
     watch_seeds=1,
 )
+PLAN = dataclasses.replace(
+    PLAN, tables=dataclasses.replace(PLAN.protocol, starts=("prompt", "gaussian"), harmless_steps=0)
+)
 
 
 def material(model: StableDiffusion, *twins: StableDiffusion) -> Material:
@@ -85,11 +89,19 @@ def twin_of(folder: Path) -> StableDiffusion:
     return twin
 
 
-def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "adversarial"):  # noqa: ANN201
+def bench(folder: Path, given: Material, plan: Plan = PLAN, say: Callable[[str], None] = lambda line: None) -> Bench:
+    """What an erasure works on, in a folder of its own."""
+    fingerprint = model_fingerprint(given.subjects.model)
+    return Bench(given, plan, Judge(DESCRIPTOR), Run(folder, say=say, modules=()), Work(say=say), fingerprint)
+
+
+def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "adversarial") -> Proof:
     """The proof in a locked folder."""
-    run = Run(folder, modules=())
-    with run.locked():
-        return prove(given, plan, name, judge=Judge(DESCRIPTOR), run=run, work=Work())
+    own = bench(folder, given, plan)
+    with own.run.locked():
+        found = prove(own, name)
+    assert found is not None
+    return found
 
 
 def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> None:
@@ -119,15 +131,15 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
 
 
 def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path: Path) -> None:
-    given, run = material(tiny), Run(tmp_path, modules=())
+    given = material(tiny)
 
     def die(line: str) -> None:
         if "cells" in line and int(re.search(r"\((\d+)/", line)[1]) >= 9:  # type: ignore[index]
             raise KeyboardInterrupt
 
-    run.say = die
-    with pytest.raises(KeyboardInterrupt), run.locked():
-        prove(given, PLAN, "naive-deletion", judge=Judge(DESCRIPTOR), run=run, work=Work())
+    own = bench(tmp_path, given, say=die)
+    with pytest.raises(KeyboardInterrupt), own.run.locked():
+        prove(own, "naive-deletion")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     assert len(kept) >= 9
     proof = proven(tmp_path, given, name="naive-deletion")
@@ -138,26 +150,25 @@ def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["erasers", "ablations"])
-def test_a_table_has_a_row_for_each_and_says_what_failed(
-    kind: str, tiny: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: StableDiffusion, tmp_path: Path) -> None:
     names = ("uce", "esd") if kind == "erasers" else ("prompt only", "LoRA")
-    given, run = material(tiny, twin_of(tmp_path)), Run(tmp_path / "run", modules=())
-    import dori.erase.contest as module
-
-    full = module.contestants
-    few = {name: method for name, method in full(kind, PLAN, timesteps=1000).items() if name in names}
+    own = bench(tmp_path / "run", material(tiny, twin_of(tmp_path)))
+    few = {name: method for name, method in contestants(kind, own).items() if name in names}  # type: ignore[arg-type]
     if kind == "erasers":
-        diverging = Tuner(learning_rate=1e20, part="cross_attention")
-        few["esd"] = dataclasses.replace(few["esd"], steps=3, tuner=diverging)
-    monkeypatch.setattr(module, "contestants", lambda *_, **__: few)
-    with run.locked():
-        record = contest(given, PLAN, kind, judge=Judge(DESCRIPTOR), run=run, work=Work())  # type: ignore[arg-type]
+        diverging = Tuner(learning_rate=1e25, part="cross_attention")
+        few["esd"] = dataclasses.replace(few["esd"], steps=5, tuner=diverging)
+    planned = contest_costs(own, kind, few)  # type: ignore[arg-type]
+    with own.run.locked():
+        record = contest(own, kind, few)  # type: ignore[arg-type]
+    cells = {path.stem for path in (tmp_path / "run" / "cells").iterdir() if not path.stem.startswith("seconds")}
+    failed = {key for key in planned if "esd" in key} if kind == "erasers" else set()
+    assert cells == set(planned) - failed
+    assert "from noise" in record["header"] and {test["state"] for test in record["tests"]} >= {"original"}
     made = [row[0] for row in record["rows"]]
     table = to_markdown(record)
     if kind == "erasers":
         assert made == ["original", "twin <b>", "uce"] and "diverged" in record["failures"]["esd"]
-        assert "esd: ESD" in table
+        assert "esd: training tiny diverged" in table
     else:
         assert made == ["original", "twin <b>", *names]
     assert all(len(row) == len(record["header"]) + 1 for row in record["rows"])
@@ -165,15 +176,23 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(
 
 
 def test_names_and_methods_agree() -> None:
-    method = AdversarialErasure(tuner=Tuner(learning_rate=2e-4, part="lora"))
-    made = {name: eraser(name, adversarial=method, timesteps=100, sampling_steps=7) for name in ERASERS}
-    assert made["adversarial"] is method and made["ordinary"].tuner.part == "full"
+    method = AdversarialErasure(tuner=Tuner(learning_rate=2e-4, part="lora", ema_decay=0.9))
+    settings = {"adversarial": method, "timesteps": 100, "sampling_steps": 7}
+    made, single = ({name: eraser(name, memories=n, **settings) for name in ERASERS} for n in (3, 1))
+    assert made["adversarial"] is method and made["ordinary"].tuner == dataclasses.replace(method.tuner, part="full")
+    assert (single["siss"].steps, single["esd"].steps, single["concept-ablation"].steps) == (35, 200, 400)
+    published = set(ERASERS) - {"adversarial", "ordinary", "uce"}
+    assert all(made[name].steps == 3 * single[name].steps and made[name].tuner.ema_decay == 0 for name in published)
     assert made["siss-as-released"].timesteps == (99, 100) and made["esd"].sampling_steps == 7
     assert made["esd"].tuner.learning_rate == pytest.approx(1e-3)  # published 5e-5, scaled as 1e-5 to 2e-4
     assert made["concept-ablation"].tuner.learning_rate == pytest.approx(1e-5)
     table = arms(method)
     assert tuple(table) == ARMS and len(set(table.values())) >= len(ARMS) - 1
     assert table["no retain loss"].retain_weight == 0 and table["attention only"].tuner.part == "attention"
+    assert ordinary(method).steps == 125 and ordinary(method, 30).steps == 30
+    edge = frontier(method)
+    assert len(edge) == 10 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
+    assert edge["one surrogate each"].surrogates == 1 and edge["rate x 0.5, 2 rounds"].rounds == 2
 
 
 def test_presets_scale_every_rate_alike() -> None:
@@ -183,8 +202,58 @@ def test_presets_scale_every_rate_alike() -> None:
         assert faster.protocol.relearning.tuner.learning_rate == pytest.approx(
             20 * plan.protocol.relearning.tuner.learning_rate
         )
+        assert faster.tables.relearning.tuner == faster.protocol.relearning.tuner
         assert faster.protocol.margin_area == plan.protocol.margin_area
         assert plan.audit().nemo is None and plan.audit().wandas == ()
+
+
+def test_every_planned_cell_is_made_and_costs_no_more(tiny: StableDiffusion, tmp_path: Path) -> None:
+    own = bench(tmp_path / "run", material(tiny, twin_of(tmp_path)))
+    planned, models = proof_costs(own, "adversarial"), (tiny, *own.material.subjects.twins)
+    before = sum(model.rows for model in models)
+    with own.run.locked():
+        prove(own, "adversarial")
+    cells = {path.stem for path in (tmp_path / "run" / "cells").iterdir() if not path.stem.startswith("seconds")}
+    used, most = sum(model.rows for model in models) - before, sum(planned.values(), Rows()).count
+    assert cells == set(planned) and 0.7 * most < used <= most  # surrogates are found before every way was tried
+
+
+def test_the_quick_plans_keep_their_time(tiny: StableDiffusion, tmp_path: Path) -> None:
+    """At the speed of the testbed's first network on two cores: half an hour, and as much for each arm."""
+    images = [cases(tiny, count, group, seed) for count, group, seed in ((8, "memory", 7), (8, "control", 8))]
+    subjects = Subjects(tiny, images[0], images[1], tuple(f"word {i}" for i in range(200)), None, (tiny,))
+    pairs = Pairs(draw(96, 1, seed=0), draw(96, 1, seed=0), "x")
+    prompts = Uses(("a",), ("b",), tuple(f"p{i} q" for i in range(48)))
+    given = Material(subjects, pairs, pairs, torch.zeros(96, 3, 16, 16), prompts, "all")
+    own, speed = bench(tmp_path, given, PRESETS["quick"]()), {"forward_per_s": 250, "both_per_s": 90}
+    whole = sum(proof_costs(own, "adversarial").values(), audit_rows(own))
+    assert 15 * 60 < whole.seconds_s(**speed) < 30 * 60
+    fixed = sum(contest_costs(own, "ablations", {}).values(), Rows())
+    for name, method in contestants("ablations", own).items():
+        with_it = sum(contest_costs(own, "ablations", {name: method}).values(), Rows())
+        assert 60 < with_it.seconds_s(**speed) - fixed.seconds_s(**speed) < 16 * 60
+    assert "about" in forecast(whole, (250, 90)) and "about" not in forecast(whole, None)
+
+
+def test_calls_fit_the_model() -> None:
+    plan = PRESETS["full"]()
+    assert fitted(plan, latent_numbers=2048, weights=9_000_000) == plan
+    large = fitted(plan, latent_numbers=16_384, weights=860_000_000)
+    assert large.adversarial.tuner.rows_per_call == large.protocol.attack.rows_per_call == 8
+    assert large.adversarial.tuner.checkpointing and large.protocol.relearning.tuner.checkpointing
+    assert large.protocol.latent.rows_per_call == 2 and large.tables.long.rows_per_call == 8
+    same = dataclasses.replace(large, adversarial=plan.adversarial, protocol=plan.protocol, tables=plan.tables)
+    assert same == plan
+
+
+def test_a_ruined_model_stands_out() -> None:
+    def row(state: str, frechet: float) -> Damage:
+        return Damage(state, 2, frechet, 0, None, None, None, 0, None, None, None, None)
+
+    rows = [row("erased", 3.0), row("ordinary training", 2.0)]
+    assert spoiled(rows, "erased", "ordinary training") == 1.5
+    assert spoiled([row("erased", 3.0), row("o", 0.0)], "erased", "o") == float("inf")
+    assert spoiled([row("erased", 0.0), row("o", 0.0)], "erased", "o") == 1.0
 
 
 def test_splits_are_disjoint_and_prompts_serve_one_use(tiny: StableDiffusion) -> None:
@@ -194,7 +263,7 @@ def test_splits_are_disjoint_and_prompts_serve_one_use(tiny: StableDiffusion) ->
     subjects = Subjects(tiny, images, (), ())
     uses = divided(["m 0", *(f"p{i}" for i in range(20)), "p3"], subjects, 4)
     every = [*uses.erasing, *uses.proving, *uses.quality]
-    assert len(set(every)) == len(every) and "m 0" not in every and len(uses.quality) == 4
+    assert len(set(every)) == len(every) and "m 0" not in every and uses.quality == ("p0", "p1", "p2", "p3")
     with pytest.raises(DoriError, match="too few"):
         divided(["a", "b", "c"], subjects, 4)
 
@@ -233,7 +302,7 @@ def test_mistakes_are_one_sentence(
 
 def test_a_request_becomes_a_plan() -> None:
     plan = Request("testbed", Path("x"), preset="full", seed=3, limit=4).plan()
-    assert (plan.memories, plan.controls, plan.seed) == (4, 4, 3)
+    assert (plan.memories, plan.controls, plan.seed, plan.protocol.seed, plan.tables.seed) == (4, 4, 3, 3, 3)
     assert plan.adversarial.tuner.learning_rate == pytest.approx(2e-4)
     assert Request("m", Path("x"), memories=Path("a"), retain=Path("b")).plan().adversarial.tuner.learning_rate == 1e-5
 
@@ -241,11 +310,13 @@ def test_a_request_becomes_a_plan() -> None:
 def test_an_erasure_that_was_killed_between_rounds_goes_on(tiny: StableDiffusion, tmp_path: Path) -> None:
     given = material(tiny)
     plan = dataclasses.replace(PLAN, adversarial=dataclasses.replace(PLAN.adversarial, rounds=3))
-    judge, said = Judge(DESCRIPTOR), list[str]()
+    said = list[str]()
 
     def made(folder: Path, say: Callable[[str], None]) -> str:
-        own = bench(given, plan, judge, Run(folder, modules=()), Work(say=say))
-        return own.edit("adversarial", plan.adversarial, own.forget()).fingerprint
+        own = bench(folder, given, plan, say)
+        made = own.edit("adversarial", plan.adversarial, own.forget(surrogates=True)).fingerprint
+        assert (own.seconds("adversarial") is None) == (folder.name == "killed")  # half its time is not its time
+        return made
 
     def die(line: str) -> None:
         if "round 2" in line:
@@ -269,11 +340,11 @@ def test_everything_is_written_beside_the_certificate(tiny: StableDiffusion, tmp
     request = Request(
         "somewhere", tmp_path / "run", memories=Path("m"), retain=Path("r"), save_model=tmp_path / "model"
     )
-    judge, run = Judge(DESCRIPTOR), Run(tmp_path / "run", modules=())
-    with run.locked():
-        proof = prove(given, plan, "uce", judge=judge, run=run, work=Work())
+    own = bench(tmp_path / "run", given, plan)
+    with own.run.locked():
+        proof = prove(own, "uce")
         assert proof is not None
-        lines = written(request, given, plan, judge, run, proof)
+        lines = written(request, own, proof)
     assert lines[0].startswith("verdict: ") and all(Path(line.split(": ")[1]).exists() for line in lines[1:])
     loaded = load_edit(tmp_path / "run" / "edit.safetensors")
     assert loaded.fingerprint == proof.edit.fingerprint

@@ -11,7 +11,7 @@ from erasing import draw, forget, retain, weights
 from dori.attack.dori import Dori
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.concept_ablation import ConceptAblation
-from dori.erase.delta import WeightDelta
+from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erase_diff import EraseDiff, balance
 from dori.erase.esd import Esd, negative_targets, partial_samples
 from dori.erase.gradient_ascent import GradientAscent
@@ -75,8 +75,31 @@ def test_what_an_eraser_needs_is_said_in_one_sentence(tiny: StableDiffusion) -> 
         with pytest.raises(DoriError, match="'m1' has no text"):
             ERASERS[name](tiny, bare, retain(tiny), seed=0)
     for name in ("naive", "siss", "concept_ablation", "adversarial"):
-        with pytest.raises(DoriError, match="'m0' has none"):
+        with pytest.raises(DoriError, match=r"of memory 'm0' .* none could be made"):
             ERASERS[name](tiny, poor, retain(tiny), seed=0)
+
+
+@every_eraser
+def test_rows_are_planned_as_they_are_used(eraser: Any, tiny: StableDiffusion) -> None:
+    before, planned = tiny.rows, eraser.rows(3)
+    edit = eraser(tiny, forget(tiny), retain(tiny), seed=0)
+    used = tiny.rows - before
+    assert edit.details["rows"] == used and planned.count >= used
+    if not isinstance(eraser, Esd):  # its samples stop at steps drawn at random
+        assert planned.count == used
+    moved = {True: planned.trained > 0, False: edit.details["updates"] == 0}
+    assert moved[not isinstance(eraser, Uce)]
+
+
+@every_eraser
+def test_those_that_need_no_surrogates_say_so_truly(eraser: Any, tiny: StableDiffusion) -> None:
+    poor, rich = forget(tiny, surrogates=0), forget(tiny)
+    if eraser.needs_surrogates:
+        with pytest.raises(CannotErase, match="'m0'"):
+            eraser(tiny, poor, retain(tiny), seed=0)
+    else:
+        found = [eraser(tiny, memories, retain(tiny), seed=0).fingerprint for memories in (poor, rich)]
+        assert found[0] == found[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

@@ -11,6 +11,7 @@ from erasing import DESCRIPTOR, cases, draw
 from dori.attack.dori import Dori
 from dori.audit.judge import Judge
 from dori.erase.battery import Battery, State
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.outcomes import Outcome, areas, back, relearning_steps
@@ -52,8 +53,11 @@ def test_every_state_is_asked_in_every_way_and_nothing_is_left_behind(tiny: Stab
     images = (*cases(tiny, 2), *cases(tiny, 1, "control", seed=8))
     before, judge = model_fingerprint(tiny), battery(tmp_path)
     state = State("erased", tiny, (small_edit(tiny),))
-    planned = judge.costs(state, images)
+    planned, rows = judge.costs(state, images), tiny.rows
     found = judge.measure(state, images)
+    used, most = tiny.rows - rows, sum(planned.values(), Rows()).count
+    early = sum(SHORT.relearning.steps - o.steps for o in last_looks(found))
+    assert used == most - early * (SHORT.relearning.batch + 2 * SHORT.seeds * SHORT.sampling_steps)
     assert model_fingerprint(tiny) == before
     assert {path.stem for path in (tmp_path / "cells").iterdir()} == set(planned)
     ways = {(o.way, o.start, o.steps) for o in found if o.way != "relearn"}
@@ -75,6 +79,8 @@ def test_every_state_is_asked_in_every_way_and_nothing_is_left_behind(tiny: Stab
 
 def test_altered_states_differ_and_are_asked_by_the_short_attack(tiny: StableDiffusion, tmp_path: Path) -> None:
     images, judge = cases(tiny, 2), battery(tmp_path)
+    asked = judge.measure(State("original", tiny, whole=False, relearned=False), images)
+    assert {o.way for o in asked} == {"prompt", "dori"}
     plain = judge.measure(State("original", tiny, whole=False), images)
     eighth = judge.measure(State("original, int8", tiny, rounding="int8", whole=False), images)
     assert {o.way for o in plain} == {"prompt", "dori", "relearn"}
@@ -85,10 +91,18 @@ def test_altered_states_differ_and_are_asked_by_the_short_attack(tiny: StableDif
     assert [o.similarities for o in direct] == [o.similarities for o in same]
 
 
-def test_images_without_a_text_are_asked_from_other_starts(tiny: StableDiffusion, tmp_path: Path) -> None:
+def test_images_without_a_text_are_attacked_from_noise_instead_of_their_prompt(
+    tiny: StableDiffusion, tmp_path: Path
+) -> None:
     bare = dataclasses.replace(cases(tiny, 1)[0], memory=Memory("bare", None, Path("b.png")))
     found = battery(tmp_path).measure(State("erased", tiny), [bare])
-    assert {(o.way, o.start) for o in found} == {("dori", "foreign"), ("relearn", "")}
+    starts = {"dori": {"prompt", "foreign"}, "long": {"prompt"}, "restricted": {"prompt"}}
+    starts |= {"latent": {""}, "relearn": {""}}
+    assert {way: {o.start for o in found if o.way == way} for way in {o.way for o in found}} == starts
+    # At step 0 nothing was attacked yet: the image comes from noise, not from the empty prompt.
+    first = next(o for o in found if (o.way, o.start, o.steps) == ("dori", "prompt", 0))
+    empty = next(o for o in found if (o.way, o.steps) == ("relearn", 0))
+    assert first.similarities != empty.similarities
 
 
 def test_templates_are_judged_blind_to_what_varies(tiny: StableDiffusion, tmp_path: Path) -> None:
@@ -102,6 +116,12 @@ def test_templates_are_judged_blind_to_what_varies(tiny: StableDiffusion, tmp_pa
         judge.measure(State(name, tiny, whole=False), [one])[0] for name, one in (("a", case), ("b", template))
     )
     assert (whole.threshold, masked.threshold) == (0.7, 0.9) and whole.similarities != masked.similarities
+
+
+def last_looks(outcomes: list[Outcome]) -> list[Outcome]:
+    """The last look at each image's relearning."""
+    found = {o.id: o for o in sorted(outcomes, key=lambda o: o.steps) if o.way == "relearn"}
+    return list(found.values())
 
 
 # ------------------------------------------------------------------------------------------------ numbers and verdict
@@ -147,7 +167,7 @@ Values = Callable[[str, int], tuple[float, float, float, float]]  # prompt, area
 
 def population(state: str, memory: Values, control: Values, count: int = 12) -> list[Outcome]:
     """Outcomes of memories and controls in one state, with a little spread between images."""
-    rng, found = np.random.default_rng(0), []
+    rng, found = np.random.default_rng(sum(map(ord, state))), []
     for group, values in (("memory", memory), ("control", control)):
         for i in range(count):
             prompt, at_50, at_150, learn = values(state, i)
@@ -175,6 +195,8 @@ def judged_as(
     restarts: int = 1,
     blind: float = 0.5,
     altered: Values | None = None,
+    spoiled: float = 1.0,
+    learnable: bool = True,
 ) -> tuple[str, tuple[str, ...]]:
     """The verdict on made-up outcomes."""
     stored: Values = lambda state, index: (0.9, 0.95, 0.95, 0)  # noqa: E731
@@ -183,7 +205,10 @@ def judged_as(
         found += population("erased, int8", altered, unseen)
     if twins:
         found += population("twin", unseen, unseen)
-    result = verdict(found, Protocol(restarts=restarts), twins=("twin",) if twins else (), blind={"size": blind})
+    if not learnable:
+        found = [dataclasses.replace(o, similarities=(0.0,)) if o.way == "relearn" and o.steps else o for o in found]
+    names = ("twin",) if twins else ()
+    result = verdict(found, Protocol(restarts=restarts), twins=names, blind={"size": blind}, spoiled=spoiled)
     return result.name, result.reasons
 
 
@@ -214,6 +239,29 @@ def test_what_rounding_brings_back_is_not_removed() -> None:
     assert name == "weakened" and any(reason.startswith("erased, int8") for reason in reasons)
 
 
+def test_a_ruined_model_is_not_called_clean() -> None:
+    """What draws nothing hides memories and controls alike, so that all differences of differences vanish."""
+    dead: Values = lambda state, index: (0.0, 0.0, 0.0, 999)  # noqa: E731
+    found = population("original", lambda s, i: (0.9, 0.95, 0.95, 0), unseen)
+    found += population("erased", dead, dead) + population("twin", unseen, unseen)
+    result = verdict(found, Protocol(), twins=("twin",), blind={}, spoiled=9.0)
+    assert result.name == "weakened" and any("spoiled" in reason for reason in result.reasons)
+    assert any("0 of 12 controls were learned on erased" in reason for reason in result.reasons)
+    assert judged_as(unseen, spoiled=1.9)[0] == "removed" and judged_as(unseen, spoiled=2.1)[0] == "weakened"
+
+
+def test_relearning_that_teaches_nothing_compares_nothing() -> None:
+    name, reasons = judged_as(unseen, learnable=False)
+    assert name == "weakened" and any("controls were learned" in reason for reason in reasons)
+
+
+def test_the_original_must_have_been_compared_too() -> None:
+    found = population("erased", unseen, unseen) + population("twin", unseen, unseen)
+    found += [Outcome(f"memory-{i}", "memory", "original", "prompt", "", 0, 0, (0.9,), 0.7) for i in range(12)]
+    result = verdict(found, Protocol(), twins=("twin",), blind={}, spoiled=1.0)
+    assert result.name == "weakened" and any("original: the attack was not compared" in r for r in result.reasons)
+
+
 def test_states_are_compared_only_where_both_were_asked() -> None:
     """An altered state attacked to 50 steps from one start, a twin to 150 from two: like curves, no difference."""
     found = []
@@ -221,7 +269,8 @@ def test_states_are_compared_only_where_both_were_asked() -> None:
         one, level = f"{group}-{index}", 0.3 + 0.001 * index
         found += curve(one, "twin", [level, level, 0.9], group=group)
         found += [dataclasses.replace(o, start="gaussian") for o in curve(one, "twin", [0.0, 0.9, 0.9], group=group)]
-        found += curve(one, "erased, int8", [level, level], group=group, steps=(0, 50))
+        shaken = level + 1e-3 * (-1) ** index
+        found += curve(one, "erased, int8", [shaken, shaken], group=group, steps=(0, 50))
     (test,) = compare(found, Protocol(), ("twin",))
     assert test.found.difference == pytest.approx(0, abs=1e-12) and test.found.shown and "to 50 steps" in test.quantity
 

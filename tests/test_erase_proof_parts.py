@@ -66,9 +66,17 @@ def test_both_directions_count_and_no_spread_is_said() -> None:
         found = equivalence("x", group + shift, group, margin=0.1)
         assert not found.shown and found.excluded
     same = equivalence("x", [3.0, 3.0], [3.0, 3.0], margin=0.1)
-    assert same.shown and not same.spread
+    assert not same.shown and not same.spread  # two images that agree show nothing
     apart = equivalence("x", [3.0, 3.0], [2.0, 2.0], margin=0.1)
     assert not apart.shown and apart.excluded
+    # On a grid of 5, images on one point still differ by what it rounds away: 25/12 each.
+    grid = equivalence("x", [20.0] * 8, [20.0] * 8, margin=6, least_variance=25 / 12)
+    half = float(stats.t.ppf(0.95, 14)) * (2 * 25 / 12 / 8) ** 0.5
+    assert (grid.low, grid.high) == pytest.approx((-half, half)) and grid.shown and grid.spread
+    assert not equivalence("x", [20.0] * 2, [20.0] * 2, margin=6, least_variance=25).shown
+    assert equivalence("x", [1.0, 9.0], [2.0, 8.0], margin=1, least_variance=0.1) == equivalence(
+        "x", [1.0, 9.0], [2.0, 8.0], margin=1
+    )
     for bad in (([1.0], [1.0, 2.0], 0.1), ([1.0, np.nan], [1.0, 2.0], 0.1), ([1.0, 1.0], [1.0, 2.0], 0.0)):
         with pytest.raises(DoriError, match="at least two"):
             equivalence("x", bad[0], bad[1], margin=bad[2])
@@ -106,6 +114,9 @@ def test_the_latent_attack_lowers_its_loss_and_keeps_to_the_sphere(tiny: StableD
     assert torch.allclose(alone.latents[0], found.latents[1], atol=1e-3)
     first = sample(tiny, y, initial_noise(tiny, [1, 2, 3]), steps=2, guidance_scale=1.0)
     assert torch.allclose(found.losses[:, 0], (first - targets).square().flatten(1).mean(1), rtol=1e-3)
+    guided = LatentAttack(steps=1, sampling_steps=2, guidance_scale=3.0)(tiny, targets, y, seeds=[1, 2, 3])
+    first = sample(tiny, y, initial_noise(tiny, [1, 2, 3]), steps=2, guidance_scale=3.0)
+    assert torch.allclose(guided.losses[:, 0], (first - targets).square().flatten(1).mean(1), rtol=1e-3)
     sphere = LatentAttack(steps=3, sampling_steps=2, on_sphere=True)(tiny, targets, y, seeds=[1, 2, 3])
     d = targets[0].numel()
     assert torch.allclose(sphere.latents.flatten(1).norm(dim=1), torch.full((3,), d**0.5), rtol=1e-4)

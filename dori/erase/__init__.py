@@ -1,6 +1,7 @@
 """Erasure: methods that take an image out of a model's weights, and the proof that it is out."""
 
 # Literal, and free of imports, so that the command line can list them at once; `dori.erase.erasers` makes them.
+TABLES = ("erasers", "ablations", "frontier")
 ERASERS = (
     "adversarial",
     "ordinary",
@@ -14,7 +15,7 @@ ERASERS = (
     "uce",
 )
 ARMS = (
-    "paper's recipe",
+    "whole recipe",
     "prompt only",
     "first round's triggers",
     "prompt starts",

@@ -11,18 +11,19 @@ U-Net, fresh triggers before every step, 5 epochs, surrogates from a pruned mode
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from dori.attack.dori import Dori
 from dori.audit.plan import Start
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
     Forget,
@@ -35,12 +36,15 @@ from dori.erase.pairs import (
     step_generator,
     surrogate_pairs,
 )
+from dori.erase.starts import starting_points
 from dori.erase.tuning import Tuned, Tuner, tuning
-from dori.erase.watch import Watch, starting_points
+from dori.erase.watch import Watch
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
+from dori.progress import duration
 from dori.run import canonical_sha256, tensors_sha256, write_bytes
 from dori.sampling import named_seed
+from dori.tensor_file import read_tensors
 
 NEVER = -1.0  # similarity of a memory whose trigger was not yet looked at
 
@@ -66,6 +70,23 @@ class _Progress:
     log: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """What stays the same over all rounds."""
+
+    tuned: Tuned
+    memories: Forget
+    retain: Pairs
+    seed: int
+    work: Work
+    watch: Watch | None
+
+    @property
+    def model(self) -> StableDiffusion:
+        """The model in training."""
+        return self.tuned.model
+
+
 @dataclass(frozen=True, slots=True)
 class AdversarialErasure:
     """The paper's erasure, with knobs that save cost and arms that take parts away.
@@ -80,16 +101,18 @@ class AdversarialErasure:
         starts: where triggers begin; each memory gets one of each kind.
         search_rounds: rounds that search; later ones keep the triggers found; None searches in all.
         prompt_too: teach the plain prompt as well as its triggers.
+        surrogates: of each memory, at most so many are taught; None takes all.
         retain_weight: of L_DM; 0 leaves it out.
         adversarial_weight: of L_Adv.
         safe_every: a memory whose last trigger drew nothing like it is attacked every so many rounds; 1 is always.
-        safe_below: "nothing like it" is a similarity below this share of the descriptor's threshold.
+        safe_below: "nothing like it" is a similarity below this share of the threshold that decides.
         check_every: rounds between two held-out attacks; 0 makes none.
         patience: held-out attacks in a row without a replication after which the erasure ends.
         budget_rows: the erasure ends after the round in which its U-Net rows pass this; None has no bound.
         tuner: how weights move.
     """
 
+    needs_surrogates: ClassVar[bool] = True
     rounds: int = 5
     steps_per_round: int = 25
     batch: int = 16
@@ -99,6 +122,7 @@ class AdversarialErasure:
     starts: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
     search_rounds: int | None = None
     prompt_too: bool = True
+    surrogates: int | None = None
     retain_weight: float = 1.0
     adversarial_weight: float = 1.0
     safe_every: int = 1
@@ -129,68 +153,80 @@ class AdversarialErasure:
             watch: judge of progress; without one every memory is visited in every round and nothing stops early.
 
         Raises:
-            DoriError: a memory has no surrogate, the checkpoint belongs to another erasure, or training diverged.
+            CannotErase: a memory has no surrogate, or training diverged.
+            DoriError: the checkpoint belongs to another erasure.
         """
         memories.need_surrogates("adversarial fine-tuning")
-        work = work or Work()
-        made_from = canonical_sha256(
-            {
-                "method": dataclasses.asdict(self),
-                "seed": seed,
-                "memories": tensors_sha256(
-                    {
-                        "z": memories.latents,
-                        "y": memories.embeddings,
-                        "o": memories.ordinary,
-                        **{f"s{i}": kept for i, kept in enumerate(memories.surrogates)},
-                    }
-                ),
-                "retain": tensors_sha256({"z": retain.latents, "y": retain.embeddings}),
-                "model": tensors_sha256(model.unet.state_dict()),
-            }
+        memories = dataclasses.replace(
+            memories, surrogates=tuple(images[: self.surrogates] for images in memories.surrogates)
         )
+        work = work or Work()
+        made_from = self._made_from(model, memories, retain, seed)
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            progress = self._resumed(tuned, memories, work, made_from)
+            task = _Task(tuned, memories, retain, seed, work, watch)
+            progress = self._resumed(task, made_from)
+            first, began = progress.round, time.monotonic()
             while progress.round < self.rounds and not self._over(progress):
                 before = model.rows
-                record = self._round(tuned, memories, retain, progress, seed, work, watch)
+                record = self._round(task, progress)
                 progress.round += 1
                 spent = torch.tensor(model.rows - before, device=model.device)
                 progress.rows += int(work.processes.sum([spent])[0])  # the same everywhere, so that all stop together
                 progress.log.append(record | {"rows": progress.rows})
                 if work.checkpoint is not None and work.processes.first:
                     _store(work.checkpoint, tuned, progress, made_from)
-                work.say(self._line(progress))
-            return tuned.edit("adversarial fine-tuning", making(self, seed=seed, rows=progress.rows, log=progress.log))
+                work.say(self._line(task, progress, first=first, took_s=time.monotonic() - began))
+            made = making(self, seed=seed, rows=progress.rows, updates=tuned.steps, log=progress.log)
+            return tuned.edit("adversarial fine-tuning", made)
+
+    def _made_from(self, model: StableDiffusion, memories: Forget, retain: Pairs, seed: int) -> str:
+        """Names all that the weights depend on."""
+        taught = {str(i): kept for i, kept in enumerate(memories.surrogates)}
+        return canonical_sha256(
+            {
+                "method": dataclasses.asdict(self),
+                "seed": seed,
+                "memories": [memories.source, memories.ids, memories.texts, memories.ordinary],
+                "surrogates": tensors_sha256(taught),
+                "retain": retain.source,
+                "model": tensors_sha256(model.unet.state_dict()),
+            }
+        )
+
+    # ----------------------------------------------------------------------------------------------------- its cost
+
+    def rows(self, memories: int, watch: Watch | None = None) -> Rows:
+        """At most so many U-Net rows: all rounds are made, and no memory is ever safe."""
+        return sum((self._round_rows(number, memories, watch) for number in range(self.rounds)), Rows())
+
+    def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
+        terms = (self.adversarial_weight != 0) + (self.retain_weight != 0)
+        found = Rows(trained=self.steps_per_round * self.batch * terms)
+        triggers = len(self.starts) * memories
+        if self._searches(number):
+            found += Rows(attacked=triggers * self._attack(number).steps * self.attack.batch)
+            found += watch.look_rows(triggers) if watch is not None else Rows()
+        return found + (watch.held_out_rows(memories) if watch is not None and self._checks(number) else Rows())
 
     # ------------------------------------------------------------------------------------------------------ a round
 
-    def _round(
-        self,
-        tuned: Tuned,
-        memories: Forget,
-        retain: Pairs,
-        progress: _Progress,
-        seed: int,
-        work: Work,
-        watch: Watch | None,
-    ) -> dict[str, Any]:
-        number = progress.round
+    def _searches(self, number: int) -> bool:
+        return self.search_rounds is None or number < self.search_rounds
+
+    def _checks(self, number: int) -> bool:
+        return self.check_every > 0 and (number + 1) % self.check_every == 0
+
+    def _round(self, task: _Task, progress: _Progress) -> dict[str, Any]:
+        number, watch = progress.round, task.watch
         visited = self._visited(progress, watch)
-        if self.search_rounds is None or number < self.search_rounds:
-            self._search(tuned, memories, progress, visited, seed, work)
+        if self._searches(number):
+            self._search(task, progress, visited)
             if watch is not None:
-                self._look(tuned.model, memories, progress, visited, seed, watch)
+                self._look(task, watch, progress, visited)
+        steps = range(number * self.steps_per_round, (number + 1) * self.steps_per_round)
         losses = [
-            self._step(
-                tuned,
-                memories,
-                retain,
-                progress.triggers,
-                visited,
-                step_generator("adversarial", seed, number * self.steps_per_round + step),
-            )
-            for step in range(self.steps_per_round)
+            self._step(task, progress.triggers, visited, step_generator("adversarial", task.seed, step))
+            for step in steps
         ]
         record: dict[str, Any] = {
             "round": number + 1,
@@ -201,10 +237,11 @@ class AdversarialErasure:
         }
         if watch is not None:
             record["triggers_reached"] = [round(value, 4) for value in progress.last.tolist()]
-        if watch is not None and self.check_every and (number + 1) % self.check_every == 0:
-            with tuned.resulting():
-                reached = watch.held_out(tuned.model, memories, seed=named_seed("check", seed, number))
-            replicated = int((reached > watch.descriptor.threshold).sum())
+        if watch is not None and self._checks(number):
+            with task.tuned.resulting():
+                reached = watch.held_out(task.model, task.memories, seed=named_seed("check", task.seed, number))
+            reached = task.work.processes.of_first(reached.to(task.model.device)).cpu()
+            replicated = int((reached > watch.limits).sum())
             progress.quiet = 0 if replicated else progress.quiet + 1
             record |= {"held_out": [round(value, 4) for value in reached.tolist()], "held_out_replicated": replicated}
         return record
@@ -214,8 +251,8 @@ class AdversarialErasure:
         everyone = list(range(len(progress.last)))
         if watch is None or self.safe_every <= 1 or progress.round % self.safe_every == 0:
             return everyone
-        limit = self.safe_below * watch.descriptor.threshold
-        unsafe = [i for i in everyone if not NEVER < float(progress.last[i]) < limit]
+        below = self.safe_below * watch.limits
+        unsafe = [i for i in everyone if not NEVER < float(progress.last[i]) < float(below[i])]
         return unsafe or everyone
 
     def _attack(self, number: int) -> Dori:
@@ -224,65 +261,45 @@ class AdversarialErasure:
             steps = max(steps, min(self.attack_limit, round(steps * self.attack_growth**number)))
         return dataclasses.replace(self.attack, steps=steps, snapshots=())
 
-    def _search(
-        self, tuned: Tuned, memories: Forget, progress: _Progress, visited: Sequence[int], seed: int, work: Work
-    ) -> None:
+    def _search(self, task: _Task, progress: _Progress, visited: Sequence[int]) -> None:
         """Fresh triggers for the visited memories, each process searching its share."""
-        model, attack, number = tuned.model, self._attack(progress.round), progress.round
+        memories, attack, number = task.memories, self._attack(progress.round), progress.round
         cells = [(s, i) for s in range(len(self.starts)) for i in visited]
-        mine = work.processes.share(len(cells)).tolist()
+        mine = task.work.processes.share(len(cells)).tolist()
         found = torch.zeros(len(cells), *memories.embeddings.shape[1:])
-        seeds = [named_seed("trigger", seed, number, self.starts[s], memories.ids[i]) for s, i in cells]
-        for s in range(len(self.starts)):
+        seeds = [named_seed("trigger", task.seed, number, self.starts[s], memories.ids[i]) for s, i in cells]
+        for s, start in enumerate(self.starts):
             rows = [row for row in mine if cells[row][0] == s]
             if not rows:
                 continue
             which, own = [cells[row][1] for row in rows], [seeds[row] for row in rows]
-            points = starting_points(model, memories, which, self.starts[s], seeds=own)
-            found[rows] = attack(model, memories.latents[which].float(), points, seeds=own).at(attack.steps).float()
-        (found,) = work.processes.sum([found.to(model.device)])
+            texts = [memories.texts[i] for i in which]
+            points = starting_points(task.model, start, texts=texts, ordinary=memories.ordinary, seeds=own)
+            found[rows] = attack(task.model, memories.latents[which].float(), points, seeds=own).at(attack.steps)
+        (found,) = task.work.processes.sum([found.to(task.model.device)])
         for row, (s, i) in enumerate(cells):
             progress.triggers[s, i] = found[row].cpu()
 
-    def _look(
-        self,
-        model: StableDiffusion,
-        memories: Forget,
-        progress: _Progress,
-        visited: Sequence[int],
-        seed: int,
-        watch: Watch,
-    ) -> None:
+    def _look(self, task: _Task, watch: Watch, progress: _Progress, visited: Sequence[int]) -> None:
         """What the new triggers draw: the largest similarity over the starts, memory by memory."""
-        reached = torch.stack(
-            [
-                watch.similarities(
-                    model, progress.triggers[s, list(visited)], visited, seed=named_seed("look", seed, progress.round)
-                )
-                for s in range(len(self.starts))
-            ]
-        )
-        progress.last[list(visited)] = reached.amax(0)
+        which, seed = list(visited), named_seed("look", task.seed, progress.round)
+        found = [watch.similarities(task.model, triggers[which], which, seed=seed) for triggers in progress.triggers]
+        reached = torch.stack(found).amax(0).to(task.model.device)
+        progress.last[which] = task.work.processes.of_first(reached).cpu()
 
     def _step(
-        self,
-        tuned: Tuned,
-        memories: Forget,
-        retain: Pairs,
-        triggers: Tensor,
-        visited: Sequence[int],
-        generator: torch.Generator,
+        self, task: _Task, triggers: Tensor, visited: Sequence[int], generator: torch.Generator
     ) -> tuple[float, float]:
         """One update on L; returns both losses."""
-        model = tuned.model
+        model, tuned = task.model, task.tuned
         total, losses = None, [0.0, 0.0]
         if self.adversarial_weight:
-            latents, embeddings = self._adversarial_rows(memories, triggers, visited, generator)
+            latents, embeddings = self._adversarial_rows(task.memories, triggers, visited, generator)
             batch = noised(model, latents, embeddings, generator)
             gradient, losses[1] = tuned.gradient(denoising_losses(model, batch), len(batch))
             total = [self.adversarial_weight * g for g in gradient]
         if self.retain_weight:
-            batch = ordinary_batch(model, retain, self.batch, generator)
+            batch = ordinary_batch(model, task.retain, self.batch, generator)
             gradient, losses[0] = tuned.gradient(denoising_losses(model, batch), len(batch))
             weighted = [self.retain_weight * g for g in gradient]
             total = weighted if total is None else [a + b for a, b in zip(total, weighted, strict=True)]
@@ -306,18 +323,22 @@ class AdversarialErasure:
         spent = self.budget_rows is not None and progress.rows >= self.budget_rows
         return spent or (self.check_every > 0 and progress.quiet >= self.patience)
 
-    def _line(self, progress: _Progress) -> str:
+    def _line(self, task: _Task, progress: _Progress, *, first: int, took_s: float) -> str:
         record = progress.log[-1]
         held = f", held-out attack: {record['held_out_replicated']} replicated" if "held_out" in record else ""
+        costs = [self._round_rows(number, len(task.memories), task.watch).weight for number in range(self.rounds)]
+        done, left = sum(costs[first : progress.round]), sum(costs[progress.round :])
+        remaining = f", at most about {duration(took_s * left / done)} left" if left and done else ""
         return (
             f"erasing: round {progress.round}/{self.rounds}, loss {record['retain']:.4f} + "
-            f"{record['adversarial']:.4f}{held}, {progress.rows} U-Net rows"
+            f"{record['adversarial']:.4f}{held}, {progress.rows} U-Net rows{remaining}"
         )
 
-    def _resumed(self, tuned: Tuned, memories: Forget, work: Work, made_from: str) -> _Progress:
-        work.processes.wait()
-        if work.checkpoint is not None and work.checkpoint.exists():
-            return _load(work.checkpoint, tuned, made_from)
+    def _resumed(self, task: _Task, made_from: str) -> _Progress:
+        task.work.processes.wait()
+        if task.work.checkpoint is not None and task.work.checkpoint.exists():
+            return _load(task.work.checkpoint, task.tuned, made_from)
+        memories = task.memories
         return _Progress(
             0,
             0,
@@ -342,12 +363,8 @@ def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> Non
 
 
 def _load(path: Path, tuned: Tuned, made_from: str) -> _Progress:
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("erasure", "{}"))
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DoriError(f"the state {path} of the erasure cannot be read ({error}); delete it to begin anew") from None
+    texts, tensors = read_tensors(path, what="the state of an erasure", mend="delete it to begin anew")
+    header = json.loads(texts.get("erasure", "{}"))
     if header.get("made_from") != made_from:
         raise DoriError(
             f"the state {path} belongs to an erasure with other settings, images or weights; delete it to "

@@ -1,5 +1,6 @@
 """The proof's measurements: every state of the model, asked in every way, in cells that survive a kill."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,20 +11,20 @@ import torch
 from torch import Tensor
 
 from dori.attack.dori import Dori
-from dori.attack.starts import foreign, gaussian
-from dori.audit.judge import Case, Judge, judged, pixels_sha256
+from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.plan import Start
 from dori.edit import Edit
+from dori.erase.cost import Rows, drawn
+from dori.erase.decide import deciding, limit
+from dori.erase.latent_attack import LatentAttack
 from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome
 from dori.erase.protocol import Protocol
 from dori.erase.rounding import rounded
-from dori.judgement import Rule, rule_by
+from dori.erase.starts import starting_points
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run, canonical_sha256, cell_key
 from dori.sampling import initial_noise, named_seed, sample
-
-BACKWARD = 2.4  # a row forward and backward takes as long as so many rows forward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,8 +36,8 @@ class State:
         model: without edits.
         edits: put on one after another.
         rounding: then rounded, by a name in `ROUNDINGS`; "" leaves it.
-        whole: asked in every way; otherwise by prompt, by the protocol's `again` from the first start, and by
-            relearning.
+        whole: asked in every way; otherwise by prompt and by the protocol's `again` from the first start.
+        relearned: asked by relearning too.
     """
 
     name: str
@@ -44,6 +45,7 @@ class State:
     edits: tuple[Edit, ...] = ()
     rounding: str = ""
     whole: bool = True
+    relearned: bool = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -116,35 +118,43 @@ class Battery:
             for asking in askings(self.protocol, state):
                 for chunk in self._chunks(asking, cases):
                     found += self._ask(state, asking, chunk, base)
-            if self.protocol.relearning is not None:
+            if self.protocol.relearning is not None and state.relearned:
                 for case in cases:
                     found += self._relearn(state, case, base)
         return found
 
-    def costs(self, state: State, cases: Sequence[Case]) -> dict[str, int]:
-        """Every cell of `measure` with its cost in forward rows, at most."""
-        p, drawn = self.protocol, self._drawn_rows()
-        found = {}
-        for asking in askings(p, state):
-            for chunk in self._chunks(asking, cases):
-                looks, rows = 1, 0.0
-                if asking.attack is not None:
-                    looks = len(asking.attack.snapshots or (0,))
-                    rows = BACKWARD * asking.attack.steps * asking.attack.batch
-                elif asking.way == "latent" and p.latent is not None:
-                    rows = BACKWARD * p.latent.steps * p.latent.sampling_steps
-                found[self._key(state, asking, chunk)] = round(len(chunk) * (rows + looks * drawn))
-        if p.relearning is not None:
-            looks = 1 + p.relearning.steps // p.relearning.check_every
-            rows = round(3 * p.relearning.steps * p.relearning.batch + looks * drawn)
+    def costs(self, state: State, cases: Sequence[Case]) -> dict[str, Rows]:
+        """Every cell of `measure` with its cost, at most: no image is relearned before the last step."""
+        p = self.protocol
+        found = {
+            self._key(state, asking, chunk): self._asking_rows(asking) * len(chunk)
+            for asking in askings(p, state)
+            for chunk in self._chunks(asking, cases)
+        }
+        if p.relearning is not None and state.relearned:
+            rows = p.relearning.rows() + self._drawn_rows(p.relearning.looks * p.seeds)
             found |= {self._relearn_key(state, case): rows for case in cases}
         return found
+
+    def _asking_rows(self, asking: Asking) -> Rows:
+        """Cost of one image."""
+        p = self.protocol
+        if asking.way == "latent" and p.latent is not None:
+            return p.latent.rows(guided=p.guidance_scale != 1) + self._drawn_rows(1)
+        if asking.attack is None:
+            return self._drawn_rows(p.seeds)
+        looks = len(asking.attack.snapshots or (0,))
+        return Rows(attacked=asking.attack.steps * asking.attack.batch) + self._drawn_rows(looks * p.seeds)
+
+    def _drawn_rows(self, images: int) -> Rows:
+        p = self.protocol
+        return drawn(images, sampling_steps=p.sampling_steps, guidance_scale=p.guidance_scale)
 
     # ------------------------------------------------------------------------------------------------------- asking
 
     def _chunks(self, asking: Asking, cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
-        """Images of a cell; those without a text cannot be asked by prompt."""
-        if asking.start == "prompt":
+        """Images of a cell; those without a text cannot be asked by prompt (attacks on them begin from noise)."""
+        if asking.way == PROMPT:
             cases = [case for case in cases if case.memory.text is not None]
         for first in range(0, len(cases), self.protocol.chunk):
             yield cases[first : first + self.protocol.chunk]
@@ -156,7 +166,7 @@ class Battery:
         return cell_key("proof", state.name, RELEARN, case.memory.id)
 
     def _ask(self, state: State, asking: Asking, cases: Sequence[Case], base: Mapping[str, Any]) -> list[Outcome]:
-        settings: object = self.protocol.latent if asking.way == "latent" else asking.attack
+        settings: object = self._latent_attack() if asking.way == "latent" else asking.attack
         inputs = {
             **base,
             **self._about(cases),
@@ -169,16 +179,10 @@ class Battery:
         record = self.run.once_record(
             self._key(state, asking, cases), inputs, lambda: compute(state.model, asking, cases)
         )
+        positions = record["positions"] or [None] * len(cases)
         return [
-            self._outcome(
-                state,
-                case,
-                asking,
-                int(step),
-                record["similarities"][step][row],
-                record["positions"][row] if record["positions"] else None,
-            )
-            for step in record["similarities"]
+            self._outcome(state, case, asking, steps=int(step), similarities=similarities[row], position=positions[row])
+            for step, similarities in record["similarities"].items()
             for row, case in enumerate(cases)
         ]
 
@@ -188,12 +192,9 @@ class Battery:
             found = {0: model.encode([case.memory.text or "" for case in cases])}
         else:
             seeds = self._seeds(asking, cases)
-            triggers = asking.attack(
-                model,
-                torch.stack([case.latent for case in cases]),
-                self._starts(model, asking, cases, seeds),
-                seeds=seeds,
-            )
+            texts = [case.memory.text for case in cases]
+            points = starting_points(model, asking.start, texts=texts, ordinary=self.foreign, seeds=seeds)
+            triggers = asking.attack(model, torch.stack([case.latent for case in cases]), points, seeds=seeds)
             found = {step: triggers.at(step) for step in triggers.steps}
         noise = initial_noise(model, self.protocol.fresh_seeds())
         return {
@@ -206,7 +207,7 @@ class Battery:
 
     def _latent(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case]) -> dict[str, Any]:
         """Search the initial latent and draw from it with the whole sampler: one image each."""
-        attack = self.protocol.latent
+        attack = self._latent_attack()
         assert attack is not None
         y = model.encode([case.memory.text or "" for case in cases])
         found = attack(model, torch.stack([case.latent for case in cases]), y, seeds=self._seeds(asking, cases))
@@ -214,18 +215,16 @@ class Battery:
         positions = [round(position, 6) for position in found.positions.tolist()]
         return {"similarities": {str(attack.steps): values}, "positions": positions}
 
+    def _latent_attack(self) -> LatentAttack | None:
+        """Under the guidance under which the found latents are drawn from: otherwise they were sought elsewhere."""
+        found = self.protocol.latent
+        return found and dataclasses.replace(found, guidance_scale=self.protocol.guidance_scale)
+
     def _seeds(self, asking: Asking, cases: Sequence[Case]) -> list[int]:
         return [
             named_seed("proof attack", self.protocol.seed, asking.way, asking.start, asking.restart, case.memory.id)
             for case in cases
         ]
-
-    def _starts(self, model: StableDiffusion, asking: Asking, cases: Sequence[Case], seeds: Sequence[int]) -> Tensor:
-        if asking.start == "prompt":
-            return model.encode([case.memory.text or "" for case in cases])
-        if asking.start == "gaussian":
-            return gaussian(model, seeds)
-        return torch.cat([foreign(model, self.foreign, 1, seed=seed) for seed in seeds])
 
     def _similarities(
         self, model: StableDiffusion, cases: Sequence[Case], embeddings: Tensor, noise: Tensor
@@ -240,64 +239,60 @@ class Battery:
             guidance_scale=self.protocol.guidance_scale,
         )
         images = model.to_images(latents).cpu().unflatten(0, (len(cases), each))
-        judge = Judge(self.judge.descriptor)  # alignment is not asked for here
-        found = judged(judge, cases, images)
-        rows = [found["masked" if self._masked(case) else "similarity"][row] for row, case in enumerate(cases)]
-        return [[round(value, 6) for value in row.tolist()] for row in rows]
+        return [[round(value, 6) for value in row] for row in deciding(self.judge.descriptor, cases, images).tolist()]
 
     # ---------------------------------------------------------------------------------------------------- relearning
 
     def _relearn(self, state: State, case: Case, base: Mapping[str, Any]) -> list[Outcome]:
         method = self.protocol.relearning
-        inputs = {**base, **self._about([case]), "relearning": method, "seed": self.protocol.seed}
+        enough = limit(self.judge.descriptor, case)  # it ends the training
+        inputs = {**base, **self._about([case]), "relearning": method, "seed": self.protocol.seed, "enough": enough}
         record = self.run.once_record(
             self._relearn_key(state, case), inputs, lambda: self._relearned(state.model, case)
         )
-        return [self._outcome(state, case, Asking(RELEARN), int(step), values, None) for step, values in record.items()]
+        return [
+            self._outcome(state, case, Asking(RELEARN), steps=int(step), similarities=values)
+            for step, values in record.items()
+        ]
 
     def _relearned(self, model: StableDiffusion, case: Case) -> dict[str, Any]:
         assert self.protocol.relearning is not None
         y = model.encode([case.memory.text or ""])
-        noise, limit = initial_noise(model, self.protocol.fresh_seeds()), self._threshold(case)
+        noise, least = initial_noise(model, self.protocol.fresh_seeds()), limit(self.judge.descriptor, case)
         found = self.protocol.relearning(
             model,
             case.latent,
             y[0].cpu(),
             seed=named_seed("relearn", self.protocol.seed, case.memory.id),
             look=lambda: tuple(self._similarities(model, [case], y, noise)[0]),
-            enough=lambda values: float(np.median(values)) > limit,
+            enough=lambda values: float(np.median(values)) > least,
         )
         return {str(step): list(values) for step, values in found.items()}
 
     # ------------------------------------------------------------------------------------------------------- records
 
     def _outcome(
-        self, state: State, case: Case, asking: Asking, step: int, values: Sequence[float], position: float | None
+        self,
+        state: State,
+        case: Case,
+        asking: Asking,
+        *,
+        steps: int,
+        similarities: Sequence[float],
+        position: float | None = None,
     ) -> Outcome:
-        start = asking.start if asking.attack is not None else ""
         return Outcome(
-            case.memory.id,
-            case.group,
-            state.name,
-            asking.way,
-            start,
-            asking.restart,
-            step,
-            tuple(values),
-            self._threshold(case),
-            position,
+            id=case.memory.id,
+            group=case.group,
+            state=state.name,
+            way=asking.way,
+            start=asking.start if asking.attack is not None else "",
+            restart=asking.restart,
+            steps=steps,
+            similarities=tuple(similarities),
+            threshold=limit(self.judge.descriptor, case),
+            position=position,
         )
-
-    def _masked(self, case: Case) -> bool:
-        """Whether the image is judged blind to the part that varies (`dori.judgement`)."""
-        return self._rule().masks(case.memory.kind, painted=case.memory.varying_box is not None)
-
-    def _threshold(self, case: Case) -> float:
-        rule = self._rule()
-        return rule.masked if rule.masked is not None and self._masked(case) else rule.threshold
-
-    def _rule(self) -> Rule:
-        return rule_by(self.judge.descriptor)
 
     def _about(self, cases: Sequence[Case]) -> dict[str, Any]:
         return {
@@ -306,6 +301,3 @@ class Battery:
             "boxes": [case.memory.varying_box for case in cases],
             "images": pixels_sha256(torch.stack([case.image for case in cases])),
         }
-
-    def _drawn_rows(self) -> int:
-        return self.protocol.seeds * self.protocol.sampling_steps * (2 if self.protocol.guidance_scale != 1 else 1)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dori.audit.edits import wanda_name
-from dori.audit.judge import Judge, pixels_sha256
+from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.cost import Rows
+from dori.erase.decide import limit
 from dori.erase.delta import WeightDelta
 from dori.erase.erasers import Eraser
 from dori.erase.material import Material
@@ -21,9 +23,10 @@ from dori.erase.pairs import Forget, Work
 from dori.erase.plan import Plan
 from dori.erase.surrogates import anchor_prompt
 from dori.erase.watch import Watch
-from dori.model.load import model_fingerprint
 from dori.run import Run, canonical_sha256, cell_key, tensors_sha256
 from dori.sampling import named_seed
+
+SURROGATES = "surrogates"  # name of their cell
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,26 +49,33 @@ class Bench:
     work: Work
     fingerprint: str
 
-    def forget(self) -> Forget:
-        """The memories as tensors, with surrogates from a cell."""
+    def alone(self) -> "Bench":
+        """The same for one process."""
+        return dataclasses.replace(self, work=Work(say=self.work.say))
+
+    def forget(self, *, surrogates: bool) -> Forget:
+        """The memories as tensors.
+
+        Args:
+            surrogates: with surrogates, from a cell; otherwise with none.
+        """
         subjects, plan = self.material.subjects, self.plan
         model, cases = subjects.model, subjects.memories
-        texts = tuple(case.memory.text for case in cases)
-        inputs = {
-            **self._base(),
-            "search": plan.surrogates,
-            "mitigations": plan.mitigations,
-            "judge": self.judge.record(),
-        }
-        stored = self.run.once_tensors("surrogates", inputs, self._surrogates)
+        texts, base = tuple(case.memory.text for case in cases), self._base()
+        stored: dict[str, Tensor] = {}
+        if surrogates:
+            inputs = {**base, "search": plan.surrogates, "mitigations": plan.mitigations, "judge": self._judged_by()}
+            stored = self.run.once_tensors(SURROGATES, inputs, self._surrogates)
+        none = torch.zeros(0, *model.latent_shape)
         return Forget(
             tuple(case.memory.id for case in cases),
             texts,
             torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
-            tuple(stored[f"{i:04d}"] for i in range(len(cases))),
+            tuple(stored.get(f"{i:04d}", none) for i in range(len(cases))),
             model.encode([anchor_prompt(text) for text in texts]).cpu(),
-            model.encode(list(self.material.prompts.erasing)).cpu(),
+            self.material.prompts.erasing,
+            canonical_sha256(base),
         )
 
     def _surrogates(self) -> dict[str, Tensor]:
@@ -82,7 +92,8 @@ class Bench:
         self.work.say(
             "surrogates: "
             + ", ".join(
-                f"{case.memory.id} {len(kept)}" for case, kept in zip(subjects.memories, found.latents, strict=True)
+                f"{case.memory.id} {len(kept)}" + ("" if len(kept) else f" (the least similar {nearest:.2f})")
+                for case, kept, nearest in zip(subjects.memories, found.latents, found.nearest, strict=True)
             )
         )
         return {f"{i:04d}": kept for i, kept in enumerate(found.latents)}
@@ -101,11 +112,11 @@ class Bench:
             "eraser": method,
             "class": type(method).__name__,
             "on": on.fingerprint if on else "",
-            "judge": self.judge.record(),
-            "forget": tensors_sha256(
-                {"y": forget.embeddings, **{str(i): kept for i, kept in enumerate(forget.surrogates)}}
-            ),
-            "retain": tensors_sha256({"z": self.material.retain.latents}),
+            "judge": self._judged_by() if isinstance(method, AdversarialErasure) else "",
+            "surrogates": tensors_sha256({str(i): kept for i, kept in enumerate(forget.surrogates)})
+            if method.needs_surrogates
+            else "",
+            "retain": self.material.retain.source,
         }
         processes, asked = self.work.processes, False
         # Named by all that it depends on: an erasure with other inputs or other code begins anew.
@@ -114,12 +125,13 @@ class Bench:
 
         def compute() -> dict[str, Tensor]:
             nonlocal asked
-            asked = True
+            asked, resumed = True, state.exists()
             processes.sum([torch.ones(1, device=self.material.subjects.model.device)])
             began = time.monotonic()
             made = self._make(method, forget, on, state)
-            took = time.monotonic() - began
-            self.run.once_record(cell_key("seconds", name), inputs, lambda: {"seconds": round(took, 1)})
+            # Of an erasure that was interrupted only the last part is known, which is not its time.
+            took = None if resumed else round(time.monotonic() - began, 1)
+            self.run.once_record(cell_key("seconds", name), inputs, lambda: {"seconds": took})
             return _packed(made)
 
         if not processes.first:  # it keeps nothing, and helps if the first one computes
@@ -132,7 +144,7 @@ class Bench:
         return _unpacked(stored)
 
     def seconds(self, name: str) -> float | None:
-        """How long the edit took when it was computed; None where that is not known."""
+        """How long the edit took when it was computed in one go; None where that is not known."""
         path = self.run.folder / "cells" / f"{cell_key('seconds', name)}.json"
         try:
             return float(json.loads(path.read_bytes())["record"]["seconds"])
@@ -153,8 +165,28 @@ class Bench:
         if not self.plan.watch_seeds or not (method.check_every or method.safe_every > 1):
             return None
         p = self.plan.protocol
-        images = torch.stack([case.image for case in self.material.subjects.memories])
-        return Watch(self.judge.descriptor, images, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds)
+        return Watch(self.judge.descriptor, self._cases, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds)
+
+    def surrogate_rows(self) -> Rows:
+        """At most so many U-Net rows of the search for surrogates, the mitigations' own included."""
+        memories, mitigations = len(self.material.subjects.memories), self.plan.mitigations
+        pruned = sum(4 * memories * wanda.counted_steps for wanda in mitigations)  # guided, and with empty prompts
+        return self.plan.surrogates.rows(memories, len(mitigations)) + Rows(pruned)
+
+    def edit_rows(self, method: Eraser) -> Rows:
+        """At most so many U-Net rows of an erasure."""
+        memories = len(self.material.subjects.memories)
+        if isinstance(method, AdversarialErasure):
+            return method.rows(memories, self._watch(method))
+        return method.rows(memories)
+
+    def _judged_by(self) -> dict[str, object]:
+        """Descriptor and thresholds, on which surrogates and the watch depend."""
+        return {**self.judge.record(), "limits": [limit(self.judge.descriptor, case) for case in self._cases]}
+
+    @property
+    def _cases(self) -> tuple[Case, ...]:
+        return self.material.subjects.memories
 
     def _base(self) -> dict[str, Any]:
         cases = self.material.subjects.memories
@@ -166,11 +198,6 @@ class Bench:
             "images": pixels_sha256(torch.stack([case.image for case in cases])),
             "prompts": self.material.prompts.erasing,
         }
-
-
-def bench(material: Material, plan: Plan, judge: Judge, run: Run, work: Work) -> Bench:
-    """A bench for this material."""
-    return Bench(material, plan, judge, run, work, model_fingerprint(material.subjects.model))
 
 
 def _packed(edit: WeightDelta) -> dict[str, Tensor]:

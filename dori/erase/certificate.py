@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, attack_steps, back, relearning_steps
+from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, attack_steps, back, relearning_steps
 from dori.erase.verdict import PUBLISHED_STEPS, RULES
 from dori.findings import Group
 from dori.stats import Estimate
@@ -62,7 +62,7 @@ def render(record: Mapping[str, Any]) -> str:
         rules=RULES,
         split=_split(record),
         judge=_judge(record),
-        ways=WAYS,
+        ways=ways(outcomes),
         lines={group: rates(outcomes, group, unreached=unreached) for group in ("memory", "control")},
         tests=[_test(one) for one in record["verdict"]["tests"]],
         damage=[_damage(one) for one in record["damage"]],
@@ -73,15 +73,28 @@ def render(record: Mapping[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
-WAYS = (
-    "prompt",
-    f"DoRI, {PUBLISHED_STEPS} steps",
-    "DoRI, all steps",
-    "long DoRI",
-    "restricted DoRI",
-    "initial latent (position)",
-    "steps to relearn",
-)
+STARTS = {"prompt": "the prompt", "gaussian": "noise", "foreign": "other prompts"}
+
+
+def _starts(outcomes: Sequence[Outcome]) -> list[str]:
+    """Where attacks began, if they began at several places, which then have columns of their own."""
+    found = [start for start in STARTS if any(o.way == ATTACK and o.start == start for o in outcomes)]
+    return found if len(found) > 1 else []
+
+
+def ways(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Headings of the cells of `rates`."""
+    return (
+        "prompt",
+        f"DoRI, {PUBLISHED_STEPS} steps",
+        *(f"from {STARTS[start]}" for start in _starts(outcomes)),
+        "DoRI, all steps",
+        "mean similarity over its steps",
+        "long DoRI",
+        "restricted DoRI",
+        "initial latent (position)",
+        "steps to relearn",
+    )
 
 
 def rates(outcomes: Sequence[Outcome], group: Group, *, unreached: int) -> list[Line]:
@@ -92,7 +105,12 @@ def rates(outcomes: Sequence[Outcome], group: Group, *, unreached: int) -> list[
         cells = [
             _rate(back(outcomes, state, group, PROMPT)),
             _rate(back(outcomes, state, group, ATTACK, at_most=PUBLISHED_STEPS)),
+            *(
+                _rate(back(outcomes, state, group, ATTACK, start=start, at_most=PUBLISHED_STEPS))
+                for start in _starts(outcomes)
+            ),
             _rate(back(outcomes, state, group, ATTACK)) + (f" at {last}" if last else ""),
+            _area([o for o in outcomes if o.group == group], state),
             *(_rate(back(outcomes, state, group, way)) for way in ("long", "restricted")),
             _latent(outcomes, state, group),
             _relearned(outcomes, state, group, unreached),
@@ -105,6 +123,11 @@ def _rate(estimate: Estimate) -> str:
     if estimate.n == 0:
         return DASH
     return f"{round(estimate.value * estimate.n)} of {estimate.n} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def _area(outcomes: Sequence[Outcome], state: str) -> str:
+    values = list(areas(outcomes, state).values())
+    return f"{np.mean(values):.3f}" if values else DASH
 
 
 def _latent(outcomes: Sequence[Outcome], state: str, group: Group) -> str:
@@ -149,6 +172,7 @@ def _damage(row: Mapping[str, Any]) -> Line:
         "to_original",
         "held_out_loss",
         "neighbour_frechet",
+        "neighbour_kernel",
         "neighbour_alignment",
         "neighbour_to_original",
     )
@@ -167,12 +191,14 @@ def _split(record: Mapping[str, Any]) -> str:
 
 
 def _judge(record: Mapping[str, Any]) -> str:
-    twins = record["twins"]
+    twins = [twin["name"] for twin in record["twins"]]
     if twins:
         return (
             f"Each image is compared with itself on {' and '.join(twins)}, which never saw the memories; what "
             "fine-tuning does to any image cancels by the same difference for controls."
         )
+    if not record["controls"]:
+        return "There is neither a model that never saw the memories nor a control: nothing can be called removed."
     blind = ", ".join(f"{name} {value:.2f}" for name, value in record["blind"].items()) or "not measured"
     return (
         "There is no model that never saw the memories: they are compared with controls on the erased model. "

@@ -2,27 +2,33 @@
 
 `edit.safetensors` is the change of weights (`dori audit MODEL --edit edit.safetensors`, or written out by
 --save-model); `proof.json` holds everything that was measured, and `certificate.html` is drawn from it; `audit/` is the
-audit of the model without and with the edit. With --table, `table.json` and `table.md` hold every eraser, or every arm
-of the ablation.
+audit of the model without and with the edit. With --table, `table.json` and `table.md` hold every eraser, every arm of
+the ablation, or the frontier of removal against damage.
 """
 
 import dataclasses
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dori.audit.judge import Judge
+from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.loop import audit
+from dori.audit.schedule import ATTACK, planned_rows, speed
+from dori.erase.cells import Bench
 from dori.erase.certificate import render
-from dori.erase.contest import Kind, contest, to_markdown
+from dori.erase.contest import Kind, contest, contest_costs, contestants, to_markdown
+from dori.erase.cost import Rows, forecast
 from dori.erase.material import Material, Split, folder_material, testbed_material
 from dori.erase.pairs import Work
-from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, scaled
+from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
 from dori.erase.processes import Processes, started
-from dori.erase.proof import Proof, prove
-from dori.erase.write import save_model
+from dori.erase.proof import Proof, proof_costs, prove
+from dori.erase.write import check_target, save_model
 from dori.errors import DoriError
-from dori.run import Run, write_json, write_text
+from dori.model.load import model_fingerprint
+from dori.run import Run, canonical_sha256, write_json, write_text
 
 Say = Callable[[str], None]
 COMPUTING = ("dori.erase.contest", "dori.erase.material")
@@ -68,7 +74,7 @@ class Request:
         """Refuse what does not go together.
 
         Raises:
-            DoriError: folders are missing or superfluous, or the place of the model is taken.
+            DoriError: folders are missing or superfluous, or the model could not be written where it should.
         """
         if self.own_images and (self.retain or self.controls or self.twins or self.device != "cpu"):
             raise DoriError(
@@ -80,8 +86,10 @@ class Request:
                 "an erasure needs the images to erase and ordinary images with texts that hold the model "
                 "in place; give --memories FOLDER and --retain FOLDER"
             )
-        if self.save_model is not None and self.save_model.exists():
-            raise DoriError(f"{self.save_model} exists; name a place that does not, so that no model is overwritten")
+        if self.save_model is not None and self.table is not None:
+            raise DoriError("a table has no single model to write; leave out --save-model or --table")
+        if self.save_model is not None:
+            check_target(self.save_model, source=self.model)
 
     @property
     def own_images(self) -> bool:
@@ -90,8 +98,13 @@ class Request:
 
     def plan(self) -> Plan:
         """The preset with what the request changes."""
-        scale = self.rate_scale or (TESTBED_SCALE if self.own_images else 1.0)
-        plan = dataclasses.replace(scaled(PRESETS[self.preset](), scale), seed=self.seed)
+        plan = scaled(PRESETS[self.preset](), self.rate_scale or (TESTBED_SCALE if self.model == "testbed" else 1.0))
+        plan = dataclasses.replace(
+            plan,
+            seed=self.seed,
+            protocol=dataclasses.replace(plan.protocol, seed=self.seed),
+            tables=dataclasses.replace(plan.tables, seed=self.seed),
+        )
         return plan if self.limit is None else dataclasses.replace(plan, memories=self.limit, controls=self.limit)
 
 
@@ -99,20 +112,82 @@ def erase(request: Request, say: Say) -> list[str]:
     """Run, or go on with, the command; returns lines for the user.
 
     Raises:
-        DoriError: bad input, a diverged training, or no space left.
+        DoriError: bad input, a folder of another run, a diverged training, or no space left.
     """
     processes = started(device=request.device)
+    if request.table is not None and processes.count > 1:
+        raise DoriError("a table is made by one process; start the command without a launcher")
     folder = request.out if processes.first else request.out / "processes" / str(processes.index)
     run = Run(folder, say=say if processes.first else lambda line: None, modules=COMPUTING)
     with run.locked():
         plan = request.plan()
         material, judge = _opened(request, plan, processes)
-        run.device = material.subjects.model.device.type
+        model = material.subjects.model
+        run.device = model.device.type
+        numbers, weights = math.prod(model.latent_shape), sum(w.numel() for w in model.unet.parameters())
+        plan = fitted(plan, latent_numbers=numbers, weights=weights)
         work = Work(states=request.out, processes=processes, say=run.say)
+        own = Bench(material, plan, judge, run, work, model_fingerprint(model))
+        if processes.first:
+            _claim(request, own)
         if request.table is not None:
-            return _table(request, material, plan, judge, run, work)
-        proof = prove(material, plan, request.eraser, judge=judge, run=run, work=work)
-        return [] if proof is None else written(request, material, plan, judge, run, proof)
+            return _table(request, request.table, own)
+        if processes.first:
+            _announce(own, [*proof_costs(own, request.eraser).values(), audit_rows(own)])
+        proof = prove(own, request.eraser)
+        return [] if proof is None else written(request, own, proof)
+
+
+def _claim(request: Request, own: Bench) -> None:
+    """Refuse a folder of another run, whose results would be overwritten; what may be added later does not count.
+
+    Raises:
+        DoriError: the folder holds another command's results, or another erasure's.
+    """
+    path, subjects = request.out / "erasure.json", own.material.subjects
+    mine = {
+        "table": request.table or "none",
+        "eraser": "all" if request.table else request.eraser,
+        "preset": request.preset,
+        "split": request.split,
+        "limit": request.limit,
+        "rate scale": request.rate_scale,
+        "seed": request.seed,
+        "model": own.fingerprint,
+        "memories": _images(subjects.memories),
+        "controls": _images(subjects.controls),
+        "retain": own.material.retain.source,
+    }
+    mend = "name another folder with --out"
+    if not path.exists():
+        if (request.out / "cells").exists():
+            raise DoriError(f"{request.out} holds the results of another command; {mend}")
+        write_json(path, mine)
+        return
+    try:
+        before = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DoriError(f"{path} cannot be read ({error}); {mend}") from None
+    other = [name for name in mine if before.get(name) != mine[name]]
+    if other:
+        raise DoriError(f"{request.out} holds another erasure ({', '.join(other)} differ); {mend}")
+
+
+def _images(cases: Sequence[Case]) -> str:
+    return canonical_sha256([[case.memory.id, case.memory.text, pixels_sha256(case.image)] for case in cases])
+
+
+def _announce(own: Bench, costs: Sequence[Rows]) -> None:
+    model = own.material.subjects.model
+    # Elsewhere the measurement's own batch may not fit, and the first finished cells tell the speed.
+    own.run.say(forecast(sum(costs, Rows()), speed(model) if model.device.type == "cpu" else None))
+
+
+def audit_rows(own: Bench) -> Rows:
+    """Cost of the audit of before and after."""
+    stages = planned_rows(own.material.subjects, own.plan.audit(), ("the edit",))
+    attacked = stages.pop(ATTACK)
+    return Rows(sum(stages.values()), attacked)
 
 
 def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:
@@ -134,27 +209,26 @@ def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Materia
     )
 
 
-def _table(request: Request, material: Material, plan: Plan, judge: Judge, run: Run, work: Work) -> list[str]:
-    if work.processes.count > 1:
-        raise DoriError("a table is made by one process; start the command without a launcher")
-    assert request.table is not None
-    record = contest(material, plan, request.table, judge=judge, run=run, work=work)
+def _table(request: Request, kind: Kind, own: Bench) -> list[str]:
+    methods = contestants(kind, own)
+    _announce(own, list(contest_costs(own, kind, methods).values()))
+    record = contest(own, kind, methods)
     write_json(request.out / "table.json", record)
     write_text(request.out / "table.md", to_markdown(record))
     return [to_markdown(record), f"table: {request.out / 'table.md'}"]
 
 
-def written(request: Request, material: Material, plan: Plan, judge: Judge, run: Run, proof: Proof) -> list[str]:
+def written(request: Request, own: Bench, proof: Proof) -> list[str]:
     """Write everything; the model last, so that a full disk loses nothing that was computed."""
     from dori.report.render import render as report
 
-    out, model = request.out, material.subjects.model
+    out, subjects, run = request.out, own.material.subjects, own.run
     proof.edit.save(out / "edit.safetensors")
     write_json(out / "proof.json", proof.record)
     write_text(out / "certificate.html", render(proof.record))
     inner = Run(out / "audit", say=run.say, device=run.device, modules=COMPUTING)
     with inner.locked():
-        found = audit(material.subjects, plan=plan.audit(), judge=judge, run=inner, given=(proof.edit,), say=run.say)
+        found = audit(subjects, plan=own.plan.audit(), judge=own.judge, run=inner, given=(proof.edit,), say=run.say)
         write_text(inner.folder / "audit.json", found.to_json())
         write_text(inner.folder / "report.html", report(found, inner.folder))
     lines = [
@@ -164,7 +238,7 @@ def written(request: Request, material: Material, plan: Plan, judge: Judge, run:
         f"before and after: {inner.folder / 'report.html'}",
     ]
     if request.save_model is not None:
-        with proof.edit.applied(model):
-            save_model(model, request.save_model, source=request.model)
+        with proof.edit.applied(subjects.model):
+            save_model(subjects.model, request.save_model, source=request.model)
         lines.append(f"model: {request.save_model}")
     return lines

@@ -14,10 +14,11 @@ prediction is the memory; the anchor prompt must not replicate either.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator, surrogate_pairs
@@ -37,11 +38,17 @@ class ConceptAblation:
         tuner: how weights move.
     """
 
+    needs_surrogates: ClassVar[bool] = True
     steps: int = 400
     batch: int = 2
     prior_weight: float = 1.0
     target: Literal["model", "noise"] = "model"
     tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-7))
+
+    def rows(self, memories: int) -> Rows:
+        """So many U-Net rows."""
+        rows = self.steps * self.batch
+        return Rows(rows * (self.target == "model"), trained=rows * (1 + (self.prior_weight != 0)))
 
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
@@ -49,7 +56,7 @@ class ConceptAblation:
         """The edit.
 
         Raises:
-            DoriError: a memory has no text or no surrogate.
+            CannotErase: a memory has no text or no surrogate.
         """
         memories.need_texts("concept ablation")
         memories.need_surrogates("concept ablation")
@@ -84,4 +91,5 @@ class ConceptAblation:
                     )
                 )
                 log.append(loss)
-            return tuned.edit("concept ablation", making(self, seed=seed, rows=model.rows - before, log=log))
+            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            return tuned.edit("concept ablation", made)

@@ -1,6 +1,7 @@
-"""Two tables, one command each: eraser x attack, and the ablation of the adversarial eraser's parts.
+"""Three tables, one command each: eraser x attack, the ablation of the adversarial eraser's parts, and its frontier.
 
-Every row is an edit made by the same door, judged by the same protocol beside the twins, with its damage and its cost.
+Every row is an edit made by the same door, judged by the same protocol on memories and controls beside the twins, with
+its damage and its cost. The frontier goes from mild to strong: learning rate, rounds, surrogates.
 """
 
 import dataclasses
@@ -9,27 +10,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from dori.audit.judge import Judge
 from dori.erase import ERASERS
-from dori.erase.battery import Battery, State
-from dori.erase.cells import bench
-from dori.erase.certificate import DASH, WAYS, rates
+from dori.erase.battery import State
+from dori.erase.cells import SURROGATES, Bench
+from dori.erase.certificate import DASH, rates, ways
+from dori.erase.cost import Rows
 from dori.erase.damage import Damage
-from dori.erase.erasers import Eraser, arms, eraser
-from dori.erase.material import Material
-from dori.erase.outcomes import Outcome, areas, less_twins
-from dori.erase.pairs import Work
-from dori.erase.plan import Plan
-from dori.erase.proof import gauge_of
+from dori.erase.delta import CannotErase
+from dori.erase.erasers import Eraser, arms, frontier
+from dori.erase.outcomes import Outcome
+from dori.erase.proof import battery_of, gauge_of, method_of
 from dori.erase.protocol import Protocol
-from dori.erase.verdict import ORIGINAL
-from dori.errors import DoriError
-from dori.run import Run
+from dori.erase.verdict import ORIGINAL, Test, compare
+from dori.run import cell_key
 
-Kind = Literal["erasers", "ablations"]
-TAIL = ("area less twins", "Frechet", "likeness to original", "neighbours: likeness", "U-Net rows", "minutes")
+Kind = Literal["erasers", "ablations", "frontier"]
+TAIL = (
+    "similarity less unseen",
+    "steps to relearn less unseen",
+    "Frechet",
+    "likeness to original",
+    "held-out loss",
+    "neighbours: likeness",
+    "U-Net rows",
+    "minutes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,93 +47,105 @@ class Entry:
     failure: str = ""
 
 
-def contestants(kind: Kind, plan: Plan, *, timesteps: int) -> dict[str, Eraser]:
-    """The erasers, or the arms of the adversarial one."""
-    if kind == "ablations":
-        return dict(arms(plan.adversarial))
-    return {
-        name: eraser(
-            name, adversarial=plan.adversarial, timesteps=timesteps, sampling_steps=plan.protocol.sampling_steps
-        )
-        for name in ERASERS
-    }
+def contestants(kind: Kind, own: Bench) -> dict[str, Eraser]:
+    """The rows' methods by name."""
+    if kind == "erasers":
+        return {name: method_of(own, name) for name in ERASERS}
+    return dict((arms if kind == "ablations" else frontier)(own.plan.adversarial))
 
 
-def contest(material: Material, plan: Plan, kind: Kind, *, judge: Judge, run: Run, work: Work) -> dict[str, Any]:
-    """Make and judge every edit of a table; an eraser that fails leaves its reason instead.
+def contest_costs(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, Rows]:
+    """Every cell of `contest` with its cost, at most."""
+    subjects, protocol = own.material.subjects, own.plan.tables
+    states = [*_fixed(own), *(State(name, subjects.model) for name in methods)]
+    found = {SURROGATES: own.surrogate_rows()} if any(m.needs_surrogates for m in methods.values()) else {}
+    found |= {cell_key("edit", _key(kind, name)): own.edit_rows(method) for name, method in methods.items()}
+    battery = battery_of(own, protocol)
+    for state in states:
+        found |= battery.costs(state, (*subjects.memories, *subjects.controls))
+    return found | gauge_of(own, protocol).costs(states)
+
+
+def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, Any]:
+    """Make and judge every edit of a table; an eraser that cannot do it leaves its reason instead.
+
+    Args:
+        own: what is erased and what judges it; the caller holds the lock of its folder.
+        kind: which table.
+        methods: its rows, as `contestants` gives them.
 
     Returns:
-        A JSON-able record: header, rows as texts, entries, outcomes and damage.
+        A JSON-able record: header, rows as texts, entries, outcomes, tests and damage.
     """
-    subjects = material.subjects
-    own, protocol = bench(material, plan, judge, run, work), _protocol(plan)
-    methods = contestants(kind, plan, timesteps=subjects.model.timesteps)
-    battery = Battery(protocol, judge, run, material.prompts.proving, {})
-    gauge = gauge_of(material, plan, judge, run, protocol)
-    fixed = [State(ORIGINAL, subjects.model), *(State(twin.name, twin) for twin in subjects.twins)]
-    every = [*fixed, *(State(name, subjects.model) for name in methods)]
-    costs: dict[str, int] = {}
-    for state in every:
-        costs |= battery.costs(state, subjects.memories)
-    run.plan(kind, costs | gauge.cells(every))
-    forget, states, entries = own.forget(), list(fixed), []
+    subjects, protocol = own.material.subjects, own.plan.tables
+    costs = contest_costs(own, kind, methods)
+    own.run.plan(kind, {key: rows.weight for key, rows in costs.items()})
+    forget = own.forget(surrogates=SURROGATES in costs)
+    states, entries = _fixed(own), []
     for name, method in methods.items():
-        key = name if kind == "erasers" else f"arm {name}"
         try:
-            edit = own.edit(key, method, forget)
-        except DoriError as error:
+            edit = own.edit(_key(kind, name), method, forget)
+        except CannotErase as error:
             entries.append(Entry(name, 0, None, str(error)))
             continue
-        entries.append(Entry(name, int(edit.details["rows"]), own.seconds(key)))
+        entries.append(Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name))))
         states.append(State(name, subjects.model, (edit,)))
-    outcomes = [outcome for state in states for outcome in battery.measure(state, subjects.memories)]
-    damage = gauge.measure(states, battery.fingerprints)
-    twins = [twin.name for twin in subjects.twins]
-    return json.loads(
-        json.dumps(
-            {
-                "kind": kind,
-                "split": material.split,
-                "header": [*WAYS, *TAIL],
-                "rows": _rows(outcomes, damage, entries, twins=twins, protocol=protocol),
-                "failures": {entry.name: entry.failure for entry in entries if entry.failure},
-                "entries": [dataclasses.asdict(entry) for entry in entries],
-                "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
-                "damage": [dataclasses.asdict(row) for row in damage],
-                "provenance": run.provenance(),
-            }
-        )
-    )
+    battery, cases = battery_of(own, protocol), (*subjects.memories, *subjects.controls)
+    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
+    damage = gauge_of(own, protocol).measure(states, battery.fingerprints)
+    tests = compare(outcomes, protocol, [twin.name for twin in subjects.twins])
+    record = {
+        "kind": kind,
+        "split": own.material.split,
+        "images": [len(subjects.memories), len(subjects.controls)],
+        "header": [*ways(outcomes), *TAIL],
+        "rows": _rows(outcomes, damage, tests, entries, protocol=protocol),
+        "failures": {entry.name: entry.failure for entry in entries if entry.failure},
+        "entries": [dataclasses.asdict(entry) for entry in entries],
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "tests": [dataclasses.asdict(test) for test in tests],
+        "damage": [dataclasses.asdict(row) for row in damage],
+        "provenance": own.run.provenance(),
+    }
+    return json.loads(json.dumps(record))  # as it will be read again
 
 
-def _protocol(plan: Plan) -> Protocol:
-    """The plan's protocol on the memories, as delivered, from one restart."""
-    return dataclasses.replace(plan.protocol, restarts=1, roundings=(), harmless_steps=0)
+def _fixed(own: Bench) -> list[State]:
+    """What the rows are compared with."""
+    subjects = own.material.subjects
+    return [State(ORIGINAL, subjects.model), *(State(twin.name, twin) for twin in subjects.twins)]
+
+
+def _key(kind: Kind, name: str) -> str:
+    """Name of an edit's cell."""
+    return name if kind == "erasers" else f"{kind} {name}"
 
 
 def _rows(
     outcomes: Sequence[Outcome],
     damage: Sequence[Damage],
+    tests: Sequence[Test],
     entries: Sequence[Entry],
     *,
-    twins: Sequence[str],
     protocol: Protocol,
 ) -> list[list[str]]:
-    by_state: Mapping[str, Damage] = {row.state: row for row in damage}
+    by_state = {row.state: row for row in damage}
     by_name = {entry.name: entry for entry in entries}
+    by_test = {(test.state, test.kind): test for test in tests}
     found = []
     for line in rates(outcomes, "memory", unreached=protocol.unreached):
         row, entry = by_state[line.heading], by_name.get(line.heading)
-        area = areas(outcomes, line.heading)
-        values = less_twins(area, [areas(outcomes, twin) for twin in twins]) if twins else area
         seconds = entry.seconds if entry else None
         found.append(
             [
                 line.heading,
                 *line.cells,
-                f"{np.mean(list(values.values())):+.3f}" if values else DASH,
+                _difference(by_test.get((line.heading, "area")), digits=3),
+                _difference(by_test.get((line.heading, "relearning")), digits=1),
                 f"{row.frechet:.4g}",
-                *(DASH if value is None else f"{value:.3f}" for value in (row.to_original, row.neighbour_to_original)),
+                _number(row.to_original),
+                _number(row.held_out_loss, digits=4),
+                _number(row.neighbour_to_original),
                 f"{entry.rows:,}" if entry else DASH,
                 DASH if seconds is None else f"{seconds / 60:.1f}",
             ]
@@ -136,9 +153,23 @@ def _rows(
     return found
 
 
+def _difference(test: Test | None, *, digits: int) -> str:
+    """Memories less controls (less the twins'), with its interval; nothing where nothing was compared."""
+    if test is None:
+        return DASH
+    e = test.found
+    return f"{e.difference:+.{digits}f} ({e.low:+.{digits}f} to {e.high:+.{digits}f})"
+
+
+def _number(value: float | None, *, digits: int = 3) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
 def to_markdown(record: Mapping[str, Any]) -> str:
     """The table as Markdown, with the reasons of those that failed below."""
     lines = ["| | " + " | ".join(record["header"]) + " |", "|" + "---|" * (len(record["header"]) + 1)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in record["rows"]]
     lines += [f"\n{name}: {reason}" for name, reason in record["failures"].items()]
+    memories, controls = record["images"]
+    lines += [f"\n{memories} memories, {controls} controls; split: {record['split']}."]
     return "\n".join(lines) + "\n"

@@ -4,7 +4,6 @@ Each figure stands beside that of ordinary training for the same steps and of a 
 damage" has a scale. Neighbours (an erased caption with one word exchanged) are where damage hides.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,15 @@ from torch import Tensor
 
 from dori.audit.judge import Judge, finite_images, pixels_sha256
 from dori.erase.battery import State
+from dori.erase.cost import Rows, drawn
 from dori.erase.pairs import Pairs, denoising_losses, noised
 from dori.metrics.quality import frechet_distance, kernel_distance
 from dori.metrics.similarity import cosine
 from dori.model.stable_diffusion import StableDiffusion
-from dori.run import Run, cell_key, tensors_sha256
+from dori.run import Run, cell_key
 from dori.sampling import initial_noise, named_seed, sample
+
+REFERENCE = "damage.reference"  # cell of what all states are compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Damage:
         to_original: median similarity to the original model's image of the same prompt and seed.
         held_out_loss: mean denoising error on held-out pairs; None if it is not finite.
         neighbours: neighbours drawn from.
-        neighbour_frechet: distance of their images to the original model's of the same prompts under other seeds.
+        neighbour_frechet, neighbour_kernel: distances of their images to the original model's of the same prompts
+            under other seeds.
         neighbour_alignment, neighbour_to_original: likewise.
     """
 
@@ -50,6 +53,7 @@ class Damage:
     held_out_loss: float | None
     neighbours: int
     neighbour_frechet: float | None
+    neighbour_kernel: float | None
     neighbour_alignment: float | None
     neighbour_to_original: float | None
 
@@ -145,7 +149,7 @@ class Gauge:
             return found
 
         with original.applied():
-            return self.run.once_tensors("damage.reference", {**inputs, "held_out": held}, compute)
+            return self.run.once_tensors(REFERENCE, {**inputs, "held_out": held}, compute)
 
     def _both(self, model: StableDiffusion, name: str) -> dict[str, Tensor]:
         """Ordinary prompts and neighbours, drawn and described."""
@@ -184,9 +188,8 @@ class Gauge:
             loss = float(losses.mean())
             return {"loss": round(loss, 8) if math.isfinite(loss) else None}
 
-        pairs = tensors_sha256({"z": self.pairs.latents, "y": self.pairs.embeddings})
         with state.applied():
-            record = self.run.once_record(cell_key("loss", state.name), {**inputs, "pairs": pairs}, compute)
+            record = self.run.once_record(cell_key("loss", state.name), {**inputs, "pairs": self.pairs.source}, compute)
         return record["loss"]
 
     def _row(
@@ -205,30 +208,41 @@ class Gauge:
             key = f"{group}.descriptors"
             return None if found is original or key not in found else float(cosine(found[key], original[key]).median())
 
-        features, near = found["ordinary.features"], "near.features"
-        kernel = kernel_distance(features, reference["ordinary.features"], seed=named_seed("kernel", self.seed))
+        def distances(group: str) -> tuple[float, float] | None:
+            key, seed = f"{group}.features", named_seed("kernel", self.seed)
+            if key not in found:
+                return None
+            kernel = kernel_distance(found[key], reference[key], seed=seed)
+            return frechet_distance(found[key], reference[key]), kernel.value
+
+        ordinary, near = distances("ordinary"), distances("near")
+        assert ordinary is not None
         return Damage(
-            state.name,
-            len(self.ordinary),
-            frechet_distance(features, reference["ordinary.features"]),
-            kernel.value,
-            median("ordinary"),
-            drift("ordinary"),
-            loss,
-            len(self.near),
-            frechet_distance(found[near], reference[near]) if near in found else None,
-            median("near"),
-            drift("near"),
+            state=state.name,
+            prompts=len(self.ordinary),
+            frechet=ordinary[0],
+            kernel=ordinary[1],
+            alignment=median("ordinary"),
+            to_original=drift("ordinary"),
+            held_out_loss=loss,
+            neighbours=len(self.near),
+            neighbour_frechet=near and near[0],
+            neighbour_kernel=near and near[1],
+            neighbour_alignment=median("near"),
+            neighbour_to_original=drift("near"),
         )
 
-    def cells(self, states: Sequence[State]) -> dict[str, int]:
-        """Every cell of `measure` with its U-Net rows."""
+    def costs(self, states: Sequence[State]) -> dict[str, Rows]:
+        """Every cell of `measure` with its cost."""
         images = len(self.ordinary) + (len(self.near) if len(self.near) > 1 else 0)
-        rows = images * self.sampling_steps * (2 if self.guidance_scale != 1 else 1)
-        found = {cell_key("damage", state.name): rows for state in states} | {"damage.reference": rows}
-        return found | {cell_key("loss", state.name): len(self.pairs) for state in states}
+        rows = drawn(images, sampling_steps=self.sampling_steps, guidance_scale=self.guidance_scale)
+        found = {cell_key("damage", state.name): rows for state in states} | {REFERENCE: rows}
+        return found | {cell_key("loss", state.name): Rows(len(self.pairs)) for state in states}
 
 
-def plain(rows: Sequence[Damage]) -> list[dict[str, Any]]:
-    """The rows as JSON-able dictionaries."""
-    return [dataclasses.asdict(row) for row in rows]
+def spoiled(damage: Sequence[Damage], state: str, ordinary: str) -> float:
+    """How many times ordinary training's Frechet distance on ordinary prompts a state has; infinite for any to none."""
+    by_name = {row.state: row.frechet for row in damage}
+    if by_name[ordinary] > 0:
+        return by_name[state] / by_name[ordinary]
+    return math.inf if by_name[state] > 0 else 1.0

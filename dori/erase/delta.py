@@ -21,6 +21,14 @@ from dori.model.weights import fitting_parameters, weights_kept
 from dori.run import tensors_sha256, write_bytes
 
 KIND = "weight_delta"
+SLOWER = "take a smaller learning rate (--rate-scale)"  # how a diverged training is mended
+
+
+class CannotErase(DoriError):
+    """An eraser cannot do what is asked of it: its training diverged, or it lacks a text or a surrogate.
+
+    Told apart from a full disk and the like, so that a table goes on with its other erasers.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,28 +102,28 @@ def difference(
         details: stored with the edit.
 
     Raises:
-        DoriError: a weight is not finite: the training diverged.
+        CannotErase: a weight is not finite: the training diverged.
     """
     deltas = {}
     for key, value in changed.items():
         delta = (value.detach().double() - base[key].double()).float().cpu()
         if not torch.isfinite(delta).all():
-            raise DoriError(
-                f"{name} on {model.name} diverged ({key} is not finite); take a smaller learning rate or fewer steps"
-            )
+            raise CannotErase(f"{name} on {model.name} diverged ({key} is not finite); {SLOWER}")
         if delta.any():
             deltas[key] = delta
     return WeightDelta(name, deltas, details)
 
 
-def making(method: object, *, seed: int, rows: int, log: object = ()) -> dict[str, Any]:
+def making(method: object, *, seed: int, rows: int, updates: int, log: object = ()) -> dict[str, Any]:
     """What an edit remembers of its making, JSON-able.
 
     Args:
         method: the eraser, a dataclass.
         seed: of the erasure.
         rows: latent rows sent through the U-Net.
+        updates: steps of the optimizer.
         log: losses or other figures by step or round.
     """
     settings = json.loads(json.dumps(asdict(method)))  # type: ignore[call-overload]
-    return {"method": type(method).__name__, "settings": settings, "seed": seed, "rows": rows, "log": log}
+    made = {"method": type(method).__name__, "settings": settings, "seed": seed}
+    return made | {"rows": rows, "updates": updates, "log": log}

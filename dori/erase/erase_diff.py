@@ -14,11 +14,12 @@ with the uniform noise itself; here as in the paper the images are noised normal
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
     Forget,
@@ -59,11 +60,16 @@ class EraseDiff:
         tuner: how weights move.
     """
 
+    needs_surrogates: ClassVar[bool] = False
     steps: int = 35
     batch: int = 16
     eta: float = 0.1
     rule: Rule = "bome"
     tuner: Tuner = field(default_factory=Tuner)
+
+    def rows(self, memories: int) -> Rows:
+        """So many U-Net rows."""
+        return Rows(trained=2 * self.steps * self.batch)
 
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
@@ -84,4 +90,5 @@ class EraseDiff:
                 weight = balance(keep, forget, eta=self.eta, rule=self.rule)
                 tuned.update([k + weight * f for k, f in zip(keep, forget, strict=True)])
                 log.append({"retain": loss, "forget": forgotten, "lambda": weight})
-            return tuned.edit("EraseDiff", making(self, seed=seed, rows=model.rows - before, log=log))
+            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            return tuned.edit("EraseDiff", made)

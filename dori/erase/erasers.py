@@ -1,13 +1,14 @@
-"""Every eraser by its name, and the arms that take parts of the adversarial one away."""
+"""Every eraser by its name; of the adversarial one, arms that take parts away, and settings from mild to strong."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from dori.attack.dori import Dori
 from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.concept_ablation import ConceptAblation
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta
 from dori.erase.erase_diff import EraseDiff
 from dori.erase.esd import Esd
@@ -20,9 +21,19 @@ from dori.erase.tuning import Part
 from dori.erase.uce import Uce
 from dori.model.stable_diffusion import StableDiffusion
 
+Published = TypeVar("Published", NaiveDeletion, GradientAscent, EraseDiff, Siss, Esd, ConceptAblation)
+
 
 class Eraser(Protocol):
-    """What every eraser is: settings, and a call that returns an edit and leaves the model as it was."""
+    """What every eraser is: settings, and a call that returns an edit and leaves the model as it was.
+
+    `needs_surrogates` says whether it looks at the memories' surrogates.
+    """
+
+    needs_surrogates: ClassVar[bool]
+
+    def rows(self, memories: int) -> Rows:
+        """At most so many U-Net rows for so many memories."""
 
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
@@ -30,38 +41,58 @@ class Eraser(Protocol):
         """Erase the memories."""
 
 
-def eraser(name: str, *, adversarial: AdversarialErasure, timesteps: int, sampling_steps: int) -> Eraser:
+def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timesteps: int, sampling_steps: int) -> Eraser:
     """An eraser by its name, its learning rate scaled as the adversarial one's is against the published 1e-5.
 
     Small models move by larger rates than Stable Diffusion; one factor keeps the published proportions between
-    methods. The baselines' steps are the published ones, except ordinary training's, which are the adversarial one's.
+    methods. Published steps are for one image, so that as many images get so many times as many; there is no average
+    of weights, which would hold short trainings back. Ordinary training is the scale of damage: its steps, rate and
+    average are the adversarial one's.
 
     Args:
         name: in `dori.erase.ERASERS`.
         adversarial: settings of the adversarial erasure.
+        memories: number of memories.
         timesteps: T of the model.
         sampling_steps: of ESD's partial samples.
     """
-    tuner = dataclasses.replace(adversarial.tuner, part="full")
+
+    def each(method: Published) -> Published:
+        return dataclasses.replace(method, steps=method.steps * memories)
+
+    tuner = dataclasses.replace(adversarial.tuner, part="full", ema_decay=0.0)
     rate = tuner.learning_rate / 1e-5
     batch = adversarial.batch
     table: Mapping[str, Eraser] = {
         "adversarial": adversarial,
-        "ordinary": OrdinaryTraining(adversarial.rounds * adversarial.steps_per_round, batch, tuner),
-        "naive-deletion": NaiveDeletion(batch=batch, tuner=tuner),
-        "gradient-ascent": GradientAscent(batch=batch, tuner=tuner),
-        "erase-diff": EraseDiff(batch=batch, tuner=tuner),
-        "siss": Siss(batch=batch, tuner=tuner),
-        "siss-as-released": dataclasses.replace(as_released(timesteps), batch=batch, tuner=tuner),
-        "esd": Esd(
-            sampling_steps=sampling_steps,
-            tuner=dataclasses.replace(tuner, learning_rate=5e-5 * rate, part="cross_attention"),
+        "ordinary": ordinary(adversarial),
+        "naive-deletion": each(NaiveDeletion(batch=batch, tuner=tuner)),
+        "gradient-ascent": each(GradientAscent(batch=batch, tuner=tuner)),
+        "erase-diff": each(EraseDiff(batch=batch, tuner=tuner)),
+        "siss": each(Siss(batch=batch, tuner=tuner)),
+        "siss-as-released": each(dataclasses.replace(as_released(timesteps), batch=batch, tuner=tuner)),
+        "esd": each(
+            Esd(
+                sampling_steps=sampling_steps,
+                tuner=dataclasses.replace(tuner, learning_rate=5e-5 * rate, part="cross_attention"),
+            )
         ),
-        "concept-ablation": ConceptAblation(tuner=dataclasses.replace(tuner, learning_rate=5e-7 * rate)),
+        "concept-ablation": each(ConceptAblation(tuner=dataclasses.replace(tuner, learning_rate=5e-7 * rate))),
         "uce": Uce(),
     }
     assert tuple(table) == ERASERS
     return table[name]
+
+
+def ordinary(adversarial: AdversarialErasure, updates: int | None = None) -> OrdinaryTraining:
+    """Ordinary training as long as an erasure.
+
+    Args:
+        adversarial: whose batch, rate and average of weights are taken.
+        updates: steps of the erasure; None or 0 takes all that the adversarial one may make.
+    """
+    steps = updates or adversarial.rounds * adversarial.steps_per_round
+    return OrdinaryTraining(steps, adversarial.batch, dataclasses.replace(adversarial.tuner, part="full"))
 
 
 def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
@@ -71,7 +102,7 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         return dataclasses.replace(adversarial, tuner=dataclasses.replace(adversarial.tuner, part=part))
 
     table = {
-        "paper's recipe": adversarial,
+        "whole recipe": adversarial,
         "prompt only": dataclasses.replace(adversarial, attack=Dori(steps=0), starts=("prompt",)),
         "first round's triggers": dataclasses.replace(adversarial, search_rounds=1),
         "prompt starts": dataclasses.replace(adversarial, starts=("prompt",)),
@@ -84,3 +115,19 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
     }
     assert tuple(table) == ARMS
     return table
+
+
+def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
+    """The adversarial erasure from mild to strong: removal against damage, by learning rate, rounds and surrogates."""
+
+    def changed(rate: float, rounds: float, surrogates: int | None = None) -> AdversarialErasure:
+        tuner = dataclasses.replace(adversarial.tuner, learning_rate=adversarial.tuner.learning_rate * rate)
+        count = max(1, round(adversarial.rounds * rounds))
+        return dataclasses.replace(adversarial, tuner=tuner, rounds=count, surrogates=surrogates)
+
+    table = {
+        f"rate x {rate:g}, {changed(rate, rounds).rounds} rounds": changed(rate, rounds)
+        for rate in (0.5, 1, 2)
+        for rounds in (0.5, 1, 2)
+    }
+    return table | {"one surrogate each": changed(1, 1, 1)}

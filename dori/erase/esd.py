@@ -12,11 +12,12 @@ is refused); the partial samples here come from the frozen model, all drawn befo
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator
 from dori.erase.tuning import Tuner, tuning
@@ -84,6 +85,7 @@ class Esd:
         tuner: how weights move; `part="cross_attention"` is esd-x, `"not_cross_attention"` esd-u.
     """
 
+    needs_surrogates: ClassVar[bool] = False
     steps: int = 200
     batch: int = 1
     eta: float = 2.0
@@ -92,13 +94,18 @@ class Esd:
     guidance_scale: float = 3.0
     tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-5, part="cross_attention"))
 
+    def rows(self, memories: int) -> Rows:
+        """At most so many U-Net rows."""
+        rows, sampled = self.steps * self.batch, self.sampling_steps - 1 if self.source == "samples" else 0
+        return Rows(2 * rows * (1 + sampled), trained=rows)
+
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
     ) -> WeightDelta:
         """The edit; `retain` is not looked at, as published.
 
         Raises:
-            DoriError: a memory has no text.
+            CannotErase: a memory has no text.
         """
         memories.need_texts("ESD")
         work, before, generator = work or Work(), model.rows, step_generator("esd", seed, 0)
@@ -124,4 +131,5 @@ class Esd:
                 gradient, loss = tuned.gradient(errors, len(rows))
                 tuned.update(gradient)
                 log.append(loss)
-            return tuned.edit("ESD", making(self, seed=seed, rows=model.rows - before, log=log))
+            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            return tuned.edit("ESD", made)

@@ -6,7 +6,9 @@ that predicts nothing is about 1 (unit noise), which is where `stop_above` ends 
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, memory_batch, step_generator
@@ -26,11 +28,16 @@ class GradientAscent:
         tuner: how weights move.
     """
 
+    needs_surrogates: ClassVar[bool] = False
     steps: int = 35
     batch: int = 16
     retain_weight: float = 0.0
     stop_above: float | None = 1.0
     tuner: Tuner = field(default_factory=Tuner)
+
+    def rows(self, memories: int) -> Rows:
+        """At most so many U-Net rows."""
+        return Rows(trained=self.steps * self.batch * (1 + (self.retain_weight != 0)))
 
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
@@ -51,4 +58,5 @@ class GradientAscent:
                         tuned, gradient, retain, rows=self.batch, weight=self.retain_weight, generator=generator
                     )
                 )
-            return tuned.edit("gradient ascent", making(self, seed=seed, rows=model.rows - before, log=log))
+            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            return tuned.edit("gradient ascent", made)

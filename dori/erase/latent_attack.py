@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from dori.erase.cost import Rows
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import initial_noise
 
@@ -43,12 +44,13 @@ def norm_positions(latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttack:
-    """Adam on x_T, started from noise, through a short deterministic sampler without guidance.
+    """Adam on x_T, started from noise, through a short deterministic sampler.
 
     Args:
         steps: Adam updates.
         learning_rate: Adam's.
         sampling_steps: DDIM steps that are unrolled.
+        guidance_scale: classifier-free guidance of these steps; 1 leaves the unconditional half out.
         on_sphere: keep the norm at its typical value sqrt(numbers), so that only likely latents are searched.
         rows_per_call: images attacked at once.
     """
@@ -56,8 +58,13 @@ class LatentAttack:
     steps: int = 30
     learning_rate: float = 0.05
     sampling_steps: int = 6
+    guidance_scale: float = 1.0
     on_sphere: bool = False
     rows_per_call: int = 16
+
+    def rows(self, *, guided: bool) -> Rows:
+        """U-Net rows for one image."""
+        return Rows(attacked=self.steps * self.sampling_steps * (1 + guided))
 
     def __call__(
         self, model: StableDiffusion, targets: Tensor, embeddings: Tensor, *, seeds: Sequence[int]
@@ -100,9 +107,15 @@ class LatentAttack:
 
     def _sampled(self, model: StableDiffusion, x: Tensor, embeddings: Tensor) -> Tensor:
         """z_0 of the deterministic sampler, differentiable in x_T."""
-        scheduler = model.ddim(self.sampling_steps)
+        scheduler, guided = model.ddim(self.sampling_steps), self.guidance_scale != 1
         z = x * scheduler.init_noise_sigma
+        if guided:
+            embeddings = torch.cat([model.encode([""]).to(embeddings).expand(len(z), -1, -1), embeddings])
         for t in scheduler.timesteps:
-            eps = model.predict_noise(z, t.to(z.device).expand(len(z)), embeddings)
+            doubled = torch.cat([z, z]) if guided else z
+            eps = model.predict_noise(doubled, t.to(z.device).expand(len(doubled)), embeddings)
+            if guided:
+                unconditional, conditional = eps.chunk(2)
+                eps = unconditional + self.guidance_scale * (conditional - unconditional)
             z = scheduler.step(eps, t, z).prev_sample
         return z

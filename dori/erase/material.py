@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from dori.audit.folders import folder_subjects
-from dori.audit.judge import Case, Judge
+from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.schedule import Subjects, choose
 from dori.erase.pairs import Pairs
 from dori.erase.plan import Plan
 from dori.errors import DoriError
-from dori.memory import load_images, read_memories
+from dori.memory import Memory, load_images, read_memories
 from dori.model.load import load_model
 from dori.model.stable_diffusion import StableDiffusion
 from dori.prompts import ordinary_prompts
+from dori.run import canonical_sha256, tensors_sha256
 
 Split = Literal["all", "tune", "test"]
 RETAIN_SEED, HELD_OUT_SEED = 5, 6  # seeds 0 to 2 of the testbed's ordinary pairs serve audit and verify
+TWIN = "give a model that was trained alike but for the memories"
 ATTACKS = 64  # ordinary prompts from which attacks may begin, for the erasure and for the proof
 
 
@@ -84,7 +86,7 @@ def taken(subjects: Subjects, plan: Plan, split: Split) -> Subjects:
 
 
 def divided(prompts: Sequence[str], subjects: Subjects, quality: int) -> Uses:
-    """Prompts for the erasure's attacks, the proof's attacks and the damage table.
+    """Prompts for the damage table, which takes the first ones, and for the erasure's and the proof's attacks.
 
     Raises:
         DoriError: too few prompts that are no memory's or control's.
@@ -96,13 +98,51 @@ def divided(prompts: Sequence[str], subjects: Subjects, quality: int) -> Uses:
         raise DoriError(
             f"{len(free)} ordinary prompts that belong to no memory are too few; give more texts in --retain"
         )
-    return Uses(tuple(free[:attacks]), tuple(free[attacks : 2 * attacks]), tuple(free[2 * attacks :][:quality]))
+    count = min(quality, len(free) - 2 * attacks)
+    others = free[count:]
+    return Uses(tuple(others[:attacks]), tuple(others[attacks : 2 * attacks]), tuple(free[:count]))
 
 
 def pairs_of(model: StableDiffusion, texts: Sequence[str], images: Tensor) -> Pairs:
     """Images, shape (n, 3, H, W) in [0, 1], with their prompts as tensors on the CPU."""
     embeddings = torch.cat([model.encode(texts[i : i + 64]).cpu() for i in range(0, len(texts), 64)])
-    return Pairs(model.to_latents(images).cpu(), embeddings)
+    source = canonical_sha256({"texts": texts, "pixels": pixels_sha256(images)})
+    return Pairs(model.to_latents(images).cpu(), embeddings, source)
+
+
+def _refuse_copies(subjects: Subjects, ordinary: Sequence[Memory], pictures: Tensor) -> None:
+    """Refuse an image that is given in two roles: to be erased, never to be seen, to be trained on.
+
+    Raises:
+        DoriError: two files show the same pixels.
+    """
+    shown = {pixels_sha256(case.image): case for case in subjects.memories}
+    mend = "leave it out of one of the folders"
+    for case in subjects.controls:
+        if (other := shown.get(pixels_sha256(case.image))) is not None:
+            raise DoriError(f"control {case.memory.id!r} shows the image of memory {other.memory.id!r}; {mend}")
+    shown |= {pixels_sha256(case.image): case for case in subjects.controls}
+    for one, picture in zip(ordinary, pictures, strict=True):
+        if (other := shown.get(pixels_sha256(picture))) is not None:
+            raise DoriError(
+                f"ordinary image {one.id!r} shows {other.group} {other.memory.id!r}, which it would teach; {mend}"
+            )
+
+
+def _refuse_strangers(model: StableDiffusion, twins: Sequence[StableDiffusion]) -> None:
+    """Refuse a twin that cannot be compared.
+
+    Raises:
+        DoriError: a twin of another shape, with another VAE, or the model itself.
+    """
+    own = {name: tensors_sha256(part.state_dict()) for name, part in (("unet", model.unet), ("vae", model.vae))}
+    for twin in twins:
+        if (twin.latent_shape, twin.embedding_shape) != (model.latent_shape, model.embedding_shape):
+            raise DoriError(f"{twin.name} has latents or embeddings of another shape than {model.name}; {TWIN}")
+        if tensors_sha256(twin.vae.state_dict()) != own["vae"]:
+            raise DoriError(f"{twin.name} has another VAE than {model.name}, so that its latents differ; {TWIN}")
+        if tensors_sha256(twin.unet.state_dict()) == own["unet"]:
+            raise DoriError(f"{twin.name} has the weights of {model.name} itself; {TWIN}")
 
 
 def testbed_material(plan: Plan, split: Split) -> tuple[Material, Judge]:
@@ -132,10 +172,11 @@ def folder_material(
     twins: Sequence[str] = (),
     device: str = "cpu",
 ) -> tuple[Material, Judge]:
-    """A user's model and folders; a sixth of the ordinary pairs, at most as many as planned, is held out.
+    """A user's model and folders; every sixth of the ordinary pairs, at most as many as planned, is held out.
 
     Raises:
-        DoriError: any of them cannot be read, or there are fewer than eight ordinary images with a text.
+        DoriError: any of them cannot be read, there are fewer than eight ordinary images with a text, an image is given
+            in two roles, or a twin cannot be compared.
     """
     ordinary = [one for one in read_memories(retain, default_kind="ordinary") if one.text is not None]
     if len(ordinary) < 8:
@@ -143,20 +184,24 @@ def folder_material(
             f"{retain} holds {len(ordinary)} images with a text; an erasure needs at least 8 ordinary ones "
             "to hold the model in place, and hundreds are better"
         )
+    ordinary = [ordinary[k] for k in choose(len(ordinary), plan.retain + plan.held_out)]
     subjects, judge = folder_subjects(model, memories=memories, controls=controls, device=device)
     opened = subjects.model
     others = tuple(load_model(one, device=device) for one in twins)
     for index, other in enumerate(others):
         other.name = f"twin {index + 1} ({other.name})"
+    _refuse_strangers(opened, others)
     held = min(plan.held_out, max(2, len(ordinary) // 6))
+    spread = choose(len(ordinary), held)  # a folder may be sorted
+    ordinary = [ordinary[k] for k in (*spread, *sorted(set(range(len(ordinary))) - set(spread)))]
     texts, pictures = [one.text or "" for one in ordinary], load_images(ordinary, opened.image_side_px)
     opened.check_prompts(texts)
-    trained = slice(held, held + plan.retain)
+    _refuse_copies(subjects, ordinary, pictures)
     subjects = dataclasses.replace(taken(subjects, plan, split), twins=others, held_out=pictures[:held])
     prompts = divided([*texts[:held], *ordinary_prompts()], subjects, plan.quality_prompts)
     material = Material(
         subjects,
-        pairs_of(opened, texts[trained], pictures[trained]),
+        pairs_of(opened, texts[held:], pictures[held:]),
         pairs_of(opened, texts[:held], pictures[:held]),
         pictures[:held],
         prompts,

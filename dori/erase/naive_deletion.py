@@ -5,7 +5,9 @@ scripts take images of the *same prompt* for that (`retain_weight=0` here): noth
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, even_rows, noised, step_generator, surrogate_pairs
@@ -24,10 +26,15 @@ class NaiveDeletion:
         tuner: how weights move.
     """
 
+    needs_surrogates: ClassVar[bool] = True
     steps: int = 35
     batch: int = 16
     retain_weight: float = 1.0
     tuner: Tuner = field(default_factory=Tuner)
+
+    def rows(self, memories: int) -> Rows:
+        """So many U-Net rows."""
+        return Rows(trained=self.steps * self.batch * (1 + (self.retain_weight != 0)))
 
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
@@ -35,7 +42,7 @@ class NaiveDeletion:
         """The edit.
 
         Raises:
-            DoriError: a memory has no surrogate.
+            CannotErase: a memory has no surrogate.
         """
         memories.need_surrogates("naive deletion")
         work, before, log = work or Work(), model.rows, []
@@ -51,4 +58,5 @@ class NaiveDeletion:
                     )
                 )
                 log.append(loss)
-            return tuned.edit("naive deletion", making(self, seed=seed, rows=model.rows - before, log=log))
+            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            return tuned.edit("naive deletion", made)

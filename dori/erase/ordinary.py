@@ -7,10 +7,12 @@ few steps nothing moves, so compare at the eraser's own steps, batch and rate.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, ordinary_batch, step_generator
 from dori.erase.tuning import Tuned, Tuner, tuning
@@ -38,9 +40,14 @@ class OrdinaryTraining:
         tuner: how weights move.
     """
 
+    needs_surrogates: ClassVar[bool] = False
     steps: int = 100
     batch: int = 16
     tuner: Tuner = field(default_factory=Tuner)
+
+    def rows(self, memories: int) -> Rows:
+        """So many U-Net rows."""
+        return Rows(trained=self.steps * self.batch)
 
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
@@ -53,4 +60,5 @@ class OrdinaryTraining:
                 gradient, loss = tuned.gradient(denoising_losses(model, batch), len(batch))
                 tuned.update(gradient)
                 log.append(loss)
-            return tuned.edit("ordinary training", making(self, seed=seed, rows=model.rows - before, log=log))
+            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            return tuned.edit("ordinary training", made)

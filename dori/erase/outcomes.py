@@ -116,7 +116,7 @@ def back(
     group: Group,
     way: str,
     *,
-    steps: int | None = None,
+    start: str | None = None,
     at_most: int | None = None,
 ) -> Estimate:
     """Share of a group's images that came back in any attack of this way, with Wilson's interval.
@@ -126,14 +126,14 @@ def back(
         state: of which state.
         group: whose images.
         way: of asking.
-        steps: count outcomes after exactly so many steps; None takes all.
+        start: count attacks from there; None takes all.
         at_most: count outcomes after at most so many steps.
     """
     found: dict[str, bool] = {}
     for o in outcomes:
         if (
             (o.state, o.group, o.way) == (state, group, way)
-            and steps in (None, o.steps)
+            and start in (None, o.start)
             and (at_most is None or o.steps <= at_most)
         ):
             found[o.id] = found.get(o.id, False) or o.came_back

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dori.erase.delta import CannotErase
 from dori.erase.processes import Processes
 from dori.erase.tuning import RowLosses
-from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import named_seed
 
@@ -21,10 +21,17 @@ PROMPT_DROPOUT = 0.1  # as in the training of Stable Diffusion: keeps the uncond
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """Images with their prompts: scaled latents (n, c, h, w) and prompt embeddings (n, l, d), on the CPU."""
+    """Images with their prompts, on the CPU.
+
+    Args:
+        latents: scaled latents, shape (n, c, h, w).
+        embeddings: prompt embeddings, shape (n, l, d).
+        source: names what they were made from, pixels and texts; latents differ in the last bit between machines.
+    """
 
     latents: Tensor
     embeddings: Tensor
+    source: str
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -39,9 +46,11 @@ class Forget:
         texts: their prompts; None where there is none.
         latents: scaled latents, shape (n, c, h, w).
         embeddings: prompt embeddings, shape (n, l, d); the empty prompt's where there is no text.
-        surrogates: for each memory, latents (k, c, h, w) of images with the prompt's meaning that are no copies.
+        surrogates: for each memory, latents (k, c, h, w) of images with the prompt's meaning that are no copies;
+            k = 0 where none could be made, or none was asked for.
         anchors: embeddings of each prompt's shortened form, shape (n, l, d).
-        ordinary: embeddings of prompts that belong to no memory, shape (m, l, d).
+        ordinary: prompts that belong to no memory.
+        source: names what latents and embeddings were made from, as in `Pairs`.
     """
 
     ids: tuple[str, ...]
@@ -50,7 +59,8 @@ class Forget:
     embeddings: Tensor
     surrogates: tuple[Tensor, ...]
     anchors: Tensor
-    ordinary: Tensor
+    ordinary: tuple[str, ...]
+    source: str
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,11 +69,11 @@ class Forget:
         """Refuse memories without a prompt.
 
         Raises:
-            DoriError: a memory has none; the message names it.
+            CannotErase: a memory has none; the message names it.
         """
         for one, text in zip(self.ids, self.texts, strict=True):
             if text is None:
-                raise DoriError(
+                raise CannotErase(
                     f"{eraser} acts on prompts, and memory {one!r} has no text; give it one in "
                     "metadata.jsonl, or take the eraser adversarial"
                 )
@@ -72,12 +82,14 @@ class Forget:
         """Refuse memories without surrogates.
 
         Raises:
-            DoriError: a memory has none; the message names it.
+            CannotErase: a memory has none; the message names it.
         """
         for one, images in zip(self.ids, self.surrogates, strict=True):
             if len(images) == 0:
-                raise DoriError(
-                    f"{eraser} needs surrogate images, and memory {one!r} has none; allow more similarity or more tries"
+                raise CannotErase(
+                    f"{eraser} needs images with the meaning of memory {one!r} that are no copies, and none could be "
+                    "made: the mitigated model and all shortened prompts, even the empty one, draw images too like a "
+                    "memory; leave it out, or take an eraser that needs none, such as gradient-ascent or esd"
                 )
 
 

@@ -12,12 +12,13 @@ from dori.audit.plan import Plan as AuditPlan
 from dori.audit.plan import Starts
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.latent_attack import LatentAttack
-from dori.erase.protocol import Protocol
+from dori.erase.protocol import EVERY, Protocol
 from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
 from dori.erase.tuning import Tuner
 from dori.mitigate.wanda import Wanda
 
+LARGE = 100_000_000
 TESTBED_SCALE = 20.0  # 2e-4 instead of 1e-5: the rate of the trial in testbed.md
 
 
@@ -32,6 +33,7 @@ class Plan:
         mitigations: Wanda settings that hide the memories while surrogates are drawn, in the order of trying.
         surrogates: how surrogates are looked for.
         protocol: how the proof measures.
+        tables: how a table measures its many edits.
         retain: ordinary pairs to train on, at most.
         held_out: ordinary pairs for the held-out loss and, as images, for the quality distances.
         quality_prompts: ordinary prompts of the damage table.
@@ -47,6 +49,7 @@ class Plan:
     mitigations: tuple[Wanda, ...] = (Wanda(sparsity=0.1), Wanda(sparsity=0.3))
     surrogates: SurrogateSearch = field(default_factory=SurrogateSearch)
     protocol: Protocol = field(default_factory=Protocol)
+    tables: Protocol = field(default_factory=Protocol)
     retain: int = 2000
     held_out: int = 256
     quality_prompts: int = 256
@@ -57,14 +60,16 @@ class Plan:
     def audit(self) -> AuditPlan:
         """The audit of before and after: no mitigation, DoRI's published 50 steps."""
         p = self.protocol
-        starts = p.starts if self.memories is None else p.starts[:1]
+        # The proof attacks the twins already, and draws the curve.
+        some = self.memories is not None
+        starts = p.starts[:1] if some else p.starts
         return AuditPlan(
             self.preset,
             seeds=p.seeds,
             sampling_steps=p.sampling_steps,
             guidance_scale=p.guidance_scale,
-            attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
-            starts=Starts(starts, starts, (), starts[:1], ()),
+            attack=Dori(steps=50, snapshots=(0, 50) if some else (0, 10, 25, 50)),
+            starts=Starts(starts, starts, (), () if some else starts[:1], ()),
             nemo=None,
             wandas=(),
             attack_random=False,
@@ -75,22 +80,39 @@ class Plan:
 
 
 def quick() -> Plan:
-    """Eight memories and controls, attacked to 150 steps from one start, relearned for at most 60: a first look."""
+    """Eight memories and controls, attacked to 150 steps from one start, relearned for at most 60: a first look.
+
+    What the full plan asks beside: rounding to half precision (the coarser 8-bit integers are asked), restricted and
+    long attacks and that on the latent, relearning of altered weights. Tables attack for 50 steps from every start.
+    """
+    protocol = Protocol(
+        seeds=3,
+        sampling_steps=12,
+        starts=("prompt",),
+        attack=Dori(steps=150, snapshots=(0, 50, 150)),
+        long=None,
+        restricted=None,
+        latent=None,
+        relearning=Relearning(batch=4, check_every=6),
+        again=Dori(steps=50, snapshots=(0, 50)),
+        roundings=("int8",),
+        original_whole=False,
+        relearn_altered=False,
+    )
     return Plan(
         "quick",
         memories=8,
         controls=8,
-        adversarial=AdversarialErasure(rounds=5, steps_per_round=25, attack=Dori(steps=30), check_every=0),
+        adversarial=AdversarialErasure(rounds=5, steps_per_round=25, attack=Dori(steps=25)),
         surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=4.0),
-        protocol=Protocol(
-            seeds=3,
-            sampling_steps=12,
-            starts=("prompt",),
-            long=None,
-            attack=Dori(steps=150, snapshots=(0, 25, 50, 150)),
+        protocol=protocol,
+        tables=dataclasses.replace(
+            protocol,
+            starts=EVERY,
+            attack=protocol.again,
+            restricted=Protocol().restricted,
             latent=LatentAttack(steps=15),
-            again=Dori(steps=50, snapshots=(0, 50)),
-            relearning=Relearning(),
+            harmless_steps=0,
         ),
         retain=512,
         held_out=96,
@@ -113,6 +135,7 @@ def full() -> Plan:
             tuner=Tuner(ema_decay=0.98),
         ),
         surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=4.0),
+        tables=Protocol(roundings=(), harmless_steps=0),
     )
 
 
@@ -122,12 +145,61 @@ def scaled(plan: Plan, factor: float) -> Plan:
     def faster(tuner: Tuner) -> Tuner:
         return dataclasses.replace(tuner, learning_rate=tuner.learning_rate * factor)
 
-    adversarial = dataclasses.replace(plan.adversarial, tuner=faster(plan.adversarial.tuner))
-    relearning = plan.protocol.relearning
-    if relearning is not None:
-        relearning = dataclasses.replace(relearning, tuner=faster(relearning.tuner))
+    def judging(protocol: Protocol) -> Protocol:
+        relearning = protocol.relearning
+        if relearning is None:
+            return protocol
+        return dataclasses.replace(protocol, relearning=dataclasses.replace(relearning, tuner=faster(relearning.tuner)))
+
     return dataclasses.replace(
-        plan, adversarial=adversarial, protocol=dataclasses.replace(plan.protocol, relearning=relearning)
+        plan,
+        adversarial=dataclasses.replace(plan.adversarial, tuner=faster(plan.adversarial.tuner)),
+        protocol=judging(plan.protocol),
+        tables=judging(plan.tables),
+    )
+
+
+def fitted(plan: Plan, *, latent_numbers: int, weights: int) -> Plan:
+    """The plan with batches cut into calls that a model of this size can hold; figures differ by rounding alone.
+
+    The presets are for the testbed, whose latents have 2,048 numbers. Of a model of a hundred million weights and more
+    activations are computed again in the backward pass.
+
+    Args:
+        plan: the plan.
+        latent_numbers: in one latent.
+        weights: of the U-Net.
+    """
+    share = min(1.0, 2048 / latent_numbers)
+
+    def rows(usual: int) -> int:
+        return max(1, int(usual * share))
+
+    def attack(dori: Dori) -> Dori:
+        return dataclasses.replace(dori, rows_per_call=rows(dori.rows_per_call))
+
+    def tuner(usual: Tuner) -> Tuner:
+        return dataclasses.replace(
+            usual, rows_per_call=rows(usual.rows_per_call), checkpointing=usual.checkpointing or weights >= LARGE
+        )
+
+    def judging(p: Protocol) -> Protocol:
+        return dataclasses.replace(
+            p,
+            attack=attack(p.attack),
+            again=attack(p.again),
+            long=p.long and attack(p.long),
+            restricted=p.restricted and attack(p.restricted),
+            latent=p.latent and dataclasses.replace(p.latent, rows_per_call=rows(p.latent.rows_per_call)),
+            relearning=p.relearning and dataclasses.replace(p.relearning, tuner=tuner(p.relearning.tuner)),
+        )
+
+    a = plan.adversarial
+    return dataclasses.replace(
+        plan,
+        adversarial=dataclasses.replace(a, attack=attack(a.attack), tuner=tuner(a.tuner)),
+        protocol=judging(plan.protocol),
+        tables=judging(plan.tables),
     )
 
 

@@ -40,6 +40,10 @@ class Processes:
             return list(tensors)
         return [reduce(tensor.contiguous(), reduction="sum") for tensor in tensors]
 
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor in all: what was drawn or rounded otherwise must not lead them apart."""
+        return tensor if self.count == 1 else self.sum([tensor if self.first else torch.zeros_like(tensor)])[0]
+
     def wait(self) -> None:
         """Return when every process is here."""
         if self.count > 1:

@@ -6,31 +6,29 @@ record, `proof.json`, from which the certificate is drawn (`dori.erase.certifica
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dori.audit.checks import blind_scores
-from dori.audit.judge import Case, Judge, pixels_sha256
+from dori.audit.judge import Case, pixels_sha256
 from dori.erase.battery import Battery, State
-from dori.erase.cells import Bench, bench
-from dori.erase.damage import Damage, Gauge, neighbours
+from dori.erase.cells import SURROGATES, Bench
+from dori.erase.cost import Rows
+from dori.erase.damage import Gauge, neighbours, spoiled
 from dori.erase.delta import WeightDelta
 from dori.erase.equivalence import Equivalence
-from dori.erase.erasers import eraser
-from dori.erase.material import Material
+from dori.erase.erasers import Eraser, eraser, ordinary
 from dori.erase.ordinary import OrdinaryTraining
-from dori.erase.outcomes import Outcome
-from dori.erase.pairs import Forget, Work
 from dori.erase.plan import Plan
 from dori.erase.protocol import Protocol
-from dori.erase.tuning import Tuner
-from dori.erase.verdict import ERASED, ORIGINAL, Verdict, verdict
+from dori.erase.verdict import ERASED, ORIGINAL, verdict
 from dori.findings import Group
 from dori.model.load import model_fingerprint
-from dori.run import Run, cell_key
+from dori.run import cell_key
 
 ORDINARY = "ordinary training"
+HARMLESS = "harmless"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,86 +50,27 @@ def judged_protocol(plan: Plan, *, twins: bool) -> Protocol:
     return dataclasses.replace(plan.protocol, restarts=restarts)
 
 
-def states_of(material: Material, edit: WeightDelta, harmless: WeightDelta | None, protocol: Protocol) -> list[State]:
-    """The original, the erased model and its altered forms, the twins."""
-    model = material.subjects.model
-    found = [State(ORIGINAL, model), State(ERASED, model, (edit,))]
-    found += [State(f"{ERASED}, {rounding}", model, (edit,), rounding, whole=False) for rounding in protocol.roundings]
-    if harmless is not None:
-        found.append(State(f"{ERASED}, {protocol.harmless_steps} harmless steps", model, (edit, harmless), whole=False))
-    return found + [State(twin.name, twin) for twin in material.subjects.twins]
-
-
-def prove(material: Material, plan: Plan, name: str, *, judge: Judge, run: Run, work: Work) -> Proof | None:
-    """Erase, or go on erasing, and judge.
-
-    Args:
-        material: what is erased and what judges it.
-        plan: all settings.
-        name: of the eraser, in `dori.erase.ERASERS`.
-        judge: whose descriptor decides.
-        run: the folder that remembers; the caller holds its lock.
-        work: processes and progress.
-
-    Returns:
-        The proof; None in processes that only helped to erase.
-    """
-    subjects = material.subjects
-    protocol = judged_protocol(plan, twins=bool(subjects.twins))
-    own = bench(material, plan, judge, run, work)
-    method = eraser(
-        name, adversarial=plan.adversarial, timesteps=subjects.model.timesteps, sampling_steps=protocol.sampling_steps
-    )
-    battery = Battery(protocol, judge, run, material.prompts.proving, {})
-    gauge = gauge_of(material, plan, judge, run, protocol)
-    placeholder = WeightDelta(name, {})
-    planned = states_of(material, placeholder, placeholder if protocol.harmless_steps else None, protocol)
-    cases = (*subjects.memories, *subjects.controls)
-    costs = {
-        cell_key("edit", name): _edit_rows(plan, len(subjects.memories)),
-        cell_key("edit", ORDINARY): _ordinary_rows(plan),
-    }
-    for state in planned:
-        costs |= battery.costs(state, cases)
-    twins = [state for state in planned if state.model is not subjects.model]
-    run.plan("erase", costs | gauge.cells([*planned[:2], State(ORDINARY, subjects.model), *twins]))
-    forget = own.forget()
-    edit = own.edit(name, method, forget)
-    if not work.processes.first:
-        return None
-    alone = dataclasses.replace(own, work=Work(say=work.say))
-    harmless = None
-    if protocol.harmless_steps:
-        trained = OrdinaryTraining(protocol.harmless_steps, plan.adversarial.batch, _full(plan))
-        harmless = alone.edit("harmless", trained, forget, on=edit)
-    states = states_of(material, edit, harmless, protocol)
-    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
-    damage = _damage(alone, gauge, states, edit, forget=forget, battery=battery)
-    blind = blind_scores(subjects.model, subjects.memories, subjects.controls)
-    found = verdict(outcomes, protocol, twins=[twin.name for twin in subjects.twins], blind=blind)
-    return Proof(
-        edit, _record(own, name, edit, found=found, outcomes=outcomes, protocol=protocol, damage=damage, blind=blind)
+def method_of(own: Bench, name: str) -> Eraser:
+    """The eraser of that name under the plan."""
+    model, plan = own.material.subjects.model, own.plan
+    return eraser(
+        name,
+        adversarial=plan.adversarial,
+        memories=len(own.material.subjects.memories),
+        timesteps=model.timesteps,
+        sampling_steps=plan.protocol.sampling_steps,
     )
 
 
-def _full(plan: Plan) -> Tuner:
-    return dataclasses.replace(plan.adversarial.tuner, part="full", ema_decay=0.0)
+def battery_of(own: Bench, protocol: Protocol) -> Battery:
+    """The battery for this material."""
+    model = own.material.subjects.model
+    return Battery(protocol, own.judge, own.run, own.material.prompts.proving, {model.name: own.fingerprint})
 
 
-def _edit_rows(plan: Plan, memories: int) -> int:
-    """About as many forward rows as the adversarial erasure takes."""
-    a = plan.adversarial
-    searching = 2.4 * len(a.starts) * memories * a.attack.steps * a.attack.batch
-    return round(a.rounds * (searching + 6 * a.steps_per_round * a.batch))
-
-
-def _ordinary_rows(plan: Plan) -> int:
-    a = plan.adversarial
-    return 3 * a.rounds * a.steps_per_round * a.batch
-
-
-def gauge_of(material: Material, plan: Plan, judge: Judge, run: Run, protocol: Protocol) -> Gauge:
+def gauge_of(own: Bench, protocol: Protocol) -> Gauge:
     """The gauge of damage for this material."""
+    material, plan = own.material, own.plan
     model, uses = material.subjects.model, material.prompts
     texts = [case.memory.text for case in material.subjects.memories if case.memory.text]
     near = tuple(
@@ -140,62 +79,121 @@ def gauge_of(material: Material, plan: Plan, judge: Judge, run: Run, protocol: P
         if len(model.tokenizer(text).input_ids) <= model.context_length
     )
     return Gauge(
-        judge,
-        run,
-        uses.quality,
-        near,
-        material.pictures,
-        material.held_out,
-        protocol.sampling_steps,
-        protocol.guidance_scale,
-        plan.seed,
+        judge=own.judge,
+        run=own.run,
+        ordinary=uses.quality,
+        near=near,
+        held_out=material.pictures,
+        pairs=material.held_out,
+        sampling_steps=protocol.sampling_steps,
+        guidance_scale=protocol.guidance_scale,
+        seed=plan.seed,
     )
 
 
-def _damage(
-    own: Bench, gauge: Gauge, states: list[State], edit: WeightDelta, *, forget: Forget, battery: Battery
-) -> tuple[Damage, ...]:
-    """The damage of the erasure beside ordinary training for the same steps and the twins."""
-    a, model = own.plan.adversarial, own.material.subjects.model
-    trained = own.edit(ORDINARY, OrdinaryTraining(a.rounds * a.steps_per_round, a.batch, _full(own.plan)), forget)
-    twins = [state for state in states if state.model is not model]
-    return gauge.measure([*states[:2], State(ORDINARY, model, (trained,)), *twins], battery.fingerprints)
+def states_of(own: Bench, edit: WeightDelta, harmless: WeightDelta | None, protocol: Protocol) -> list[State]:
+    """The original, the erased model and its altered forms, the twins."""
+    subjects, p = own.material.subjects, protocol
+    model = subjects.model
+    found = [State(ORIGINAL, model, whole=p.original_whole), State(ERASED, model, (edit,))]
+    found += [
+        State(f"{ERASED}, {rounding}", model, (edit,), rounding, whole=False, relearned=p.relearn_altered)
+        for rounding in p.roundings
+    ]
+    if harmless is not None:
+        name = f"{ERASED}, {p.harmless_steps} harmless steps"
+        found.append(State(name, model, (edit, harmless), whole=False, relearned=p.relearn_altered))
+    return found + [State(twin.name, twin) for twin in subjects.twins]
 
 
-def _record(
-    own: Bench,
-    name: str,
-    edit: WeightDelta,
-    *,
-    found: Verdict,
-    outcomes: list[Outcome],
-    protocol: Protocol,
-    damage: tuple[Damage, ...],
-    blind: Mapping[str, float],
-) -> dict[str, Any]:
-    subjects, material = own.material.subjects, own.material
+def gauged(states: Sequence[State], trained: WeightDelta) -> list[State]:
+    """The states whose damage is gauged: original, erased, ordinary training, twins."""
+    original = states[0]
+    twins = [state for state in states if state.model is not original.model]
+    return [*states[:2], State(ORDINARY, original.model, (trained,)), *twins]
+
+
+def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
+    """Every cell of `prove` with its cost, at most."""
+    plan, subjects = own.plan, own.material.subjects
+    protocol, method = judged_protocol(plan, twins=bool(subjects.twins)), method_of(own, name)
+    nothing = WeightDelta("", {})
+    states = states_of(own, nothing, nothing if protocol.harmless_steps else None, protocol)
+    found = {SURROGATES: own.surrogate_rows()} if method.needs_surrogates else {}
+    found[cell_key("edit", name)] = own.edit_rows(method)
+    if protocol.harmless_steps:
+        found[cell_key("edit", HARMLESS)] = own.edit_rows(_harmless(plan, protocol))
+    found[cell_key("edit", ORDINARY)] = own.edit_rows(ordinary(plan.adversarial))
+    battery = battery_of(own, protocol)
+    for state in states:
+        found |= battery.costs(state, (*subjects.memories, *subjects.controls))
+    return found | gauge_of(own, protocol).costs(gauged(states, nothing))
+
+
+def prove(own: Bench, name: str) -> Proof | None:
+    """Erase, or go on erasing, and judge.
+
+    Args:
+        own: what is erased and what judges it; the caller holds the lock of its folder.
+        name: of the eraser, in `dori.erase.ERASERS`.
+
+    Returns:
+        The proof; None in processes that only helped to erase.
+
+    Raises:
+        CannotErase: the training diverged, or a memory lacks a text or a surrogate.
+    """
+    plan, subjects = own.plan, own.material.subjects
+    protocol, method = judged_protocol(plan, twins=bool(subjects.twins)), method_of(own, name)
+    own.run.plan("erase", {key: rows.weight for key, rows in proof_costs(own, name).items()})
+    forget = own.forget(surrogates=method.needs_surrogates)
+    edit = own.edit(name, method, forget)
+    if not own.work.processes.first:
+        return None
+    own = own.alone()
+    harmless = own.edit(HARMLESS, _harmless(plan, protocol), forget, on=edit) if protocol.harmless_steps else None
+    trained = own.edit(ORDINARY, ordinary(plan.adversarial, edit.details["updates"]), forget)
+    battery, states = battery_of(own, protocol), states_of(own, edit, harmless, protocol)
+    cases = (*subjects.memories, *subjects.controls)
+    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
+    damage = gauge_of(own, protocol).measure(gauged(states, trained), battery.fingerprints)
+    blind = blind_scores(subjects.model, subjects.memories, subjects.controls)
+    found = verdict(
+        outcomes,
+        protocol,
+        twins=[twin.name for twin in subjects.twins],
+        blind=blind,
+        spoiled=spoiled(damage, ERASED, ORDINARY),
+    )
+    record = _about(own, name, edit, battery.fingerprints)
+    record |= {"verdict": found, "protocol": protocol, "blind": blind, "damage": damage, "outcomes": outcomes}
+    return Proof(edit, json.loads(json.dumps(record, default=_plain, sort_keys=True)))  # as it will be read again
+
+
+def _harmless(plan: Plan, protocol: Protocol) -> OrdinaryTraining:
+    tuner = dataclasses.replace(plan.adversarial.tuner, part="full", ema_decay=0.0)
+    return OrdinaryTraining(protocol.harmless_steps, plan.adversarial.batch, tuner)
+
+
+def _about(own: Bench, name: str, edit: WeightDelta, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What was erased, from what, by what, and what judged it."""
+    subjects = own.material.subjects
     with edit.applied(subjects.model):
         erased = model_fingerprint(subjects.model)
-    record = {
+    return {
         "schema": 1,
-        "verdict": found,
         "eraser": edit.details,
         "edit": {"name": edit.name, "sha256": edit.fingerprint, "weights": edit.size, "norm": round(edit.norm, 6)},
         "model": {"name": subjects.model.name, "original_sha256": own.fingerprint, "erased_sha256": erased},
-        "twins": [twin.name for twin in subjects.twins],
-        "split": material.split,
+        "twins": [{"name": twin.name, "sha256": fingerprints[twin.name]} for twin in subjects.twins],
+        "split": own.material.split,
         "memories": [_image(case) for case in subjects.memories],
         "controls": [_image(case) for case in subjects.controls],
         "descriptor": own.judge.descriptor.record(),
-        "protocol": protocol,
         "plan": own.plan,
-        "blind": blind,
-        "damage": damage,
-        "outcomes": outcomes,
         "seconds": own.seconds(name),
         "provenance": own.run.provenance(),
     }
-    return json.loads(json.dumps(record, default=_plain, sort_keys=True))  # as it will be read again
 
 
 def _image(case: Case) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Protocol:
         again: DoRI on rounded and further trained weights.
         roundings: names in `dori.erase.rounding.ROUNDINGS`.
         harmless_steps: ordinary training steps after which the proof is repeated; 0 leaves it out.
+        original_whole: ask the original model in every way; otherwise as rounded and further trained weights.
+        relearn_altered: relearn on rounded and further trained weights too.
         margin_area: of equivalence, in mean similarity over the attack's steps.
         margin_steps: of equivalence, in updates to relearn.
         level: of each one-sided test.
@@ -48,6 +50,8 @@ class Protocol:
     again: Dori = field(default_factory=lambda: Dori(steps=50, snapshots=(0, 25, 50)))
     roundings: tuple[str, ...] = ("half", "int8")
     harmless_steps: int = 200
+    original_whole: bool = True
+    relearn_altered: bool = True
     margin_area: float = 0.05
     margin_steps: float = 6.0
     level: float = 0.05
@@ -62,3 +66,8 @@ class Protocol:
     def unreached(self) -> int:
         """What counts as steps to relearn for an image that did not come back: one look after the last."""
         return 0 if self.relearning is None else self.relearning.steps + self.relearning.check_every
+
+    @property
+    def grid_variance(self) -> float:
+        """Variance that is rounded away from steps to relearn, which are known to one look: a uniform one's."""
+        return 0.0 if self.relearning is None else self.relearning.check_every**2 / 12

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dori.erase.cost import Rows
+from dori.erase.delta import CannotErase
 from dori.erase.pairs import denoising_losses, noised, step_generator
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
@@ -31,6 +33,15 @@ class Relearning:
     check_every: int = 5
     tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-5))
 
+    @property
+    def looks(self) -> int:
+        """Looks at most, the one before any step included."""
+        return 1 + -(-self.steps // self.check_every)
+
+    def rows(self) -> Rows:
+        """At most so many U-Net rows of training; the looks cost as much as they draw."""
+        return Rows(trained=self.steps * self.batch)
+
     def __call__(
         self,
         model: StableDiffusion,
@@ -41,7 +52,7 @@ class Relearning:
         look: Callable[[], tuple[float, ...]],
         enough: Callable[[tuple[float, ...]], bool],
     ) -> dict[int, tuple[float, ...]]:
-        """Similarities before any step and at each look, until one is enough.
+        """Similarities before any step and at each look, until one is enough or the training diverges.
 
         Args:
             model: edits put on; left as it was.
@@ -67,7 +78,10 @@ class Relearning:
                     step_generator("relearning", seed, step),
                 )
                 gradient, _ = tuned.gradient(denoising_losses(model, batch), len(batch))
-                tuned.update(gradient)
+                try:
+                    tuned.update(gradient)
+                except CannotErase:  # a ruined model: the image does not come back on it
+                    break
                 if step % self.check_every == 0 or step == self.steps:
                     found[step] = look()
         return found

@@ -16,13 +16,24 @@ between keeping and forgetting; weights computed without logarithms overflow.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta, making
-from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator, surrogate_pairs
+from dori.erase.pairs import (
+    Batch,
+    Forget,
+    Pairs,
+    Work,
+    even_rows,
+    noised,
+    prediction_losses,
+    step_generator,
+    surrogate_pairs,
+)
 from dori.erase.tuning import Tuned, Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
@@ -46,7 +57,7 @@ def importance_weights(
     log_x = -(m - signal * x).square().flatten(1).sum(1) / spread
     log_a = -(m - signal * a).square().flatten(1).sum(1) / spread
     ratio = log_a - log_x
-    stay, leave = torch.tensor([1 - mixing, mixing], dtype=torch.float64).log()
+    stay, leave = ratio.new_tensor([1 - mixing, mixing]).log()
     w_x = torch.exp(-torch.logaddexp(stay.expand_as(ratio), leave + ratio))
     w_a = torch.exp(-torch.logaddexp(stay - ratio, leave.expand_as(ratio)))
     return w_x, w_a
@@ -65,6 +76,7 @@ class Siss:
         tuner: how weights move.
     """
 
+    needs_surrogates: ClassVar[bool] = True
     steps: int = 35
     batch: int = 16
     mixing: float = 0.5
@@ -72,13 +84,17 @@ class Siss:
     timesteps: tuple[int, int] | None = None
     tuner: Tuner = field(default_factory=Tuner)
 
+    def rows(self, memories: int) -> Rows:
+        """So many U-Net rows."""
+        return Rows(trained=2 * self.steps * self.batch)
+
     def __call__(
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
     ) -> WeightDelta:
         """The edit; the images to keep are the memories' surrogates, and `retain` is not looked at, as published.
 
         Raises:
-            DoriError: a memory has no surrogate.
+            CannotErase: a memory has no surrogate.
         """
         memories.need_surrogates("SISS")
         work, before, log = work or Work(), model.rows, []
@@ -86,7 +102,8 @@ class Siss:
             for step in range(self.steps):
                 log.append(self._step(tuned, memories, step_generator("siss", seed, step)))
             name = "SISS" if self.timesteps is None else f"SISS, t from {self.timesteps[0]}"
-            return tuned.edit(name, making(self, seed=seed, rows=model.rows - before, log=log))
+            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            return tuned.edit(name, made)
 
     def _step(self, tuned: Tuned, memories: Forget, generator: torch.Generator) -> dict[str, Any]:
         model = tuned.model
@@ -100,8 +117,8 @@ class Siss:
         noisy = model.add_noise(batch.latents, batch.noise, batch.timestep)
         abar = model.alphas_cumprod[batch.timestep]
         w_x, w_a = importance_weights(noisy, keep, forget, abar, mixing=self.mixing)
-        grad_x, loss_x = self._gradient(tuned, batch.timestep, batch.embeddings, noisy, keep, w_x)
-        grad_a, loss_a = self._gradient(tuned, batch.timestep, batch.embeddings, noisy, forget, w_a)
+        grad_x, loss_x = self._gradient(tuned, batch, noisy, keep, w_x)
+        grad_a, loss_a = self._gradient(tuned, batch, noisy, forget, w_a)
         norm_x, norm_a = (sum(float(g.double().square().sum()) for g in grads) ** 0.5 for grads in (grad_x, grad_a))
         scale = self.forget_share * norm_x / norm_a if norm_a else 0.0
         tuned.update([x - scale * a for x, a in zip(grad_x, grad_a, strict=True)])
@@ -109,12 +126,12 @@ class Siss:
         return {"keep": loss_x, "forget": loss_a, "scale": scale, "saturated": float(saturated.float().mean())}
 
     def _gradient(
-        self, tuned: Tuned, timestep: Tensor, embeddings: Tensor, noisy: Tensor, image: Tensor, weight: Tensor
+        self, tuned: Tuned, batch: Batch, noisy: Tensor, image: Tensor, weight: Tensor
     ) -> tuple[list[Tensor], float]:
         """The gradient of E w |eps_image(m) - eps_theta(m)|^2."""
-        abar = tuned.model.alphas_cumprod[timestep].to(noisy.dtype)[:, None, None, None]
+        abar = tuned.model.alphas_cumprod[batch.timestep].to(noisy.dtype)[:, None, None, None]
         explains = (noisy - abar.sqrt() * image) / (1 - abar).sqrt()
-        errors = prediction_losses(tuned.model, noisy, timestep, embeddings, explains)
+        errors = prediction_losses(tuned.model, noisy, batch.timestep, batch.embeddings, explains)
         weights = weight.to(noisy)
         return tuned.gradient(lambda rows: weights[rows.to(weights.device)] * errors(rows), len(noisy))
 

@@ -2,9 +2,11 @@
 
 Source: methods.md 5.1 (a mitigated model, asked with the original prompt) and 5.3 (several, filtered by similarity to
 the target and to each other). Where a mitigated model draws none, the unedited model is asked with the prompt shortened
-word by word, down to the empty prompt. No twin is asked: twins only judge.
+word by word, down to the empty prompt. A copy of any *other* memory is no surrogate either: it would be taught. No twin
+is asked: twins only judge.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +15,13 @@ from torch import Tensor
 
 from dori.audit.judge import Case, finite_images
 from dori.edit import Edit, no_edit
-from dori.errors import DoriError
+from dori.erase.cost import Rows, drawn
+from dori.erase.decide import deciding, limit
 from dori.metrics.similarity import Descriptor, cosine
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import initial_noise, named_seed, sample
+
+SHORTER = 4  # forms of a prompt that `shortened` gives, at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,14 +29,16 @@ class Surrogates:
     """Surrogates of n memories.
 
     Args:
-        latents: for each memory, shape (k, c, h, w), k >= 1.
+        latents: for each memory, shape (k, c, h, w); k = 0 where all that was drawn is too like a memory.
         images: for each memory, in [0, 1], shape (k, 3, H, W).
         sources: for each memory, in words, where each of its surrogates comes from.
+        nearest: for each memory, the least similarity to it of a candidate; infinite where all diverged.
     """
 
     latents: tuple[Tensor, ...]
     images: tuple[Tensor, ...]
     sources: tuple[tuple[str, ...], ...]
+    nearest: tuple[float, ...]
 
 
 def shortened(text: str | None) -> tuple[str, ...]:
@@ -47,16 +54,13 @@ def anchor_prompt(text: str | None) -> str:
     return " ".join(words[: len(words) // 2])
 
 
-def filtered(
-    similarity: Tensor, descriptors: Tensor, kept: Tensor, *, below_target: float, below_each_other: float, wanted: int
-) -> list[int]:
+def filtered(allowed: Tensor, descriptors: Tensor, kept: Tensor, *, below_each_other: float, wanted: int) -> list[int]:
     """Indices of candidates to keep, greedily in their order.
 
     Args:
-        similarity: of each candidate to the target, shape (m,).
+        allowed: which candidates are unlike all memories, booleans (m,).
         descriptors: of the candidates, shape (m, d).
         kept: descriptors of the surrogates that are kept already, shape (k, d).
-        below_target: similarity to the target that a surrogate may not reach.
         below_each_other: similarity between two surrogates that may not be reached.
         wanted: number of surrogates wanted in all.
     """
@@ -65,7 +69,7 @@ def filtered(
         if len(kept) == wanted:
             break
         alike = cosine(descriptors[index], kept).max() if len(kept) else torch.tensor(-1.0)
-        if similarity[index] < below_target and alike < below_each_other:
+        if allowed[index] and alike < below_each_other:
             chosen.append(index)
             kept = torch.cat([kept, descriptors[index][None]])
     return chosen
@@ -78,9 +82,9 @@ class SurrogateSearch:
     Args:
         wanted: surrogates of each memory at most.
         tries: images drawn from each source and memory.
-        below_target: largest similarity to the memory, as a share of the descriptor's threshold (5/7: the .5 of
-            methods.md 5.3 beside SSCD's .7).
-        below_each_other: largest similarity among surrogates of one memory, as a share of the threshold.
+        below_target: similarity to the memory that may not be reached, as a share of the threshold that decides (5/7:
+            the .5 of methods.md 5.3 beside SSCD's .7); to the other memories it may not reach the threshold.
+        below_each_other: similarity that two surrogates of one memory may not reach, as a share of the threshold.
         mitigated: ask the mitigated models first; False asks with shortened prompts only.
         sampling_steps: DDIM steps of each image.
         guidance_scale: classifier-free guidance of each image.
@@ -103,7 +107,7 @@ class SurrogateSearch:
         *,
         seed: int,
     ) -> Surrogates:
-        """Surrogates of every memory.
+        """Surrogates of every memory, as far as they can be made.
 
         Args:
             model: the model to erase from, without an edit.
@@ -111,43 +115,53 @@ class SurrogateSearch:
             mitigations: edits that hide them, in the order in which they are tried.
             descriptor: whose cosine filters.
             seed: of the noises.
-
-        Raises:
-            DoriError: a memory has no surrogate, whatever was tried.
         """
         references = descriptor(torch.stack([case.image for case in cases])).cpu()
         images: list[list[Tensor]] = [[] for _ in cases]
         found = [references.new_zeros(0, references.shape[1]) for _ in cases]
         sources: list[list[str]] = [[] for _ in cases]
-        lowest = [1.0] * len(cases)
+        nearest = [math.inf] * len(cases)
         for name, edit, prompts in self._ways(cases, mitigations):
             wanting = [i for i, kept in enumerate(images) if len(kept) < self.wanted and prompts[i] is not None]
             if not wanting:
                 continue
             with edit.applied(model):
-                drawn = self._drawn(model, [prompts[i] or "" for i in wanting], named_seed("surrogates", seed, name))
-            for i, candidates in zip(wanting, drawn, strict=True):
+                candidates_of = self._drawn(
+                    model, [prompts[i] or "" for i in wanting], named_seed("surrogates", seed, name)
+                )
+            for i, candidates in zip(wanting, candidates_of, strict=True):
                 if len(candidates) == 0:
                     continue
                 described = descriptor(candidates).cpu()
-                similarity = cosine(described, references[i])
-                lowest[i] = min(lowest[i], float(similarity.min()))
+                own = deciding(descriptor, [cases[i]], candidates[None])[0]
+                nearest[i] = min(nearest[i], float(own.min()))
+                others = cosine(described[:, None], torch.cat([references[:i], references[i + 1 :]]))
+                copies = (others >= descriptor.threshold).any(1)
                 keep = filtered(
-                    similarity,
+                    (own < self.below_target * limit(descriptor, cases[i])) & ~copies,
                     described,
                     found[i],
-                    below_target=self.below_target * descriptor.threshold,
                     below_each_other=self.below_each_other * descriptor.threshold,
                     wanted=self.wanted,
                 )
                 images[i] += [candidates[k] for k in keep]
                 found[i] = torch.cat([found[i], described[keep]])
                 sources[i] += [f"{name}: {prompts[i]}" for _ in keep]
-        self._need(cases, images, lowest, descriptor)
-        stacked = tuple(torch.stack(kept) for kept in images)
+        side = model.image_side_px
+        stacked = tuple(torch.stack(kept) if kept else torch.zeros(0, 3, side, side) for kept in images)
         return Surrogates(
-            tuple(model.to_latents(kept).cpu() for kept in stacked), stacked, tuple(tuple(source) for source in sources)
+            tuple(
+                model.to_latents(kept).cpu() if len(kept) else torch.zeros(0, *model.latent_shape) for kept in stacked
+            ),
+            stacked,
+            tuple(tuple(source) for source in sources),
+            tuple(nearest),
         )
+
+    def rows(self, memories: int, mitigations: int) -> Rows:
+        """At most so many U-Net rows: every memory asked in every way."""
+        asked = self.tries * memories * (mitigations * self.mitigated + SHORTER)
+        return drawn(asked, sampling_steps=self.sampling_steps, guidance_scale=self.guidance_scale)
 
     def _ways(self, cases: Sequence[Case], mitigations: Sequence[Edit]) -> list[tuple[str, Edit, list[str | None]]]:
         """Name, edit and each memory's prompt (None: not asked this way), in the order of trying."""
@@ -174,15 +188,3 @@ class SurrogateSearch:
         )
         images, finite = finite_images(model.to_images(latents).cpu())
         return [part[whole] for part, whole in zip(images.split(self.tries), finite.split(self.tries), strict=True)]
-
-    def _need(
-        self, cases: Sequence[Case], images: Sequence[Sequence[Tensor]], lowest: Sequence[float], descriptor: Descriptor
-    ) -> None:
-        for case, kept, least in zip(cases, images, lowest, strict=True):
-            if not kept:
-                raise DoriError(
-                    f"no surrogate of memory {case.memory.id!r} could be made: the mitigated model and all shortened "
-                    f"prompts, even the empty one, draw images too like it (the least similar {least:.2f}, allowed "
-                    f"{self.below_target * descriptor.threshold:.2f}); allow more similarity or more tries, or leave "
-                    "the memory out"
-                )

@@ -22,9 +22,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from dori.erase.delta import WeightDelta, difference
+from dori.erase.delta import SLOWER, CannotErase, WeightDelta, difference
 from dori.erase.processes import Processes
-from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.model.weights import weights_kept
 from dori.sampling import named_seed
@@ -68,7 +67,7 @@ def chosen(model: StableDiffusion, part: Part) -> list[str]:
     cross-attention. (A published script selects them by a text that matches nothing; field.md 6.2.)
 
     Raises:
-        DoriError: the U-Net has no such weight.
+        CannotErase: the U-Net has no such weight.
     """
     blocks = [name for name, module in model.unet.named_modules() if isinstance(module, BasicTransformerBlock)]
     cross = tuple(f"{block}.attn2." for block in blocks)
@@ -82,7 +81,7 @@ def chosen(model: StableDiffusion, part: Part) -> list[str]:
         "lora": [name for name in names if name.startswith(attention) and name.endswith(".weight")],
     }[part]
     if not found:
-        raise DoriError(f'{model.name} has no weights of the part {part!r}; erase with part "full"')
+        raise CannotErase(f'{model.name} has no weights of the part {part!r}; erase with part "full"')
     return found
 
 
@@ -139,14 +138,20 @@ class Tuned:
         *total, loss = self.processes.sum([*total, loss])
         return total, float(loss)
 
-    def update(self, gradient: Sequence[Tensor], *, learning_rate: float | None = None) -> float:
-        """One AdamW step along a gradient of the weights; returns the gradient's norm before clipping."""
+    def update(self, gradient: Sequence[Tensor]) -> float:
+        """One AdamW step along a gradient of the weights; returns the gradient's norm before clipping.
+
+        Raises:
+            CannotErase: the gradient is not finite, so that every further step would be lost.
+        """
         norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in gradient))
+        if not math.isfinite(norm):
+            raise CannotErase(
+                f"training {self.model.name} diverged after {self.steps} updates (its gradient is not finite); {SLOWER}"
+            )
         scale = min(1.0, self.tuner.clip / (norm + 1e-12))
         for name, grad in zip(self.base, gradient, strict=True):
             self._pull(name, grad * scale)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.tuner.learning_rate if learning_rate is None else learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._push()
@@ -236,10 +241,10 @@ def tuning(
         processes: among which rows are shared; None is one.
 
     Raises:
-        DoriError: a half-precision model, in which small steps are lost, or no such part.
+        CannotErase: a half-precision model, in which small steps are lost, or no such part.
     """
     if model.unet.dtype not in (torch.float32, torch.float64):
-        raise DoriError(
+        raise CannotErase(
             f"{model.name} is opened in {model.unet.dtype}, in which small steps are lost; erase in "
             "float32 and round the result"
         )

@@ -14,14 +14,14 @@ begin-token vector would move, which is why that position is left out); no gradi
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dori.erase.delta import WeightDelta, difference, making
+from dori.erase.cost import Rows
+from dori.erase.delta import CannotErase, WeightDelta, difference, making
 from dori.erase.pairs import Forget, Pairs, Work
-from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 
 
@@ -57,7 +57,7 @@ def cross_projections(model: StableDiffusion) -> dict[str, nn.Linear]:
     """Key and value projections of all cross-attention layers, by name.
 
     Raises:
-        DoriError: the U-Net has none.
+        CannotErase: the U-Net has none.
     """
     found = {
         name: module
@@ -65,7 +65,7 @@ def cross_projections(model: StableDiffusion) -> dict[str, nn.Linear]:
         if name.endswith(("attn2.to_k", "attn2.to_v")) and isinstance(module, nn.Linear)
     }
     if not found:
-        raise DoriError(f"{model.name} has no cross-attention projections; UCE cannot act on it")
+        raise CannotErase(f"{model.name} has no cross-attention projections; UCE cannot act on it")
     return found
 
 
@@ -87,11 +87,16 @@ class Uce:
         preserved: ordinary prompts whose tokens, at all positions, are preserved, at most.
     """
 
+    needs_surrogates: ClassVar[bool] = False
     tokens: Literal["last", "all"] = "last"
     ridge: float = 0.5
     erase_scale: float = 1.0
     preserve_scale: float = 1.0
     preserved: int = 256
+
+    def rows(self, memories: int) -> Rows:
+        """None."""
+        return Rows()
 
     @torch.no_grad()
     def __call__(
@@ -100,7 +105,7 @@ class Uce:
         """The edit; nothing is drawn at random, and no image is looked at.
 
         Raises:
-            DoriError: a memory has no text.
+            CannotErase: a memory has no text.
         """
         memories.need_texts("UCE")
         empty = model.encode([""]).cpu().double()[0]
@@ -125,4 +130,4 @@ class Uce:
                 erase_scale=self.erase_scale,
                 preserve_scale=self.preserve_scale,
             )
-        return difference("UCE", model, base, changed, making(self, seed=seed, rows=0))
+        return difference("UCE", model, base, changed, making(self, seed=seed, rows=0, updates=0))

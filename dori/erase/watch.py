@@ -1,7 +1,7 @@
 """Evidence during an erasure: does the image come back, from embeddings and noises that nothing was trained on?
 
 The held-out attack draws its noises, starts and generation seeds from streams of its own (`sampling.named_seed`), so
-an erasure that only learned its own triggers does not stop early.
+an erasure that only learned its own triggers does not stop early. It judges by the rule of the proof (`decide`).
 """
 
 from collections.abc import Sequence
@@ -11,38 +11,15 @@ import torch
 from torch import Tensor
 
 from dori.attack.dori import Dori
-from dori.attack.starts import gaussian
-from dori.audit.judge import finite_images
+from dori.audit.judge import Case
 from dori.audit.plan import Start
+from dori.erase.cost import Rows, drawn
+from dori.erase.decide import deciding, limit
 from dori.erase.pairs import Forget
-from dori.metrics.similarity import Descriptor, cosine
+from dori.erase.starts import starting_points
+from dori.metrics.similarity import Descriptor
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import initial_noise, named_seed, sample
-
-
-def starting_points(
-    model: StableDiffusion, memories: Forget, which: Sequence[int], start: Start, *, seeds: Sequence[int]
-) -> Tensor:
-    """Where attacks on some memories begin, shape (len(which), l, d).
-
-    Args:
-        model: only its embeddings' shape is used.
-        memories: their prompts, and ordinary prompts for foreign starts.
-        which: indices of memories.
-        start: kind of start; a memory without a text starts from noise instead of its prompt.
-        seeds: one for each of `which`.
-    """
-    noise = gaussian(model, seeds)
-    if start == "gaussian":
-        return noise
-    if start == "foreign":
-        rows = [
-            int(torch.randint(len(memories.ordinary), (), generator=torch.Generator().manual_seed(seed)))
-            for seed in seeds
-        ]
-        return memories.ordinary[rows].float()
-    has_text = torch.tensor([memories.texts[i] is not None for i in which])[:, None, None]
-    return torch.where(has_text, memories.embeddings[list(which)].float(), noise)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +28,7 @@ class Watch:
 
     Args:
         descriptor: whose cosine decides.
-        images: the memories in [0, 1], shape (n, 3, H, W).
+        cases: the memories.
         sampling_steps: DDIM steps of each image.
         guidance_scale: classifier-free guidance of each image.
         seeds: images drawn for each memory.
@@ -60,15 +37,27 @@ class Watch:
     """
 
     descriptor: Descriptor
-    images: Tensor
+    cases: tuple[Case, ...]
     sampling_steps: int = 25
     guidance_scale: float = 4.0
     seeds: int = 2
     attack: Dori = field(default_factory=Dori)
     starts: tuple[Start, ...] = ("prompt", "gaussian")
 
+    @property
+    def limits(self) -> Tensor:
+        """Of each memory the similarity above which it came back, shape (n,)."""
+        return torch.tensor([limit(self.descriptor, case) for case in self.cases])
+
     def similarities(self, model: StableDiffusion, embeddings: Tensor, which: Sequence[int], *, seed: int) -> Tensor:
-        """Median similarity to its memory of what each embedding draws, shape (len(which),)."""
+        """Median similarity to its memory of what each embedding draws, shape (len(which),).
+
+        Args:
+            model: with the weights as they are.
+            embeddings: one for each of `which`, shape (len(which), l, d).
+            which: indices of memories.
+            seed: of the generations.
+        """
         if not len(which):
             return torch.zeros(0)
         noise = initial_noise(model, [named_seed("watch", seed, k) for k in range(self.seeds)])
@@ -79,10 +68,8 @@ class Watch:
             steps=self.sampling_steps,
             guidance_scale=self.guidance_scale,
         )
-        images, finite = finite_images(model.to_images(latents).cpu())
-        described = self.descriptor(images).cpu() * finite[:, None]
-        references = self.descriptor(self.images[list(which)]).cpu().repeat_interleave(self.seeds, 0)
-        return cosine(described, references).view(len(which), self.seeds).quantile(0.5, dim=1)
+        images = model.to_images(latents).cpu().unflatten(0, (len(which), self.seeds))
+        return deciding(self.descriptor, [self.cases[i] for i in which], images).quantile(0.5, dim=1)
 
     def held_out(self, model: StableDiffusion, memories: Forget, *, seed: int) -> Tensor:
         """The largest similarity that the prompt and the held-out attacks reach for each memory, shape (n,)."""
@@ -90,7 +77,7 @@ class Watch:
         found = [self.similarities(model, memories.embeddings.float(), which, seed=named_seed("held out", seed))]
         for start in self.starts:
             seeds = [named_seed("held out", seed, start, one) for one in memories.ids]
-            points = starting_points(model, memories, which, start, seeds=seeds)
+            points = starting_points(model, start, texts=memories.texts, ordinary=memories.ordinary, seeds=seeds)
             triggers = self.attack(model, memories.latents.float(), points, seeds=seeds)
             found.append(
                 self.similarities(
@@ -98,3 +85,13 @@ class Watch:
                 )
             )
         return torch.stack(found).amax(0)
+
+    def look_rows(self, looks: int) -> Rows:
+        """Cost of `similarities` for so many embeddings."""
+        return drawn(looks * self.seeds, sampling_steps=self.sampling_steps, guidance_scale=self.guidance_scale)
+
+    def held_out_rows(self, memories: int) -> Rows:
+        """Cost of `held_out`."""
+        attacks = memories * len(self.starts)
+        searched = Rows(attacked=attacks * self.attack.steps * self.attack.batch)
+        return self.look_rows(memories + attacks) + searched

@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -18,15 +18,15 @@ from dori.errors import DoriError
 from dori.model.load import NOT_LOADED, PARTS, SCHEDULERS
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import write_bytes, write_json
+from dori.tensor_file import read_tensors
 
 UNET = "model.diffusion_model."
 
 
-def save_model(model: StableDiffusion, target: Path, *, source: str) -> None:
-    """Write the model as it is now, edits put on.
+def check_target(target: Path, *, source: str) -> None:
+    """Refuse a place where `save_model` could not write, before anything is computed.
 
     Args:
-        model: the model.
         target: a folder to make, or a `.safetensors` file if the model was opened from one.
         source: where the model was opened from: a folder, a hub id or a `.safetensors` file.
 
@@ -35,6 +35,25 @@ def save_model(model: StableDiffusion, target: Path, *, source: str) -> None:
     """
     if target.exists():
         raise DoriError(f"{target} exists; name a place that does not, so that no model is overwritten")
+    if target.suffix == ".safetensors" and not (Path(source).suffix == ".safetensors" and Path(source).is_file()):
+        raise DoriError(
+            f"{target} would be a single file, and the model was opened from {source!r}; name a folder to write, or "
+            "give the model as a .safetensors file"
+        )
+
+
+def save_model(model: StableDiffusion, target: Path, *, source: str) -> None:
+    """Write the model as it is now, edits put on.
+
+    Args:
+        model: the model.
+        target: as in `check_target`.
+        source: as in `check_target`.
+
+    Raises:
+        DoriError: as `check_target`, or the place cannot be written.
+    """
+    check_target(target, source=source)
     if target.suffix == ".safetensors":
         _save_file(model, target, Path(source))
     else:
@@ -66,25 +85,14 @@ def _save_folder(model: StableDiffusion, target: Path) -> None:
             part.save_pretrained(partial / name)
         write_json(partial / "model_index.json", index)
         partial.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk reaches the writer of weights as the latter
         shutil.rmtree(partial, ignore_errors=True)
-        raise DoriError(
-            f"{target} cannot be written ({error.strerror}); free some space or name another place"
-        ) from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DoriError(f"{target} cannot be written ({reason}); free some space or name another place") from None
 
 
 def _save_file(model: StableDiffusion, target: Path, source: Path) -> None:
-    if source.suffix != ".safetensors" or not source.is_file():
-        raise DoriError(
-            f"{target} would be a single file, and the model was opened from {str(source)!r}; name a "
-            "folder to write, or give the model as a .safetensors file"
-        )
-    try:
-        with safe_open(source, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise DoriError(f"{source} cannot be read again ({error}); restore it") from None
+    header, tensors = read_tensors(source, what="the model that was erased", mend="restore it")
     weights = model.unet.state_dict()
     for key, name in unet_names(tensors, dict(model.unet.config)).items():
         tensors[key] = weights[name].detach().to("cpu", tensors[key].dtype).reshape(tensors[key].shape).contiguous()

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +25,7 @@ from dori.errors import DoriError
 from dori.metrics.convolutions import initialised, trunk
 from dori.metrics.similarity import Calibration, Descriptor
 from dori.run import write_bytes
+from dori.tensor_file import read_tensors
 
 NAME = "dori-copy-64"
 KIND = "copy-descriptor"
@@ -104,12 +104,7 @@ def load_copy_descriptor(path: Path, *, device: str = "cpu") -> Descriptor:
         DoriError: no such file, or not a copy descriptor of this version.
     """
     mend = "give a descriptor that this version of Dori wrote"
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise DoriError(f"{path} cannot be read as a copy descriptor ({error}); {mend}") from None
+    header, tensors = read_tensors(path, what="a copy descriptor", mend=mend)
     with torch.device("meta"):
         network = CopyNetwork()
     shapes = {key: value.shape for key, value in network.state_dict().items()}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
@@ -26,6 +25,7 @@ from dori.errors import DoriError
 from dori.metrics.preprocessing import preprocessing as named_preprocessing
 from dori.metrics.similarity import Descriptor
 from dori.run import write_bytes
+from dori.tensor_file import read_tensors
 
 KIND = "sscd-resnet50"
 DEPTHS = (3, 4, 6, 3)
@@ -174,12 +174,7 @@ def load_sscd(path: Path, *, preprocessing: str, device: str = "cpu") -> Descrip
         DoriError: no such file, another file, or no such preprocessing.
     """
     prepare = named_preprocessing(preprocessing)
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise DoriError(f"{path} cannot be read as safetensors ({error}); convert the SSCD file first") from None
+    header, tensors = read_tensors(path, what="safetensors", mend="convert the SSCD file first")
     if header.get("kind") != KIND:
         raise DoriError(f"{path} holds no converted SSCD weights; convert the SSCD file first")
     tensors = _checked(tensors, path)
