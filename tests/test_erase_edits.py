@@ -119,6 +119,19 @@ def test_an_erased_model_opens_as_a_diffusers_folder(tiny: StableDiffusion, tmp_
         save_model(tiny, tmp_path / "out.safetensors", source="tiny")
 
 
+def test_a_full_disk_leaves_no_half_a_model(tiny: StableDiffusion, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = 2 * sum(weight.numel() for weight in tiny.unet.parameters())  # half of the U-Net's bytes
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(DoriError, match="out cannot be written.*free some space"):
+            save_model(tiny, tmp_path / "out", source="tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("*out*"))
+
+
 def published_names(model: StableDiffusion) -> dict[str, str]:
     """The single-file name of each U-Net weight of the tiny model, written down by SD's own layout."""
     prefixes = {

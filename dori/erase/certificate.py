@@ -6,15 +6,14 @@ prompt, only ids and hashes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, attack_steps, back, relearning_steps
 from dori.erase.verdict import PUBLISHED_STEPS, RULES
 from dori.findings import Group
+from dori.report.page import page
 from dori.stats import Estimate
 
 WORDS = {
@@ -47,14 +46,11 @@ def render(record: Mapping[str, Any]) -> str:
     Args:
         record: what `proof.json` holds.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files("dori.erase").joinpath("certificate.html").read_text(encoding="utf-8"))
     outcomes, name = outcomes_of(record), record["verdict"]["name"]
     relearning = record["protocol"]["relearning"]
     unreached = relearning["steps"] + relearning["check_every"] if relearning else 0
-    return template.render(
+    return page(
+        "erase/certificate.html",
         record=record,
         name=name,
         sign=SIGNS[name],
