@@ -144,7 +144,7 @@ def test_a_band_is_told_only_where_the_whole_interval_lies_in_it() -> None:
 
 def test_activations_are_compared_with_different_memorized_prompts() -> None:
     said_ = observed.activations(records())
-    assert said_.title.endswith("in value projections: closer together; in feed-forward layers: closer together")
+    assert said_.title.endswith("Value projections: closer together; feed-forward layers: closer together")
     assert "is 0.60 times that of different memorized prompts" in said_.sentences[0]
     assert "ordinary prompts the ratio is 1.20" in said_.sentences[0]
 
@@ -180,12 +180,15 @@ def test_lines_are_judged_by_intervals(between: int, outward: int, word: str) ->
 
 def test_the_ball_is_as_large_as_half_of_its_directions_replicate() -> None:
     found = records(1)
-    assert "replicate up to 0.5, in units" in observed.embedding(found).sentences[-1]
+    assert "up to a radius of 0.5 (not at 1," in observed.embedding(found).sentences[-1]
     every = tuple(dataclasses.replace(p, successes=p.n) for p in found.probes)
-    assert "at all tried radii (up to 1)" in observed.embedding(dataclasses.replace(found, probes=every)).sentences[-1]
+    assert (
+        "at every radius that was tried (up to 1,"
+        in observed.embedding(dataclasses.replace(found, probes=every)).sentences[-1]
+    )
     no = tuple(dataclasses.replace(p, successes=0) for p in found.probes)
     assert (
-        "none of the tried radii (0.1 and more)"
+        "at no radius that was tried (0.1 and more,"
         in observed.embedding(dataclasses.replace(found, probes=no)).sentences[-1]
     )
 

@@ -245,6 +245,24 @@ def test_a_finished_run_costs_nothing_again_and_gives_the_same(whole: Whole) -> 
     assert dataclasses.replace(again, provenance={}) == dataclasses.replace(whole.found, provenance={})
 
 
+def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(whole: Whole, tmp_path: Path) -> None:
+    lines = 0
+
+    def die(line: str) -> None:
+        nonlocal lines
+        lines += line.startswith("locality: ")
+        if lines == 20:
+            raise KeyboardInterrupt
+
+    run = Run(tmp_path, say=die, modules=())
+    with pytest.raises(KeyboardInterrupt), run.locked():
+        locality(whole.subjects, plan=PLAN, judge=judge(-1.5), run=run)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    again = tiny_run(whole.subjects, tmp_path)
+    assert len(kept) == 20 and all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    assert dataclasses.replace(again, provenance={}) == dataclasses.replace(whole.found, provenance={})
+
+
 def test_locality_json_is_read_back_as_it_was(whole: Whole, tmp_path: Path) -> None:
     read = read_locality(whole.folder / "locality.json")
     assert read.to_json() == whole.found.to_json()

@@ -1,4 +1,4 @@
-"""Promises of the report in a real browser: no wider than its window, nothing loaded from elsewhere."""
+"""Promises of both pages in a real browser: no wider than its window, nothing loaded from elsewhere."""
 
 import json
 import re
@@ -13,7 +13,9 @@ from threading import Thread
 
 import pytest
 from synthetic_audit import SCRIPT, synthetic_audit
+from synthetic_locality import records
 
+from dori.locality.page.render import render as render_locality
 from dori.report.render import render
 
 BROWSER = next(
@@ -34,9 +36,11 @@ OUTER = """<title>nothing</title><body style="margin:0"><script>addEventListener
 <iframe src="inner.html" style="border:0;width:%dpx;height:900px"></iframe>"""
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module", params=["audit", "locality"])
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
+    if request.param == "locality":
+        return render_locality(records(6), folder)
     audit = synthetic_audit(
         folder, edits=(("none", ""), ("NeMo", "joint")), texts=(SCRIPT, "w" * 300), distrust=("x" * 200,)
     )

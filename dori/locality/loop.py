@@ -8,12 +8,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dori.audit.judge import Case, Judge
 from dori.audit.loop import Subjects
+from dori.errors import DoriError
 from dori.image_file import png_bytes
 from dori.locality import measures, stages, truth
 from dori.locality.bench import Bench
@@ -22,6 +24,7 @@ from dori.locality.masks import Maskers, Masks, calibrate, method_names
 from dori.locality.plan import Causal, Plan
 from dori.locality.probes import probe_balls, probe_lines
 from dori.locality.records import (
+    FILE,
     LISTS,
     MEMORIZED,
     ON_TWIN,
@@ -32,6 +35,7 @@ from dori.locality.records import (
     Change,
     Locality,
     Measure,
+    read_locality,
 )
 from dori.locality.subjects import Sets, choose_sets, sizes
 from dori.locality.trial import Trial
@@ -199,7 +203,7 @@ class _Loop:
     def assembled(self) -> Locality:
         """The records so far."""
         descriptor, plan, model, sets = self.bench.judge.descriptor, self.bench.plan, self.bench.model, self.sets
-        settings = json.loads(json.dumps(dataclasses.asdict(plan))) | {
+        settings = _settings(plan) | {
             "fingerprints": self.fingerprints,
             "maps": self.maps,
             "prompts": {
@@ -242,6 +246,36 @@ def _cells(subjects: Subjects, plan: Plan, sets: Sets) -> dict[str, dict[str, Ro
     return planned(plan, sizes(subjects, sets), method_names(plan))
 
 
+def _settings(plan: Plan) -> dict[str, Any]:
+    """The plan as `locality.json` holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(plan)))
+
+
+def refuse_another(folder: Path, subjects: Subjects, plan: Plan, sets: Sets) -> None:
+    """Refuse a folder in which another locality run has results: its cells would be overwritten, hours perhaps.
+
+    Raises:
+        DoriError: the folder's `locality.json` is of another model, plan or memories.
+    """
+    path = folder / FILE
+    try:
+        before = read_locality(path)
+    except DoriError:  # none, or one that nobody can read
+        return
+    model, wanted = subjects.model.name, _settings(plan)
+    texts = {case.memory.id: case.memory.text for case in sets.cases}
+    differ = [name for name, value in wanted.items() if before.settings.get(name) != value]
+    if before.model != model or before.settings["fingerprints"].get(model) != model_fingerprint(subjects.model):
+        differ.insert(0, "model")
+    if any(texts.get(one.id, "") != one.text for one in before.subjects):
+        differ.append("memories")
+    if differ:
+        raise DoriError(
+            f"{folder} holds another locality run ({', '.join(differ[:5])} differ), and its results would be "
+            "overwritten; name another folder with --out"
+        )
+
+
 def locality(
     subjects: Subjects,
     *,
@@ -265,11 +299,12 @@ def locality(
         All records.
 
     Raises:
-        DoriError: too few prompts, a prompt too long, or no space left.
+        DoriError: too few prompts, a prompt too long, a folder of another run, or no space left.
     """
     subjects.model.check_prompts(subjects.ordinary[: plan.ordinary_prompts])
     run.device = subjects.model.device.type
     sets = choose_sets(subjects, plan)
+    refuse_another(run.folder, subjects, plan, sets)
     fingerprints = {model.name: model_fingerprint(model) for model in (subjects.model, *subjects.twins)}
     bench = Bench(subjects.model, judge, plan, run, fingerprints[subjects.model.name], judge.record())
     cells = _cells(subjects, plan, sets)

@@ -22,6 +22,7 @@ from typing import Any
 from dori.record_file import read_record, record_json
 
 SCHEMA = 1
+FILE = "locality.json"
 ENOUGH = 5  # memories, from which on intervals and relations to the dose are given
 TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memorized prompts", "ordinary prompts"
 STARTS, RANDOM, SIMULATED = "gaussian starts", "random", "random, simulated"

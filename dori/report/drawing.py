@@ -40,7 +40,7 @@ SETTINGS = {
     "axes.axisbelow": True,
 }
 WIDTH, HEIGHT = 4.3, 3.0  # inches; two stand side by side on a page, one on a telephone
-WRAPPED = 62  # letters of a title's line
+WRAPPED = 50  # letters of a title's line
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def drawing(width: float = WIDTH, height: float = HEIGHT, *, title: str = "") ->
         figure = Figure(figsize=(width, height), layout="constrained")
         if title:
             letters = round(WRAPPED * width / WIDTH)
-            figure.suptitle(textwrap.fill(title, letters), x=0.01, ha="left", fontsize=10, fontweight="bold")
+            figure.suptitle(textwrap.fill(title, letters), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
         yield figure
 
 

@@ -12,7 +12,7 @@ from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, Cross, Joined, Loca
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
 from dori.stats import wilson
 
-LETTERS = {"prompt": "P", "gaussian": "N", "foreign": "F"}
+LETTERS = {"prompt": "P", "gaussian": "G", "foreign": "F"}
 
 
 def cross_figures(found: Locality, cross: Cross) -> list[Picture]:
@@ -66,7 +66,7 @@ def _matrix(
         axes.set_xticks([*range(count), *fresh], letters, fontsize=7.5)
         axes.tick_params(length=0)
         axes.grid(visible=False)
-        axes.set_xlabel("trigger j (P own prompt, N N(0, I), F other prompt)" + ("\n* fresh attack" if wide else ""))
+        axes.set_xlabel("trigger j (P own prompt, G Gaussian, F other prompt)" + ("\n* fresh attack" if wide else ""))
         figure.colorbar(image, ax=axes, label="median similarity; dot: replicates", fraction=0.05)
         return picture(figure, f"{title}. {told + '; ' if told else ''}dots mark what replicates.")
 

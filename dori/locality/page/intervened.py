@@ -181,7 +181,8 @@ def ground_truth(found: Locality) -> Said:
     one_twin = kinds[0].floor is None
     excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in kinds}
     total, beyond = sum(excess.values()), "" if one_twin else " beyond the twins' own difference"
-    largest = ", ".join(f"{group} {value / total:.2f}" for group, value in list(excess.items())[:4]) if total else ""
+    ranked = sorted(excess.items(), key=lambda item: -item[1])[:4]
+    largest = ", ".join(f"{group} {value / total:.2f}" for group, value in ranked) if total else ""
     sentences = [
         f"Of what planting changed{beyond}, most lies in {largest}."
         if largest

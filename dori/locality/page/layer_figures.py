@@ -59,7 +59,8 @@ def activity_figure(found: Locality, site: str, name: str, step: int) -> Picture
             _line(axes, *STYLES[group], [activity(found, layer, group, step) for layer in names])
             for group in (TRIGGERS, MEMORIZED, ORDINARY, STARTS, OTHER_NOISES)
         ]
-        return _finished(figure, axes, names, "D, mean pairwise l2 distance", title, told)
+        _finish(axes, names, "D, mean pairwise l2 distance")
+        return _told(figure, title, told)
 
 
 def overlap_figure(found: Locality, method: str) -> Picture:
@@ -77,8 +78,9 @@ def overlap_figure(found: Locality, method: str) -> Picture:
         if spots:
             label = "triggers, no empty pairs"
             axes.plot(*zip(*spots, strict=True), "o", mfc="none", color=BLUE, ms=7, label=label)
-        axes.set_ylim(-0.03, 1.1)
-        return _finished(figure, axes, names, "Agreement (IoU)", title, told)
+        axes.set_ylim(0, 1.05)
+        _finish(axes, names, "Agreement (IoU)")
+        return _told(figure, title, told)
 
 
 def cover_figure(found: Locality, method: str) -> Picture:
@@ -107,14 +109,15 @@ def cover_figure(found: Locality, method: str) -> Picture:
             )
             for kind, value, label, style in lines
         ]
-        return _finished(figure, axes, names, "Share of the planted change", title, told)
+        _finish(axes, names, "Share of the planted change")
+        return _told(figure, title, told)
 
 
 def patch_figure(found: Locality, name: str, kind: str) -> Picture | None:
     """Sufficiency and necessity beside each other, layer by layer, in shares of the gap between the models."""
     title = f"Which {name} carry the memory? 1 is all of the gap between the models"
     names = [layer for layer in found.settings["layers"][kind] if layer in {p.layers for p in found.patches}]
-    with drawing(WIDTH, 3.3, title=title) as figure:
+    with drawing(WIDTH, 3.6, title=title) as figure:
         axes, told = figure.subplots(), []
         for direction, label, style in (
             (SUFFICIENT, "sufficient: planted into twin", (BLUE, "o-")),
@@ -123,7 +126,8 @@ def patch_figure(found: Locality, name: str, kind: str) -> Picture | None:
             shares = patch_shares(found, direction)
             told.append(_line(axes, label, style, [shares[layer] for layer in names if layer in shares]))
         axes.axhline(0, color=GREY, lw=0.8)
-        return _finished(figure, axes, names, "Share of the gap", title, told) if any(told) else None
+        _finish(axes, names, "Share of the gap", columns=1)
+        return _told(figure, title, told) if any(told) else None
 
 
 def _line(axes: Axes, label: str, style: Style, estimates: Sequence[Estimate]) -> str:
@@ -138,23 +142,32 @@ def _line(axes: Axes, label: str, style: Style, estimates: Sequence[Estimate]) -
     return f"{label}: " + " ".join(f"{value:.2f}" for value in values)
 
 
-def _finished(figure: Figure, axes: Axes, names: Sequence[str], label: str, title: str, told: Sequence[str]) -> Picture:
-    """Number the layers, say where down, mid and up begin, and put the legend above."""
+def _finish(axes: Axes, names: Sequence[str], label: str, *, columns: int = 2) -> None:
+    """Number the layers, say where down, mid and up lie, and put the legend above."""
     axes.set_ylabel(label)
     axes.set_xticks(range(1, len(names) + 1))
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlim(0.5, len(names) + 0.5)
     axes.set_xlabel("Layer, in the network's order")
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0), high + 0.09 * (high - low))  # room for the words
+    axes.set_ylim(low if low < -0.1 * high else 0, high + 0.09 * (high - low))  # room for the words
     places = [name.split("_")[0] for name in names]
-    for index, place in enumerate(places):
-        if index == 0 or place != places[index - 1]:
-            if index:
-                axes.axvline(index + 0.5, color="#b9c2cc", lw=1)
-            axes.annotate(
-                place, (index + 0.6, 0.985), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, va="top"
-            )
+    for place in dict.fromkeys(places):
+        first, last = places.index(place) + 1, len(places) - places[::-1].index(place)
+        if first > 1:
+            axes.axvline(first - 0.5, color="#b9c2cc", lw=1)
+        axes.annotate(
+            place,
+            ((first + last) / 2, 0.985),
+            xycoords=("data", "axes fraction"),
+            fontsize=7.5,
+            color=GREY,
+            ha="center",
+            va="top",
+        )
     if axes.get_legend_handles_labels()[1]:
-        legend_above(axes)
-    return picture(figure, f"{title}, layer by layer. {'; '.join(part for part in told if part)}.")
+        legend_above(axes, columns)
+
+
+def _told(figure: Figure, title: str, lines: Sequence[str]) -> Picture:
+    return picture(figure, f"{title}, layer by layer. {'; '.join(line for line in lines if line)}.")

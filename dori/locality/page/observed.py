@@ -95,14 +95,14 @@ def _balls(found: Locality) -> list[str]:
     if not radii:
         return []
     if inside == 0:
-        reach = f"at none of the tried radii ({radii[0]:g} and more)"
+        reach = f"at no radius that was tried ({radii[0]:g} and more"
     elif inside == len(radii):
-        reach = f"at all tried radii (up to {radii[-1]:g})"
+        reach = f"at every radius that was tried (up to {radii[-1]:g}"
     else:
-        reach = f"up to {radii[inside - 1]:g}"
+        reach = f"up to a radius of {radii[inside - 1]:g} (not at {radii[inside]:g}"
     return [
-        f"Around a trigger at least half of random directions replicate {reach}, in units of the median distance "
-        "between ordinary prompts."
+        f"In random directions from a trigger at least half of the points replicate {reach}, in median distances "
+        "between ordinary prompts)."
     ]
 
 
@@ -124,7 +124,7 @@ def activations(found: Locality) -> Said:
         )
     if not words:
         return NONE_REPLICATE
-    return Said("Against different memorized prompts, triggers lie in " + "; in ".join(words), tuple(sentences))
+    return Said("Triggers against different memorized prompts. " + "; ".join(words).capitalize(), tuple(sentences))
 
 
 # ----------------------------------------------------------------------------------------------------------- weights

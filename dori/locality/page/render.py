@@ -3,6 +3,7 @@
 A pure function of the records and of the training images in the run's folder; the style is the audit report's.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         rules=verdict.RULES,
         sections=list(_sections(found)),
         header=list(COLUMNS.values()),
-        rows=list(_agreement_rows(found)),
+        agreement=list(_agreement(found)),
         subjects=[(one, album.uri(one.picture, blurred=redact)) for one in found.subjects],
         settings=sheet(found.settings),
         descriptor=sheet(found.descriptor),
@@ -100,7 +101,7 @@ def _sections(found: Locality) -> Iterable[Section]:
         "causal": _causal(found),
         "patching": _patching(found),
         "truth": _truth(found),
-        "dose": ([cause_figures.dose_figure(one) for one in dose_relations(found) if one.rank == one.rank], []),
+        "dose": ([cause_figures.dose_figure(one) for one in dose_relations(found) if not math.isnan(one.rank)], []),
     }
     for key, said_ in verdict.all_said(found).items():
         shown, folded = drawn[key]
@@ -153,20 +154,19 @@ def _truth(found: Locality) -> Drawn:
     return [cause_figures.excess_figure(found), *(layer_figures.cover_figure(found, method) for method in covered)], []
 
 
-def _agreement_rows(found: Locality) -> Iterator[tuple[str, ...]]:
-    """Agreement of whole masks, by method: as published, without empty pairs, their share, sizes, numbers of pairs."""
+def _agreement(found: Locality) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Whole masks by method: agreement as published and without empty pairs, their share, sizes, numbers of pairs."""
     for method in methods(found):
-        for name, without in (("IoU, two empty masks 1 (published)", False), ("IoU without such pairs", True)):
-            values = (said(overlap(found, method, WHOLE, group, without_empty=without)) for group in COLUMNS)
-            yield (method, name, *values)
-        for name, attribute, digits in (
-            ("share of such pairs", "empty_share", 2),
-            ("weights in a mask" if method != "NeMo" else "neurons in a mask", "size", 0),
-            ("pairs of a memory", "pairs", 0),
+        rows = [o for o in found.overlaps if (o.method, o.layer) == (method, WHOLE)]
+        lines = [
+            (name, *(said(overlap(found, method, WHOLE, group, without_empty=without)) for group in COLUMNS))
+            for name, without in (("IoU, two empty masks 1 (published)", False), ("IoU without such pairs", True))
+        ]
+        for name, attribute, form in (
+            ("share of such pairs", "empty_share", "{:.2f}"),
+            ("neurons in a mask" if method == "NeMo" else "weights in a mask", "size", "{:,.0f}"),
+            ("pairs of a memory", "pairs", "{:,.0f}"),
         ):
-            rows = [o for o in found.overlaps if (o.method, o.layer) == (method, WHOLE)]
-            values = (
-                said(over_memories(getattr(o, attribute) for o in rows if o.group == group), digits)
-                for group in COLUMNS
-            )
-            yield (method, name, *values)
+            means = [over_memories(getattr(o, attribute) for o in rows if o.group == group).value for group in COLUMNS]
+            lines.append((name, *("–" if math.isnan(mean) else form.format(mean) for mean in means)))
+        yield method, lines

@@ -99,12 +99,11 @@ def distance_figure(found: Locality) -> Picture | None:
         axes = figure.subplots()
         for y, (_, colour, one) in enumerate(reversed(rows)):
             axes.errorbar([one.value], [y], xerr=bars([one]), fmt="o", color=colour, ms=6, capsize=3)
-            axes.annotate(
-                f"{one.value:.1f}", (one.value, y), (8, 0), textcoords="offset points", va="center", fontsize=8.5
-            )
+            end = one.value if np.isnan(one.high) else one.high
+            axes.annotate(f"{one.value:.1f}", (end, y), (7, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)], fontsize=8.5)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlim(0, 1.25 * max(one.value for _, _, one in rows))
+        axes.set_xlim(0, 1.3 * max(one.value for _, _, one in rows))
         axes.set_xlabel("Mean l2 distance, all entries")
         return picture(figure, "Mean distances. " + ", ".join(f"{name} {one.value:.1f}" for name, _, one in rows) + ".")
 
