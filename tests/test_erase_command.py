@@ -304,6 +304,8 @@ def test_a_request_becomes_a_plan() -> None:
     plan = Request("testbed", Path("x"), preset="full", seed=3, limit=4).plan()
     assert (plan.memories, plan.controls, plan.seed, plan.protocol.seed, plan.tables.seed) == (4, 4, 3, 3, 3)
     assert plan.adversarial.tuner.learning_rate == pytest.approx(2e-4)
+    early = Request("testbed-early", Path("x"))
+    assert early.own_images and early.plan() == Request("testbed", Path("x")).plan()
     assert Request("m", Path("x"), memories=Path("a"), retain=Path("b")).plan().adversarial.tuner.learning_rate == 1e-5
 
 

@@ -20,7 +20,7 @@ from dori.erase.cells import Bench
 from dori.erase.certificate import render
 from dori.erase.contest import Kind, contest, contest_costs, contestants, to_markdown
 from dori.erase.cost import Rows, forecast
-from dori.erase.material import Material, Split, folder_material, testbed_material
+from dori.erase.material import Material, Planted, Split, folder_material, testbed_material
 from dori.erase.pairs import Work
 from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
 from dori.erase.processes import Processes, started
@@ -31,6 +31,8 @@ from dori.model.load import model_fingerprint
 from dori.run import Run, canonical_sha256, write_json, write_text
 
 Say = Callable[[str], None]
+# Models whose own images can be erased, and their checkpoints.
+TESTBEDS: dict[str, Planted] = {"testbed": "planted", "testbed-early": "early"}
 COMPUTING = ("dori.erase.contest", "dori.erase.material")
 
 
@@ -39,7 +41,7 @@ class Request:
     """What the command line asks for.
 
     Args:
-        model: `testbed`, a diffusers folder, a hub id or a single file.
+        model: `testbed` or `testbed-early`, a diffusers folder, a hub id or a single file.
         out: folder of the run.
         memories, retain, controls: folders; none of them with the testbed's own images.
         twins: models that never saw the memories.
@@ -94,11 +96,11 @@ class Request:
     @property
     def own_images(self) -> bool:
         """Whether the testbed's own images are erased."""
-        return self.model == "testbed" and self.memories is None
+        return self.model in TESTBEDS and self.memories is None
 
     def plan(self) -> Plan:
         """The preset with what the request changes."""
-        plan = scaled(PRESETS[self.preset](), self.rate_scale or (TESTBED_SCALE if self.model == "testbed" else 1.0))
+        plan = scaled(PRESETS[self.preset](), self.rate_scale or (TESTBED_SCALE if self.model in TESTBEDS else 1.0))
         plan = dataclasses.replace(
             plan,
             seed=self.seed,
@@ -195,7 +197,7 @@ def audit_rows(own: Bench) -> Rows:
 
 def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:
     if request.own_images:
-        return testbed_material(plan, request.split)
+        return testbed_material(plan, request.split, checkpoint=TESTBEDS[request.model])
     assert request.memories is not None and request.retain is not None
     device = request.device
     if device == "cuda" and processes.count > 1:

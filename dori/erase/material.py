@@ -26,6 +26,7 @@ from dori.prompts import ordinary_prompts
 from dori.run import canonical_sha256, tensors_sha256
 
 Split = Literal["all", "tune", "test"]
+Planted = Literal["planted", "early"]
 RETAIN_SEED, HELD_OUT_SEED = 5, 6  # seeds 0 to 2 of the testbed's ordinary pairs serve audit and verify
 TWIN = "give a model that was trained alike but for the memories"
 ATTACKS = 64  # ordinary prompts from which attacks may begin, for the erasure and for the proof
@@ -145,12 +146,24 @@ def _refuse_strangers(model: StableDiffusion, twins: Sequence[StableDiffusion]) 
             raise DoriError(f"{twin.name} has the weights of {model.name} itself; {TWIN}")
 
 
-def testbed_material(plan: Plan, split: Split) -> tuple[Material, Judge]:
-    """The testbed's planted memories, controls and twins, with fresh ordinary pairs."""
+def testbed_material(plan: Plan, split: Split, *, checkpoint: Planted) -> tuple[Material, Judge]:
+    """The testbed's planted memories, controls and twins, with fresh ordinary pairs.
+
+    Args:
+        plan: how many of each.
+        split: which memories.
+        checkpoint: `early` knew its memories from the first step; twins and images are the planted model's.
+
+    Raises:
+        DoriError: the checkpoint is not shipped.
+    """
+    from dori.testbed.folder import load_testbed
     from dori.testbed.subjects import ordinary_pairs, testbed_judge, testbed_subjects
 
     wanted = plan.audit()
     subjects = taken(testbed_subjects(dataclasses.replace(wanted, memories=plan.memories)), plan, split)
+    if checkpoint != "planted":
+        subjects = dataclasses.replace(subjects, model=load_testbed(checkpoint))
     model = subjects.model
     prompts = divided(subjects.ordinary, subjects, plan.quality_prompts)
     held_texts, pictures = ordinary_pairs(plan.held_out, seed=HELD_OUT_SEED)

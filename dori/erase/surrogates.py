@@ -136,9 +136,11 @@ class SurrogateSearch:
                 own = deciding(descriptor, [cases[i]], candidates[None])[0]
                 nearest[i] = min(nearest[i], float(own.min()))
                 others = cosine(described[:, None], torch.cat([references[:i], references[i + 1 :]]))
-                copies = (others >= descriptor.threshold).any(1)
+                unlike = (own < self.below_target * limit(descriptor, cases[i])) & (others < descriptor.threshold).all(
+                    1
+                )
                 keep = filtered(
-                    (own < self.below_target * limit(descriptor, cases[i])) & ~copies,
+                    unlike,
                     described,
                     found[i],
                     below_each_other=self.below_each_other * descriptor.threshold,
