@@ -13,7 +13,9 @@ from pathlib import Path
 import dori
 
 # They store, time or word what was computed, and cannot change it.
-NO_FIGURES = frozenset({"errors.py", "findings.py", "judgement.py", "lock.py", "makers.py", "progress.py"})
+NO_FIGURES = frozenset(
+    {"errors.py", "findings.py", "judgement.py", "lock.py", "makers.py", "progress.py", "record_file.py"}
+)
 
 
 def _file(root: Path, module: str) -> Path | None:
