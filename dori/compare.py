@@ -10,7 +10,7 @@ from typing import Any
 
 from dori.errors import DoriError
 from dori.findings import Audit
-from dori.judgement import rule_of
+from dori.judgement import last_step, rule_of
 from dori.report.tables import CONTROLS, Row, Way, number, population_of, rate, table, threshold_of, way_of
 from dori.stats import Estimate
 
@@ -196,7 +196,8 @@ def _rates(a: Mapping[_Role, Mapping[int, Row]], b: Mapping[_Role, Mapping[int, 
     for role in dict.fromkeys((*a, *b)):
         before, after = a.get(role, {}), b.get(role, {})
         both = set(before) & set(after)
-        steps = [max(both)] if both else [max(rows) for rows in (before, after) if rows]
+        common = {step: before[step] for step in both}
+        steps = [_last(rows) for rows in ([common] if common else [before, after]) if rows]
         for step in steps:
             ours, theirs = before.get(step), after.get(step)
             yield RateChange(
@@ -205,6 +206,10 @@ def _rates(a: Mapping[_Role, Mapping[int, Row]], b: Mapping[_Role, Mapping[int, 
                 None if ours is None else ours.replication.rate,
                 None if theirs is None else theirs.replication.rate,
             )
+
+
+def _last(rows: Mapping[int, Row]) -> int:
+    return last_step({step: row.replication.memories for step, row in rows.items()})
 
 
 def _flips(a: Audit, b: Audit, rates: Iterable[RateChange]) -> Iterable[Flip]:

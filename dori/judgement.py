@@ -6,6 +6,7 @@ the audit has none, by whole images as all others.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,17 @@ class Rule:
     def came_back_masked(self, finding: Finding) -> bool:
         """The same by masked similarities, whatever the image: for controls that are painted as the templates are."""
         return self.masked is not None and len(finding.masked) > 0 and float(np.median(finding.masked)) > self.masked
+
+
+def last_step(images: Mapping[int, int]) -> int:
+    """The last step of an attack that as many images reached as any other one.
+
+    Where an attack goes on for some images alone, those steps belong to its curve, not to its result.
+
+    Args:
+        images: step to number of images judged there; not empty.
+    """
+    return max(step for step, count in images.items() if count == max(images.values()))
 
 
 def rule_of(audit: Audit) -> Rule:

@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 from synthetic_audit import BRACES, BREAKOUT, SCRIPT, synthetic_audit
 
+from dori.audit.checks import with_distrust
 from dori.errors import DoriError
 from dori.findings import Audit, EditInfo, Finding, read_audit
 from dori.judgement import Rule
 from dori.report import tables
 from dori.report.assurance import checks
-from dori.report.curves import Separation, areas, curves, dose_response, painted, separations
-from dori.report.figures import dose_rate_figure, similarity_figure
+from dori.report.curves import Separation, areas, curves, dose_response, of_all, painted, separations
+from dori.report.figures import _label, dose_rate_figure, similarity_figure
 from dori.report.nested import sheet
 from dori.report.pictures import Album
 from dori.report.render import _evidence, may_show, render
@@ -122,6 +123,34 @@ def test_the_published_table_shows_one_budget_for_all(audit: Audit) -> None:
     )
     final = tables.final_rows(tables.table(mixed), mixed)
     assert [(row.population, row.way.steps) for row in final] == [("memories", 50), ("controls", 50)]
+
+
+def longer(audit: Audit, *, similarity: float) -> Audit:
+    """The audit with two memories and two controls attacked to 150 steps, where all four come back or none."""
+    more = [
+        dataclasses.replace(finding, steps=150, similarities=(similarity,) * 3, masked=())
+        for finding in audit.findings
+        if finding.steps == 50
+        and finding.start == "prompt"
+        and finding.edit_scope != "own"
+        and finding.id in ("memory-0", "memory-1", "control-0", "control-1")
+    ]
+    assert len(more) > 8
+    return dataclasses.replace(audit, findings=(*audit.findings, *more))
+
+
+def test_steps_that_some_images_alone_went_through_belong_to_the_curve_alone(audit: Audit) -> None:
+    found = longer(audit, similarity=1.0)
+    assert tables.final_rows(tables.table(found), found) == tables.final_rows(tables.table(audit), audit)
+    assert separations(found) == separations(audit)
+    assert with_distrust(found, diverged=0) == dataclasses.replace(
+        with_distrust(audit, diverged=0), findings=found.findings
+    )
+    own = next(
+        c for c in curves(found) if (c.population, c.edit, c.start, c.twin) == ("memories", "NeMo", "prompt", False)
+    )
+    assert (own.rows[-1].way.steps, own.rows[-1].replication.memories) == (150, 2)
+    assert _label(own) == "memories (2 of 8 beyond 50)" and _label(of_all(own)) == "memories"
 
 
 def test_columns_say_sscd_only_when_the_descriptor_is(audit: Audit) -> None:

@@ -5,6 +5,7 @@ detector or attack, without the model having stored anything.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from dori.audit.judge import Case
 from dori.findings import Audit, Finding
 from dori.image_file import png_bytes
-from dori.judgement import Rule, rule_of
+from dori.judgement import Rule, last_step, rule_of
 from dori.model.stable_diffusion import StableDiffusion
 from dori.stats import area_under_roc
 
@@ -52,14 +53,13 @@ def _vae_errors(model: StableDiffusion, cases: Sequence[Case]) -> list[float]:
 
 
 def _final(audit: Audit, group: str, model: str, edit: str) -> list[Finding]:
-    """Findings of the attack's last step from any start."""
+    """Findings of the attack's last step for all images, from any start."""
     rows = [
         f
         for f in audit.findings
         if f.group == group and f.model == model and f.edit == edit and f.start and f.edit_scope != "own"
     ]
-    last = max((f.steps for f in rows), default=0)
-    return [f for f in rows if f.steps == last]
+    return [f for f in rows if f.steps == last_step(Counter(f.steps for f in rows))] if rows else []
 
 
 def _replicated(rows: Sequence[Finding], rule: Rule) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dori.findings import Audit, Finding
-from dori.judgement import rule_of
+from dori.judgement import last_step, rule_of
 from dori.report.tables import (
     CONTROLS,
     MEMORIES,
@@ -88,6 +88,12 @@ def curves(audit: Audit) -> tuple[Curve, ...]:
     return tuple(found)
 
 
+def of_all(curve: Curve) -> Curve:
+    """The curve up to the last step for all images, since areas over different ranges cannot be compared."""
+    last = last_step({row.way.steps: row.replication.memories for row in curve.rows})
+    return replace(curve, rows=tuple(row for row in curve.rows if row.way.steps <= last))
+
+
 def painted(curve: Curve) -> Curve | None:
     """The curve by masked similarities, as templates are judged; None where not all of it was painted."""
     rows = [
@@ -126,7 +132,7 @@ def separations(audit: Audit) -> tuple[Separation, ...]:
     Only curves over the same steps are compared; where the edit was not put on controls or twin, the unedited ones
     stand in and the judge's name says so. Templates are compared by masked similarities where both sides have them.
     """
-    every = curves(audit)
+    every = [of_all(curve) for curve in curves(audit)]
     result = []
     for curve in every:
         if curve.twin or curve.population == CONTROLS:

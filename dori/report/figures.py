@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dori.report.curves import Curve, DosePoint
+from dori.report.curves import Curve, DosePoint, of_all
 from dori.report.drawing import (
     BLUE,
     GREEN,
@@ -34,9 +34,7 @@ def rate_figure(curves: Sequence[Curve]) -> Picture:
             colour, marker, line = style(curve)
             estimates = [row.replication.rate for row in curve.rows]
             steps = [row.way.steps for row in curve.rows]
-            axes.plot(
-                steps, [e.value for e in estimates], line, marker=marker, color=colour, ms=5, label=_label(curve.label)
-            )
+            axes.plot(steps, [e.value for e in estimates], line, marker=marker, color=colour, ms=5, label=_label(curve))
             axes.fill_between(
                 steps, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.12, lw=0
             )
@@ -58,7 +56,7 @@ def similarity_figure(curves: Sequence[Curve], threshold: float) -> Picture:
             colour, marker, line = style(curve)
             steps = [row.way.steps for row in curve.rows]
             middle, width = zip(*((r.similarity.median, r.similarity.deviation) for r in curve.rows), strict=True)
-            axes.plot(steps, middle, line, marker=marker, color=colour, label=_label(curve.label), ms=5)
+            axes.plot(steps, middle, line, marker=marker, color=colour, label=_label(curve), ms=5)
             axes.fill_between(
                 steps,
                 [m - w for m, w in zip(middle, width, strict=True)],
@@ -173,5 +171,10 @@ def _threshold(axes: Axes, threshold: float) -> None:
     )
 
 
-def _label(name: str) -> str:
-    return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
+def _label(curve: Curve) -> str:
+    """The population; where only some of its images were attacked further, how many."""
+    whole, last = of_all(curve).rows[-1], curve.rows[-1]
+    name = curve.label if len(curve.label) <= LABEL else curve.label[: LABEL - 1] + "…"
+    if whole is last:
+        return name
+    return f"{name} ({last.replication.memories} of {whole.replication.memories} beyond {whole.way.steps})"

@@ -8,6 +8,7 @@ count by their masked similarity where it has a threshold (`dori.judgement`).
 """
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from dori.errors import DoriError
 from dori.findings import Audit, Finding
-from dori.judgement import Rule, rule_of
+from dori.judgement import Rule, last_step, rule_of
 from dori.metrics.replication import Replication, replication
 from dori.stats import Estimate, median_and_deviation
 
@@ -247,7 +248,7 @@ def _spread(per_image: Iterable[Sequence[float]]) -> Spread | None:
 
 
 def final_rows(rows: Sequence[Row], audit: Audit) -> tuple[Row, ...]:
-    """The rows of the published table: the prompt itself, and each start at the attack's last step.
+    """The rows of the published table: the prompt itself, and each start at the attack's last step for all images.
 
     The last step is the one that the audited model's memories reached, under each edit and start; controls and twins
     that went further are shown at that step, so that one row is one budget.
@@ -264,10 +265,10 @@ def _attack(way: Way) -> tuple[str, str, str]:
 
 
 def _last_steps(rows: Iterable[Row]) -> dict[tuple[str, str, str], int]:
-    found: dict[tuple[str, str, str], int] = {}
+    images: dict[tuple[str, str, str], Counter[int]] = defaultdict(Counter)
     for row in rows:
-        found[_attack(row.way)] = max(found.get(_attack(row.way), 0), row.way.steps)
-    return found
+        images[_attack(row.way)][row.way.steps] += row.replication.memories
+    return {attack: last_step(counts) for attack, counts in images.items()}
 
 
 def described(row: Row, audit: Audit) -> str:
