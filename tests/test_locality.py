@@ -48,6 +48,7 @@ from dori.locality.weights import (
     random_level,
     random_like,
 )
+from dori.model.hooks import hooked
 from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
 from dori.sampling import initial_noise, sample
 from dori.stats import wilson
@@ -316,6 +317,19 @@ def test_masks_of_large_layers_are_not_taken_to_know_more_than_chance() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- patching, causal
+
+
+def test_hooks_see_and_replace_inside_their_block_alone(tiny: StableDiffusion) -> None:
+    layers = tiny.layers("feed_forward", EVERYWHERE)
+    name, layer = next(iter(layers.items()))
+    x, seen = torch.ones(1, 2, layer.in_features), []
+    with hooked({name: layer}, lambda *seen_by: seen.append(seen_by)):
+        plain = layer(x)
+    assert seen[0][0] == name and seen[0][1] is x and torch.equal(seen[0][2], plain)
+    with pytest.raises(KeyError), hooked(layers, lambda _, inputs, output: output * 0):
+        assert (layer(x) == 0).all()
+        raise KeyError
+    assert torch.equal(layer(x), plain) and not any(one._forward_hooks for one in layers.values())
 
 
 def test_patching_nothing_changes_nothing_and_patching_own_activations_neither(tiny: StableDiffusion) -> None:

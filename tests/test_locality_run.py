@@ -160,6 +160,8 @@ def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
         "between memorized prompts",
         "common share of the moves, foreign",
     } <= measured
+    shared = {m.memory: m.value for m in found.measures if m.name == "shared with moves to other images"}
+    assert shared["m1"] == shared["m2"]  # of one pair of images
     assert {c.layer for c in found.covers if c.method == "NeMo"} > {"all"}
     assert all(0 <= c.density <= 1 and c.twins is not None for c in found.covers)
     assert found.changes[0].floor is not None and {c.level for c in found.changes} == {"kind", "layer"}

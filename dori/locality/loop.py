@@ -112,7 +112,7 @@ class _Loop:
     def _embedding(self, case: Case, found: Found) -> None:
         plan, memory, sets = self.bench.plan, case.memory.id, self.sets
         self.records["triggers"] += trigger_records(memory, found)
-        self.records["measures"] += measures.embedding_measures(memory, found, self.found)
+        self.records["measures"] += measures.embedding_measures(memory, found)
         places, self.maps[memory] = measures.maps(
             memory,
             found,
@@ -225,7 +225,8 @@ class _Loop:
             cost=dict(self.bench.cost),
             planned=len(self.sets.cases),
         )
-        lists: dict[str, Any] = {name: tuple(records) for name, records in self.records.items()}
+        shared = {"measures": self.records["measures"] + measures.shared_measures(self.found)}
+        lists: dict[str, Any] = {name: tuple(records) for name, records in (self.records | shared).items()}
         return dataclasses.replace(empty, **lists)
 
 

@@ -42,8 +42,8 @@ def prompt_distances(memorized: Tensor, ordinary: Tensor) -> list[Measure]:
     ]
 
 
-def embedding_measures(memory: str, found: Found, others: Mapping[str, Found]) -> list[Measure]:
-    """Distances of one memory's triggers, of their starts and of their moves; `others` are memories analysed before."""
+def embedding_measures(memory: str, found: Found) -> list[Measure]:
+    """Distances of one memory's triggers, of their starts and of their moves."""
     measures = []
     for start in (None, *ORDER[1:]):
         rows, end = found.rows(start), f", {start}" if start else ""
@@ -57,16 +57,23 @@ def embedding_measures(memory: str, found: Found, others: Mapping[str, Found]) -
             Measure(memory, f"common share of the moves{end}", known(space.common_share(moves)), len(rows)),
             Measure(memory, f"nearest start is the own{end}", known(space.own_start_share(starts, ends)), len(rows)),
         ]
-        measures.append(_shared(memory, found, others, start))
     prompt = found.rows("prompt")
     measures.append(_mean(memory, "moved, prompt", space.moved(found.starts[prompt], found.ends[prompt])))
     return measures
 
 
-def _shared(memory: str, found: Found, others: Mapping[str, Found], start: str | None) -> Measure:
-    """What moves towards other images have in common with these, from different starts of the same set."""
+def shared_measures(every: Mapping[str, Found]) -> list[Measure]:
+    """What moves towards each image have in common with those towards the others, from different starts."""
+    return [
+        _shared(memory, found, [other for name, other in every.items() if name != memory], start)
+        for memory, found in every.items()
+        for start in (None, *ORDER[1:])
+    ]
+
+
+def _shared(memory: str, found: Found, others: Sequence[Found], start: str | None) -> Measure:
     shares, count = [], 0
-    for other in others.values():
+    for other in others:
         mine = {found.start(row): row for row in found.rows(start) if found.names[row] != "prompt"}
         both = [(mine[key], row) for row in other.rows(start) if (key := other.start(row)) in mine]
         if len(both) > 1:

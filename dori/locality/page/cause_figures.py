@@ -27,8 +27,8 @@ def cross_figures(found: Locality, cross: Cross) -> list[Picture]:
     told = f"{back} of {sum(map(len, cross.again))} triggers come back under a trigger's mask when attacked again"
     name = f"{cross.memory}, {cross.method}"
     return [
-        _matrix(found, cross, blocks, again, f"{name}: pruned for trigger i, attacked again from j", told),
-        _matrix(found, cross, blocks, replay, f"{name}: pruned for trigger i, trigger j as it is", ""),
+        _matrix(found, cross, blocks, again, title=f"{name}: pruned for trigger i, attacked again from j", told=told),
+        _matrix(found, cross, blocks, replay, title=f"{name}: pruned for trigger i, trigger j as it is", told=""),
     ]
 
 
@@ -45,13 +45,13 @@ def _stacked(blocks: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
 
 
 def _matrix(
-    found: Locality, cross: Cross, blocks: Sequence[Cross], values: np.ndarray, title: str, told: str
+    found: Locality, cross: Cross, blocks: Sequence[Cross], values: np.ndarray, *, title: str, told: str
 ) -> Picture:
     count, wide = len(cross.starts), values.shape[1] > len(cross.starts)
     with drawing(WIDTH, 4.2, title=title) as figure:
         axes = figure.subplots()
         image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
-        rows, columns = np.nonzero(np.nan_to_num(values) > found.threshold)
+        rows, columns = np.nonzero(values > found.threshold)  # never in the gaps, which are NaN
         size = 5.0 if len(values) < 30 else 3.0
         axes.plot(columns, rows, "o", color="white", mec="black", mew=0.6, ms=size)
         ticks, names = [], []
@@ -78,7 +78,7 @@ def joined_figures(found: Locality, cross: Cross) -> list[Picture]:
         masks: bare + [j for j in found.joined if (j.memory, j.method, j.masks) == (cross.memory, cross.method, masks)]
         for masks in (TRIGGERS, RANDOM)
     }
-    if len(rows[TRIGGERS]) == len(bare):
+    if len(rows[TRIGGERS]) == len(bare) or not any(cross.sizes):
         return []
     name = f"{cross.memory}, {cross.method}"
     return [_successes(rows, f"{name}: how many triggers' masks stop fresh attacks?"), *_price(rows[TRIGGERS], name)]
@@ -111,7 +111,7 @@ def _price(rows: Sequence[Joined], name: str) -> list[Picture]:
         axes = figure.subplots()
         axes.plot(*zip(*known, strict=True), marker="^", color=GREEN)
         _numbered(axes, rows)
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.08 * max(y for _, y in known))
         axes.set_ylabel("Fréchet distance")
         return [picture(figure, f"{title} " + ", ".join(f"{rows[x].joined} joined {y:.3f}" for x, y in known) + ".")]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from dori.locality.causal import CrossTest, cross_test, enough
-from dori.locality.page.summary import Said, banded, dose_relations, over_memories, said
+from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, over_memories, said
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
 from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, WHOLE, Cross, Joined, Locality
 from dori.stats import Estimate, wilson
@@ -58,7 +58,10 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     )
     mine = tested(found, cross)
     empty = sum(size == 0 for size in cross.sizes)
-    word = "cannot be told, every mask is empty" if empty == len(cross.sizes) else causal_word(mine, bare, random)
+    if empty == len(cross.sizes):
+        word = f"cannot be told, {EMPTY}"
+        return word, f"{cross.memory}, {cross.method}: all {empty} masks are empty and prune nothing: {word}."
+    word = causal_word(mine, bare, random)
     beside = "".join(
         f" {name} {said(test.others)} and {said(test.fresh)}."
         for name, test in (("Under random masks as large:", random), ("Without a mask:", bare))
@@ -97,7 +100,7 @@ def _joined(found: Locality, cross: Cross) -> list[str]:
         for masks in (TRIGGERS, RANDOM)
     }
     bare = [j for j in found.joined if (j.memory, j.masks) == (cross.memory, NO_MASK)]
-    if not rows[TRIGGERS]:
+    if not rows[TRIGGERS] or not any(cross.sizes):
         return []
     if bare and bare[0].successes == 0:
         return [f"No fresh attack of {bare[0].n} succeeds even without a mask, so joining masks shows nothing."]
@@ -203,6 +206,8 @@ def ground_truth(found: Locality) -> Said:
 
 def _covered(found: Locality, method: str) -> tuple[str, str]:
     rows = [c for c in found.covers if (c.method, c.layer, c.masks) == (method, WHOLE, "one")]
+    if not any(c.density for c in rows):
+        return EMPTY, f"Every {method} mask is empty, so none holds anything."
     ratio = over_memories(c.share / c.random for c in rows if c.share is not None and c.random)
     word = banded(ratio, COVERED, ("no better than chance", "somewhat better than chance", "finds it"))
     density, share, random, twins = (

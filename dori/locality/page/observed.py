@@ -4,6 +4,7 @@ import math
 
 from dori.locality.embeddings import gaussian_distance
 from dori.locality.page.summary import (
+    EMPTY,
     Said,
     activity_ratio,
     banded,
@@ -155,6 +156,8 @@ def _agreement(found: Locality, method: str) -> str:
         for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED)
     }
     triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
+    if place.why_not == EMPTY:
+        return f"{method} selects nothing for any trigger, so all masks agree (1 as published): cannot be told."
     low, high = (triggers.low, triggers.high) if triggers.n and not math.isnan(triggers.low) else (triggers.value,) * 2
     more = "more than" if low > prompts.value + 0.01 else "less than" if high < prompts.value - 0.01 else "as much as"
     where = (

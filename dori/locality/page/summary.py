@@ -25,6 +25,7 @@ from dori.stats import Estimate, bootstrap
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 REFERENCES = (OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED)
 LEAST = 0.05  # ceiling above reference, below which a place between them means nothing
+EMPTY = "every mask is empty"
 HALF_EMPTY = 0.25  # of the pairs are of two empty masks where half of the masks are empty
 
 
@@ -148,7 +149,7 @@ def way(found: Locality, method: str, *, seed: int = 0) -> Way:
     references = [group for group in REFERENCES if tables[group]]
     if not memories or not references:
         empty = empty_share(found, method).value == 1
-        return Way(NOTHING, "", "every mask is empty" if empty else "too few triggers")
+        return Way(NOTHING, "", EMPTY if empty else "too few triggers")
     highest = max(references, key=lambda group: level(group, memories))
     if empty_share(found, method).value >= HALF_EMPTY:
         return Way(NOTHING, highest, "half of the masks or more are empty")
