@@ -108,6 +108,7 @@ def test_each_round_attacks_the_current_weights(tiny: StableDiffusion, monkeypat
     original = Dori.__call__
 
     def spy(self: Dori, model: StableDiffusion, targets: Tensor, starts: Tensor, **rest: object):  # noqa: ANN202
+        assert not any(parameter.requires_grad for parameter in model.unet.parameters())
         seen.append((self.steps, float(model.unet.conv_in.weight.detach().sum()), starts))
         return original(self, model, targets, starts, **rest)
 

@@ -247,13 +247,18 @@ def test_calls_fit_the_model() -> None:
 
 
 def test_a_ruined_model_stands_out() -> None:
-    def row(state: str, frechet: float) -> Damage:
-        return Damage(state, 2, frechet, 0, None, None, None, 0, None, None, None, None)
+    def row(state: str, frechet: float, loss: float | None = 1.0) -> Damage:
+        return Damage(state, 2, frechet, 0, None, None, loss, 0, None, None, None, None)
 
-    rows = [row("erased", 3.0), row("ordinary training", 2.0)]
-    assert spoiled(rows, "erased", "ordinary training") == 1.5
-    assert spoiled([row("erased", 3.0), row("o", 0.0)], "erased", "o") == float("inf")
-    assert spoiled([row("erased", 0.0), row("o", 0.0)], "erased", "o") == 1.0
+    def found(*rows: Damage) -> float:
+        return spoiled(rows, "erased", ("original", "ordinary"))
+
+    assert found(row("erased", 3), row("original", 4), row("ordinary", 2)) == 1.5
+    assert found(row("erased", 3), row("original", 1), row("ordinary", 9)) == 3  # which is ruined itself
+    assert found(row("erased", 2, 5), row("original", 2, 1), row("ordinary", 2, 2)) == 5
+    assert found(row("erased", 2, None), row("original", 2), row("ordinary", 2)) == float("inf")
+    assert found(row("erased", 3), row("original", 0), row("ordinary", 1)) == float("inf")
+    assert found(row("erased", 0), row("original", 0), row("ordinary", 1)) == 1
 
 
 def test_splits_are_disjoint_and_prompts_serve_one_use(tiny: StableDiffusion) -> None:

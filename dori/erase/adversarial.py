@@ -220,7 +220,8 @@ class AdversarialErasure:
         number, watch = progress.round, task.watch
         visited = self._visited(progress, watch)
         if self._searches(number):
-            self._search(task, progress, visited)
+            with task.tuned.resting():
+                self._search(task, progress, visited)
             if watch is not None:
                 self._look(task, watch, progress, visited)
         steps = range(number * self.steps_per_round, (number + 1) * self.steps_per_round)
@@ -238,7 +239,7 @@ class AdversarialErasure:
         if watch is not None:
             record["triggers_reached"] = [round(value, 4) for value in progress.last.tolist()]
         if watch is not None and self._checks(number):
-            with task.tuned.resulting():
+            with task.tuned.resulting(), task.tuned.resting():
                 reached = watch.held_out(task.model, task.memories, seed=named_seed("check", task.seed, number))
             reached = task.work.processes.of_first(reached.to(task.model.device)).cpu()
             replicated = int((reached > watch.limits).sum())

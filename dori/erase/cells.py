@@ -119,19 +119,19 @@ class Bench:
             "retain": self.material.retain.source,
         }
         processes, asked = self.work.processes, False
+        took: float | None = None
         # Named by all that it depends on: an erasure with other inputs or other code begins anew.
         made_from = canonical_sha256({"inputs": inputs, "made_by": self.run.made_by})[:12]
         state = (self.work.states or self.run.folder) / f"{cell_key(name)}.{made_from}.state.safetensors"
 
         def compute() -> dict[str, Tensor]:
-            nonlocal asked
+            nonlocal asked, took
             asked, resumed = True, state.exists()
             processes.sum([torch.ones(1, device=self.material.subjects.model.device)])
             began = time.monotonic()
             made = self._make(method, forget, on, state)
             # Of an erasure that was interrupted only the last part is known, which is not its time.
             took = None if resumed else round(time.monotonic() - began, 1)
-            self.run.once_record(cell_key("seconds", name), inputs, lambda: {"seconds": took})
             return _packed(made)
 
         if not processes.first:  # it keeps nothing, and helps if the first one computes
@@ -139,7 +139,9 @@ class Bench:
             return self._make(method, forget, on, state) if float(wanted) else WeightDelta(name, {})
         stored = self.run.once_tensors(cell_key("edit", name), inputs, compute)
         state.unlink(missing_ok=True)  # several times as large as the model, and the cell is kept
-        if not asked:
+        if asked:
+            self.run.once_record(cell_key("seconds", name), inputs, lambda: {"seconds": took})
+        else:
             processes.sum([torch.zeros(1, device=self.material.subjects.model.device)])
         return _unpacked(stored)
 

@@ -28,6 +28,7 @@ from dori.erase.proof import Proof, proof_costs, prove
 from dori.erase.write import check_target, save_model
 from dori.errors import DoriError
 from dori.model.load import model_fingerprint
+from dori.report.render import render as report
 from dori.run import Run, canonical_sha256, write_json, write_text
 
 Say = Callable[[str], None]
@@ -225,8 +226,6 @@ def _table(request: Request, kind: Kind, own: Bench) -> list[str]:
 
 def written(request: Request, own: Bench, proof: Proof) -> list[str]:
     """Write everything; the model last, so that a full disk loses nothing that was computed."""
-    from dori.report.render import render as report
-
     out, subjects, run = request.out, own.material.subjects, own.run
     proof.edit.save(out / "edit.safetensors")
     write_json(out / "proof.json", proof.record)

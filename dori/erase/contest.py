@@ -13,7 +13,6 @@ from typing import Any, Literal
 from dori.erase import ERASERS
 from dori.erase.battery import State
 from dori.erase.cells import SURROGATES, Bench
-from dori.erase.certificate import DASH, rates, ways
 from dori.erase.cost import Rows
 from dori.erase.damage import Damage
 from dori.erase.delta import CannotErase
@@ -21,6 +20,7 @@ from dori.erase.erasers import Eraser, arms, frontier
 from dori.erase.outcomes import Outcome
 from dori.erase.proof import battery_of, gauge_of, method_of
 from dori.erase.protocol import Protocol
+from dori.erase.rates import DASH, rates, ways
 from dori.erase.verdict import ORIGINAL, Test, compare
 from dori.run import cell_key
 

@@ -240,9 +240,17 @@ class Gauge:
         return found | {cell_key("loss", state.name): Rows(len(self.pairs)) for state in states}
 
 
-def spoiled(damage: Sequence[Damage], state: str, ordinary: str) -> float:
-    """How many times ordinary training's Frechet distance on ordinary prompts a state has; infinite for any to none."""
-    by_name = {row.state: row.frechet for row in damage}
-    if by_name[ordinary] > 0:
-        return by_name[state] / by_name[ordinary]
-    return math.inf if by_name[state] > 0 else 1.0
+def spoiled(damage: Sequence[Damage], state: str, sound: Sequence[str]) -> float:
+    """How badly a state draws: its Frechet distance or its held-out loss on ordinary images, whichever is worse.
+
+    Each as a multiple of the smallest among states that are sound, so that a rate that ruins ordinary training as well
+    excuses nothing; infinite where the loss is not finite.
+    """
+    by_name = {row.state: row for row in damage}
+    own, others = by_name[state], [by_name[name] for name in sound]
+    loss = math.inf if own.held_out_loss is None else own.held_out_loss
+    pairs = (
+        (own.frechet, min(row.frechet for row in others)),
+        (loss, min(math.inf if row.held_out_loss is None else row.held_out_loss for row in others)),
+    )
+    return max(value / least if least > 0 else math.inf if value > 0 else 1.0 for value, least in pairs)

@@ -163,7 +163,7 @@ def prove(own: Bench, name: str) -> Proof | None:
         protocol,
         twins=[twin.name for twin in subjects.twins],
         blind=blind,
-        spoiled=spoiled(damage, ERASED, ORDINARY),
+        spoiled=spoiled(damage, ERASED, (ORIGINAL, ORDINARY)),
     )
     record = _about(own, name, edit, battery.fingerprints)
     record |= {"verdict": found, "protocol": protocol, "blind": blind, "damage": damage, "outcomes": outcomes}

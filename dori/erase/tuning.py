@@ -173,11 +173,24 @@ class Tuned:
     @contextmanager
     def resulting(self) -> Iterator[None]:
         """Put the result on inside the block."""
+        result = self.result()
         with weights_kept(self.model, self.base):
             with torch.no_grad():
                 for name, weight in self.weights.items():
-                    weight.copy_(self.result()[name])
+                    weight.copy_(result[name])
             yield
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """No weight takes a gradient inside the block: attacks then need less time and memory."""
+        weights = self.weights.values()
+        try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
 
     def _pull(self, name: str, grad: Tensor) -> None:
         """The gradient of a weight to that of its leaves."""
