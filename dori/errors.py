@@ -1,4 +1,17 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and those of libraries that become one."""
+
+# What the libraries' readers raise on a hostile or torn file.
+READER_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+    ArithmeticError,
+)
 
 
 class DoriError(Exception):

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from dori.model.stable_diffusion import StableDiffusion
@@ -65,11 +66,29 @@ def sample(
         if guided:
             context = torch.cat([null.expand(len(context), -1, -1), context])
         for t in scheduler.timesteps:
-            doubled = torch.cat([x, x]) if guided else x
-            eps = model.predict_noise(doubled, t.to(x.device).expand(len(doubled)), context)
-            if guided:
-                unconditional, conditional = eps.chunk(2)
-                eps = unconditional + guidance_scale * (conditional - unconditional)
-            x = scheduler.step(eps, t, x).prev_sample
+            x = guided_step(model, scheduler, x, t, context, guidance_scale)
         parts.append(x)
     return torch.cat(parts)
+
+
+def guided_step(
+    model: StableDiffusion, scheduler: DDIMScheduler, x: Tensor, t: Tensor, context: Tensor, guidance_scale: float
+) -> Tensor:
+    """One DDIM step from x_t, shape (b, c, h, w), differentiable in it.
+
+    Args:
+        model: the model.
+        scheduler: with its timesteps set.
+        x: latents x_t.
+        t: the scheduler's timestep.
+        context: (2b, l, d), the unconditional embeddings before those of the prompts, and both halves go through the
+            network in one call; or (b, l, d), the prompts' alone, and nothing is guided.
+        guidance_scale: of the guidance.
+    """
+    guided = len(context) == 2 * len(x)
+    rows = torch.cat([x, x]) if guided else x
+    eps = model.predict_noise(rows, t.to(x.device).expand(len(rows)), context)
+    if guided:
+        unconditional, conditional = eps.chunk(2)
+        eps = unconditional + guidance_scale * (conditional - unconditional)
+    return scheduler.step(eps, t, x).prev_sample

@@ -6,48 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from conftest import tiny_parts
+from commanding import reading_sentences, status, write_folder
 from test_erase_command import PLAN
 
-from dori.cli import main
 from dori.erase.plan import PRESETS
 from dori.erase.write import save_model
-from dori.memory import Memory, write_memories
 from dori.model.load import load_model
-from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
-
-
-def write_folder(folder: Path, name: str, count: int, *, seed: int, texts: bool = True) -> None:
-    """Random images, with texts or without."""
-    generator = torch.Generator().manual_seed(seed)
-    write_memories(
-        folder / name,
-        [
-            (
-                Memory(f"{name}-{i}", f"{name} word {i}" if texts else None, Path("x")),
-                torch.rand(3, 16, 16, generator=generator),
-            )
-            for i in range(count)
-        ],
-    )
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that reads whole sentences, a twin, and folders of images."""
     folder = tmp_path_factory.mktemp("given")
-    (folder / "words").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conftest, "CONTEXT", 64)
-        model = StableDiffusion(**tiny_parts(folder / "words"), name="tiny")
+    model = reading_sentences(folder / "words")
     save_model(model, folder / "model", source="tiny")
     with torch.no_grad():
         model.unet.conv_in.weight.mul_(1.1)
@@ -56,8 +33,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.vae.quant_conv.weight.mul_(1.1)
     save_model(model, folder / "other-vae", source="tiny")
     for seed, (name, count) in enumerate([("memories", 2), ("controls", 2), ("retain", 12), ("few", 7)]):
-        write_folder(folder, name, count, seed=seed)
-    write_folder(folder, "bare", 2, seed=8, texts=False)
+        write_folder(folder / name, [f"{name} word {i}" for i in range(count)], seed=seed)
+    write_folder(folder / "bare", [None, None], seed=8)
     for name, source in (("leaking", "memories"), ("twice", "controls")):
         shutil.copytree(folder / "retain", folder / name)
         shutil.copy(folder / source / f"{source}-1.png", folder / name / "retain-3.png")
@@ -80,15 +57,6 @@ def run(given: Path, out: Path, *arguments: str, memories: str = "memories", ret
     return ["erase", str(given / "model"), *folders, "--out", str(out), *arguments]
 
 
-def status(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Status, results and messages of a command."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return int(stopped.value.code or 0), said.out, said.err
-
-
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
@@ -108,7 +76,7 @@ def status(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tupl
 def test_wrong_folders_are_told_before_anything_runs(
     changed: dict[str, str], sentence: str, given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_folder(tmp_path, "one", 1, seed=0)
+    write_folder(tmp_path / "one", ["one word 0"], seed=0)
     folders = {name: changed.pop(name) for name in ("memories", "retain") if name in changed}
     if folders.get("memories") == "one":
         folders["memories"] = str(tmp_path / "one")

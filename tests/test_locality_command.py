@@ -2,38 +2,23 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from conftest import tiny_parts
+from commanding import reading_sentences, status, write_folder
 from test_locality_run import PLAN
 
-from dori.cli import main
 from dori.erase.write import save_model
 from dori.locality.plan import PRESETS
 from dori.locality.records import read_locality
-from dori.memory import Memory, write_memories
-from dori.model.stable_diffusion import StableDiffusion
-
-
-def write_folder(folder: Path, texts: Sequence[str | None], *, seed: int) -> None:
-    """Random images with these texts."""
-    generator = torch.Generator().manual_seed(seed)
-    named = [(Memory(f"{folder.name}-{i}", text, Path("x")), text) for i, text in enumerate(texts)]
-    write_memories(folder, [(memory, torch.rand(3, 16, 16, generator=generator)) for memory, _ in named])
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tiny models that read whole sentences, and folders of images."""
     folder = tmp_path_factory.mktemp("given")
-    (folder / "words").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conftest, "CONTEXT", 64)
-        model = StableDiffusion(**tiny_parts(folder / "words"), name="tiny")
+    model = reading_sentences(folder / "words")
     save_model(model, folder / "model", source="tiny")
     with torch.no_grad():
         model.unet.conv_in.weight.mul_(1.1)
@@ -50,15 +35,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "quick", lambda: dataclasses.replace(PLAN, causal=None))
     monkeypatch.setitem(PRESETS, "full", lambda: PLAN)
-
-
-def status(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Status, results and messages of a command."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return int(stopped.value.code or 0), said.out, said.err
 
 
 def arguments(given: Path, out: Path, *more: str, model: str = "model", memories: str = "memories") -> list[str]:

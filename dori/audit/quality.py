@@ -19,15 +19,33 @@ def _described(judge: Judge, images: Tensor) -> dict[str, Tensor]:
     return {"descriptors": judge.descriptor(images).cpu(), "features": judge.features(images)}
 
 
-def _drawn(model: StableDiffusion, plan: Plan, judge: Judge, prompts: Sequence[str], name: str) -> dict[str, Tensor]:
-    """One generation of each prompt with a seed of its own, described."""
-    seeds = [named_seed(name, plan.seed, k) for k in range(len(prompts))]
+def drawn_and_described(
+    model: StableDiffusion,
+    judge: Judge,
+    prompts: Sequence[str],
+    *,
+    name: str,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+) -> dict[str, Tensor]:
+    """One generation of each prompt, described.
+
+    Args:
+        model: as it stands.
+        judge: whose descriptors, features and alignment.
+        prompts: n of them.
+        name: of the stream of seeds; each prompt has its own.
+        seed: root of the stream.
+        steps: DDIM steps.
+        guidance_scale: of the generations.
+
+    Returns:
+        "descriptors" and "features", shape (n, d), and "alignment", shape (n,), if the judge has a CLIP.
+    """
+    seeds = [named_seed(name, seed, k) for k in range(len(prompts))]
     latents = sample(
-        model,
-        model.encode(list(prompts)),
-        initial_noise(model, seeds),
-        steps=plan.sampling_steps,
-        guidance_scale=plan.guidance_scale,
+        model, model.encode(list(prompts)), initial_noise(model, seeds), steps=steps, guidance_scale=guidance_scale
     )
     images, _ = finite_images(model.to_images(latents).cpu())
     found = _described(judge, images)
@@ -78,6 +96,41 @@ def ordinary_quality(
     """
     if len(prompts) < 2:
         return ()
+    reference, found = _cells(model, plan, judge, run, base=base, edits=edits, prompts=prompts, held_out=held_out)
+    unedited = found[0]["descriptors"]
+    rows: list[Quality] = []
+    for edit, own in zip(edits, found, strict=True):
+        kernel = kernel_distance(own["features"], reference["features"], seed=named_seed("kernel distance", plan.seed))
+        rows.append(
+            Quality(
+                model=model.name,
+                edit=edit.name,
+                prompts=len(prompts),
+                frechet=float(frechet_distance(own["features"], reference["features"])),
+                kernel=kernel.value,
+                kernel_std=kernel.deviation,
+                alignment=float(own["alignment"].median()) if "alignment" in own else None,
+                to_unedited=float(cosine(own["descriptors"], unedited).median()) if rows else None,
+                features=judge.features_name,
+                reference=UNEDITED if held_out is None else HELD_OUT,
+                references=len(reference["features"]),
+            )
+        )
+    return tuple(rows)
+
+
+def _cells(
+    model: StableDiffusion,
+    plan: Plan,
+    judge: Judge,
+    run: Run,
+    *,
+    base: Mapping[str, object],
+    edits: Sequence[Edit],
+    prompts: Sequence[str],
+    held_out: Tensor | None,
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """What the rows are made of: the reference, and the generations under every edit, described."""
     shared: dict[str, object] = {
         **base,
         "prompts": list(prompts),
@@ -85,41 +138,26 @@ def ordinary_quality(
         "guidance": plan.guidance_scale,
         "seed": plan.seed,
     }
+
+    def draw(name: str) -> dict[str, Tensor]:
+        return drawn_and_described(
+            model,
+            judge,
+            prompts,
+            name=name,
+            seed=plan.seed,
+            steps=plan.sampling_steps,
+            guidance_scale=plan.guidance_scale,
+        )
+
     if held_out is not None:
-        reference = run.once_tensors(
-            REFERENCE, shared | {"images": pixels_sha256(held_out)}, lambda: _described(judge, held_out)
-        )
+        pixels = {"images": pixels_sha256(held_out)}
+        reference = run.once_tensors(REFERENCE, shared | pixels, lambda: _described(judge, held_out))
     else:
-        reference = run.once_tensors(
-            REFERENCE, shared, lambda: _drawn(model, plan, judge, prompts, "quality reference")
-        )
-    rows: list[Quality] = []
-    unedited: Tensor | None = None
+        reference = run.once_tensors(REFERENCE, shared, lambda: draw("quality reference"))
+    found = []
     for edit in edits:
         with edit.applied(model):
-            found = run.once_tensors(
-                _key(edit.name),
-                shared | {"edit": edit.fingerprint},
-                lambda: _drawn(model, plan, judge, prompts, "quality"),
-            )
-        drift = None if unedited is None else float(cosine(found["descriptors"], unedited).median())
-        unedited = found["descriptors"] if unedited is None else unedited
-        kernel = kernel_distance(
-            found["features"], reference["features"], seed=named_seed("kernel distance", plan.seed)
-        )
-        rows.append(
-            Quality(
-                model=model.name,
-                edit=edit.name,
-                prompts=len(prompts),
-                frechet=float(frechet_distance(found["features"], reference["features"])),
-                kernel=kernel.value,
-                kernel_std=kernel.deviation,
-                alignment=float(found["alignment"].median()) if "alignment" in found else None,
-                to_unedited=drift,
-                features=judge.features_name,
-                reference=UNEDITED if held_out is None else HELD_OUT,
-                references=len(reference["features"]),
-            )
-        )
-    return tuple(rows)
+            inputs = shared | {"edit": edit.fingerprint}
+            found.append(run.once_tensors(_key(edit.name), inputs, lambda: draw("quality")))
+    return reference, found

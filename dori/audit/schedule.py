@@ -208,21 +208,19 @@ def _chunks(cases: tuple[Case, ...], plan: Plan) -> Iterator[tuple[Case, ...]]:
 
 def _from_prompt(setting: Setting, plan: Plan, texts: tuple[Case, ...]) -> Iterator[Ask]:
     """Attacks from the prompt: long ones on some of the images, the usual one on the others."""
-    long = {setting.cases[k].memory.id for k in choose(len(setting.cases), plan.long_images if plan.long_steps else 0)}
-    if setting.scope == "own" or setting.cases[0].memory.kind == "once":
-        long = set()
-    attack = plan.attack
-    further = replace(attack, steps=max(plan.long_steps, default=attack.steps), snapshots=_snapshots(plan))
+    alone = setting.scope == "own" or setting.cases[0].memory.kind == "once"
+    count = plan.long_images if plan.long_steps and not alone else 0
+    long = {setting.cases[k].memory.id for k in choose(len(setting.cases), count)}
+    attack = further = plan.attack
+    if long:
+        steps = (*(attack.snapshots or (attack.steps,)), *plan.long_steps)
+        further = replace(attack, steps=steps[-1], snapshots=steps)
     for cases, chosen in (
         (tuple(case for case in texts if case.memory.id not in long), attack),
         (tuple(case for case in texts if case.memory.id in long), further),
     ):
         if cases:
             yield Ask(setting, cases, "prompt", chosen, tuple(_judged(setting, plan, "prompt", chosen)))
-
-
-def _snapshots(plan: Plan) -> tuple[int, ...]:
-    return (*(plan.attack.snapshots or (plan.attack.steps,)), *plan.long_steps)
 
 
 def _judged(setting: Setting, plan: Plan, start: Start, attack: Dori) -> Iterator[tuple[int, int]]:

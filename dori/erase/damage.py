@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dori.audit.judge import Judge, finite_images, pixels_sha256
+from dori.audit.judge import Judge, pixels_sha256
+from dori.audit.quality import drawn_and_described
 from dori.erase.battery import State
 from dori.erase.cost import Rows, drawn
 from dori.erase.pairs import Pairs, denoising_losses, noised
@@ -21,7 +22,7 @@ from dori.metrics.quality import frechet_distance, kernel_distance
 from dori.metrics.similarity import cosine
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run, cell_key
-from dori.sampling import initial_noise, named_seed, sample
+from dori.sampling import named_seed
 
 REFERENCE = "damage.reference"  # cell of what all states are compared with
 
@@ -157,21 +158,16 @@ class Gauge:
         return found | (self._described(model, self.near, f"{name} near", "near") if len(self.near) > 1 else {})
 
     def _described(self, model: StableDiffusion, prompts: Sequence[str], name: str, group: str) -> dict[str, Tensor]:
-        seeds = [named_seed(name, self.seed, k) for k in range(len(prompts))]
-        latents = sample(
+        found = drawn_and_described(
             model,
-            model.encode(list(prompts)),
-            initial_noise(model, seeds),
+            self.judge,
+            prompts,
+            name=name,
+            seed=self.seed,
             steps=self.sampling_steps,
             guidance_scale=self.guidance_scale,
         )
-        images, _ = finite_images(model.to_images(latents).cpu())
-        found = {
-            f"{group}.descriptors": self.judge.descriptor(images).cpu(),
-            f"{group}.features": self.judge.features(images),
-        }
-        aligned = self.judge.align(images, prompts)
-        return found if aligned is None else found | {f"{group}.alignment": aligned.cpu()}
+        return {f"{group}.{kind}": values for kind, values in found.items()}
 
     def _loss_in(self, state: State, inputs: Mapping[str, Any]) -> float | None:
         def compute() -> dict[str, Any]:

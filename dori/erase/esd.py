@@ -22,6 +22,7 @@ from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
+from dori.sampling import guided_step
 
 
 @torch.no_grad()
@@ -47,9 +48,7 @@ def partial_samples(
             kept = torch.where((stop == index).to(x.device)[:, None, None, None], x, kept)
             if index == int(stop.max()):
                 break
-            eps = model.predict_noise(torch.cat([x, x]), t.to(x.device).expand(len(context)), context)
-            unconditional, conditional = eps.chunk(2)
-            x = scheduler.step(unconditional + guidance_scale * (conditional - unconditional), t, x).prev_sample
+            x = guided_step(model, scheduler, x, t, context, guidance_scale)
         found.append(kept)
         times.append(scheduler.timesteps.cpu()[stop])
     return torch.cat(found), torch.cat(times).to(model.device)

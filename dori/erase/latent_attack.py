@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dori.erase.cost import Rows
 from dori.model.stable_diffusion import StableDiffusion
-from dori.sampling import initial_noise
+from dori.sampling import guided_step, initial_noise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,15 +107,10 @@ class LatentAttack:
 
     def _sampled(self, model: StableDiffusion, x: Tensor, embeddings: Tensor) -> Tensor:
         """z_0 of the deterministic sampler, differentiable in x_T."""
-        scheduler, guided = model.ddim(self.sampling_steps), self.guidance_scale != 1
+        scheduler = model.ddim(self.sampling_steps)
         z = x * scheduler.init_noise_sigma
-        if guided:
+        if self.guidance_scale != 1:
             embeddings = torch.cat([model.encode([""]).to(embeddings).expand(len(z), -1, -1), embeddings])
         for t in scheduler.timesteps:
-            doubled = torch.cat([z, z]) if guided else z
-            eps = model.predict_noise(doubled, t.to(z.device).expand(len(doubled)), embeddings)
-            if guided:
-                unconditional, conditional = eps.chunk(2)
-                eps = unconditional + self.guidance_scale * (conditional - unconditional)
-            z = scheduler.step(eps, t, z).prev_sample
+            z = guided_step(model, scheduler, z, t, embeddings, self.guidance_scale)
         return z

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from dori.locality.activations import outputs
 from dori.model.hooks import hooked
 from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
+from dori.sampling import guided_step
 
 PatchSets = dict[str, tuple[str, ...]]
 NONE, SOURCE = "none", "source"
@@ -73,25 +73,16 @@ def patched_samples(
     latents = dict.fromkeys(names, x_source)
     for t in scheduler.timesteps:
         with outputs(layers) as seen:
-            x_source = _step(source, x_source, t, y, guidance_scale, scheduler)
+            x_source = guided_step(source, scheduler, x_source, t, y, guidance_scale)
         given = dict(seen)
         for name, members in names.items():
             with hooked({member: own[member] for member in members}, partial(_instead, given)):
-                latents[name] = _step(target, latents[name], t, y, guidance_scale, scheduler)
+                latents[name] = guided_step(target, scheduler, latents[name], t, y, guidance_scale)
     return latents | {SOURCE: x_source}
 
 
 def _instead(given: Mapping[str, Tensor], layer: str, _inputs: Tensor, output: Tensor) -> Tensor:
     return given[layer].to(output)
-
-
-def _step(
-    model: StableDiffusion, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float, scheduler: DDIMScheduler
-) -> Tensor:
-    """One guided DDIM step."""
-    doubled = torch.cat([x, x])
-    away, eps = model.predict_noise(doubled, t.to(x.device).expand(len(doubled)), y).chunk(2)
-    return scheduler.step(away + guidance_scale * (eps - away), t, x).prev_sample
 
 
 def share_of_gap(patched: float, target: float, source: float, direction: str) -> float | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetModel
 
-from dori.errors import DoriError
+from dori.errors import READER_ERRORS, DoriError
 from dori.metrics.preprocessing import preprocessing as named_preprocessing
 from dori.metrics.similarity import Descriptor
 from dori.run import write_bytes
@@ -36,19 +36,7 @@ GEM_POWER = 3.0
 PUBLISHED_THRESHOLD = 0.7
 NAME = re.compile(r"sscd_[a-z0-9_]{1,40}")
 # What torch's reader of state dicts raises on a file that is none.
-BROKEN = (
-    pickle.UnpicklingError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    AssertionError,
-    ArithmeticError,
-)
+BROKEN = (pickle.UnpicklingError, EOFError, *READER_ERRORS)
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 

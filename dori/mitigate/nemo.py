@@ -6,8 +6,8 @@ threshold is worth nothing on another model); the call then finds one memory's n
 `attn2.to_v.weight` in the down and mid blocks. Candidates are judged by forward hooks, many in one U-Net call.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dori.edit import WeightMask
 from dori.errors import DoriError
 from dori.mitigate.noise_difference import NoiseDifference, Similarity, SsimWindow, Variant, detection_noise
+from dori.model.hooks import hooked
 from dori.model.stable_diffusion import DOWN_MID, Place, StableDiffusion
 
 # A group without any effect leaves the score at tau_ref where the selection failed (tau_ref is then the score
@@ -71,28 +72,20 @@ def value_activations(layers: Mapping[str, nn.Linear], embedding: Tensor) -> dic
     }
 
 
-@contextmanager
-def _channels_kept(layers: Mapping[str, nn.Linear], kept: Tensor) -> Iterator[None]:
+def _channels_kept(layers: Mapping[str, nn.Linear], kept: Tensor) -> AbstractContextManager[None]:
     """Multiply the layers' outputs, row by row, by the columns of `kept` (rows, neurons of all layers).
 
     The same as zeroing rows of the weight, but another set for each row of the batch. Later groups of rows (the
     unconditional ones) repeat the first.
     """
-    handles = []
-    try:
-        first = 0
-        for layer in layers.values():
-            keep = kept[:, first : first + layer.out_features]
-            first += layer.out_features
+    own = kept.split([layer.out_features for layer in layers.values()], dim=1)
+    columns = dict(zip(layers, own, strict=True))
 
-            def scale(_module: nn.Module, _inputs: object, output: Tensor, keep: Tensor = keep) -> Tensor:
-                return output * keep.repeat(len(output) // len(keep), 1)[:, None].to(output)
+    def scale(name: str, _inputs: Tensor, output: Tensor) -> Tensor:
+        keep = columns[name]
+        return output * keep.repeat(len(output) // len(keep), 1)[:, None].to(output)
 
-            handles.append(layer.register_forward_hook(scale))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(layers, scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,6 +27,7 @@ from dori.errors import DoriError
 from dori.mitigate.noise_difference import detection_noise
 from dori.model.hooks import hooked
 from dori.model.stable_diffusion import DOWN_MID, Place, StableDiffusion
+from dori.sampling import guided_step
 
 Selection = Literal["top_and_above_base", "top"]
 
@@ -79,9 +80,7 @@ def column_norms(
         scheduler = model.ddim(steps)
         for step, t in enumerate(scheduler.timesteps[:counted_steps]):
             with hooked(layers, partial(_add_energies, energies, step)):
-                eps = model.predict_noise(torch.cat([x, x]), t.to(x.device).expand(len(context)), context)
-            unconditional, conditional = eps.chunk(2)
-            x = scheduler.step(unconditional + guidance_scale * (conditional - unconditional), t, x).prev_sample
+                x = guided_step(model, scheduler, x, t, context, guidance_scale)
     return {name: energy.sqrt() for name, energy in energies.items()}
 
 

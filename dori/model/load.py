@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dori.errors import DoriError
+from dori.errors import READER_ERRORS, DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import canonical_sha256, tensors_sha256
 
@@ -57,18 +57,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 JSON_BYTES = 50_000_000
 # What diffusers, transformers and their readers raise on a hostile or torn file.
-LIBRARY_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    AssertionError,
-    ArithmeticError,
-    SafetensorError,
-)
+LIBRARY_ERRORS = (*READER_ERRORS, SafetensorError)
 CONVERT = (
     "convert it once, on a machine where you trust the file, with diffusers' "
     "pipeline.save_pretrained(folder, safe_serialization=True)"

@@ -1,0 +1,36 @@
+"""A command given to `dori` in this process, and folders as a user has them, for the tests of commands."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import conftest
+import pytest
+import torch
+
+from dori.cli import main
+from dori.memory import Memory, write_memories
+from dori.model.stable_diffusion import StableDiffusion
+
+
+def status(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Status, results and messages of a command."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return int(stopped.value.code or 0), said.out, said.err
+
+
+def reading_sentences(folder: Path) -> StableDiffusion:
+    """A tiny model that reads whole sentences; its vocabulary lies in `folder`, which is made."""
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conftest, "CONTEXT", 64)
+        return StableDiffusion(**conftest.tiny_parts(folder), name="tiny")
+
+
+def write_folder(folder: Path, texts: Sequence[str | None], *, seed: int) -> None:
+    """Random images with these texts."""
+    generator = torch.Generator().manual_seed(seed)
+    memories = [Memory(f"{folder.name}-{i}", text, Path("x")) for i, text in enumerate(texts)]
+    write_memories(folder, [(memory, torch.rand(3, 16, 16, generator=generator)) for memory in memories])
