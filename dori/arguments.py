@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=description)
 
     _audit(command("audit", "what of these images is in the model, and what do pruning and DoRI do", AUDIT_HELP))
-    _report(command("report", "draw the report of a finished run again"))
+    _report(command("report", "draw the page of a finished audit or locality run again"))
     _locality(command("locality", "where a memory lives, and whether that differs from chance", AUDIT_HELP))
     _erase(command("erase", "take images out of a model, and prove it", ERASE_HELP))
     _compare(command("compare", "what changed between two runs"))

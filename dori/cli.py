@@ -223,12 +223,21 @@ def _locality(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from dori.findings import read_audit
+    from dori.locality.page.render import render as render_locality
+    from dori.locality.records import read_locality
     from dori.report.render import render
     from dori.run import write_text
 
-    target = arguments.run / "report.html"
-    write_text(target, render(read_audit(arguments.run / "audit.json"), arguments.run, redact=arguments.redact))
-    print(f"report: {target}")
+    folder, redact = arguments.run, arguments.redact
+    located = (folder / "locality.json").exists()
+    if located:
+        target = folder / "locality.html"
+        write_text(target, render_locality(read_locality(folder / "locality.json"), folder, redact=redact))
+        print(f"page: {target}")
+    if not located or (folder / "audit.json").exists():
+        target = folder / "report.html"
+        write_text(target, render(read_audit(folder / "audit.json"), folder, redact=redact))
+        print(f"report: {target}")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commanding import status
 from synthetic_locality import LEVELS, VALUES, cross, records
 
 from dori.errors import DoriError
@@ -58,6 +59,19 @@ def test_redaction_hides_prompts_and_images(tmp_path: Path) -> None:
     assert text in plain and text not in redacted
     images = [re.findall(r'src="(data:image/jpeg[^"]*)"', html) for html in (plain, redacted)]
     assert len(images[0]) == len(images[1]) == 2 and not {*images[0]} & {*images[1]}
+
+
+def test_the_report_command_draws_the_page_again_from_the_records_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    redacted = page(records(), tmp_path, redact=True)
+    (tmp_path / "locality.json").write_text(records().to_json())
+    code, out, _ = status(["report", str(tmp_path), "--redact"], capsys)
+    assert code == 0 and (tmp_path / "locality.html").read_text() == redacted
+    assert out == f"page: {tmp_path / 'locality.html'}\n" and not (tmp_path / "report.html").exists()
+    (tmp_path / "audit.json").write_text("{}")
+    code, _, said = status(["report", str(tmp_path)], capsys)
+    assert code == 2 and "audit.json has another schema" in said
 
 
 def test_a_run_without_triggers_has_a_page_that_says_so(tmp_path: Path) -> None:
