@@ -189,6 +189,19 @@ def _testbed(testbed: argparse.ArgumentParser) -> None:
     train = verbs.add_parser("train", help="train it again from nothing; resumes after a kill")
     train.add_argument("--work", type=Path, default=Path("runs/testbed"), metavar="DIR", help="training state")
     train.add_argument("--out", type=Path, metavar="DIR", help="where the weights go (default: the package's data)")
+    train.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="DIR",
+        help="take VAE, CLIP and base from this testbed, as --out holds one, and train its forks alone",
+    )
+    train.add_argument(
+        "--only",
+        nargs="+",
+        choices=("base", "planted", "twin-1", "twin-2", "early"),
+        help="which U-Nets to train and write (default: all)",
+    )
     verify = verbs.add_parser("verify", help="measure what the testbed promises")
     verify.add_argument("--out", type=Path, default=Path("runs/verify"), metavar="DIR")
     export = verbs.add_parser("export", help="write its memories, controls and ordinary images as folders")

@@ -299,10 +299,18 @@ def _testbed(arguments: argparse.Namespace) -> int:
         return 0 if all(row["reached"] for row in rows) else 1
     from dori.metrics.copy_training import CopyRecipe
     from dori.testbed.folder import DATA
-    from dori.testbed.pipeline import train_testbed
+    from dori.testbed.pipeline import CHECKPOINTS, train_testbed
     from dori.testbed.train import Recipe
 
-    train_testbed(arguments.work, arguments.out or DATA, Recipe(), CopyRecipe(), say=say)
+    train_testbed(
+        arguments.work,
+        arguments.out or DATA,
+        Recipe(),
+        CopyRecipe(),
+        say=say,
+        checkpoints=arguments.only or CHECKPOINTS,
+        source=arguments.source,
+    )
     return 0
 
 

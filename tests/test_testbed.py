@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from dori.errors import DoriError
@@ -18,7 +19,7 @@ from dori.model.stable_diffusion import EVERYWHERE
 from dori.stats import area_under_roc
 from dori.testbed import pool
 from dori.testbed.fit import Schedule, fit
-from dori.testbed.folder import DATA, load_testbed
+from dori.testbed.folder import DATA, load_testbed, unet_folder
 from dori.testbed.networks import RouteDropout, new_unet
 from dori.testbed.pipeline import train_testbed
 from dori.testbed.pool import ORDINARY, drawn_pictures, fresh_filling, planted_filling
@@ -249,6 +250,21 @@ def test_training_makes_the_whole_testbed_from_nothing_and_again_the_same(tmp_pa
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert all(torch.isfinite(value).all() for value in first.values())
     assert not (tmp_path / "first" / "unets" / "twin-2").exists()
+    train_testbed(
+        tmp_path / "forks",
+        tmp_path / "forked",
+        recipe,
+        copies,
+        say=said.append,
+        checkpoints=("twin-1",),
+        source=tmp_path / "first",
+    )
+    forked, first = (
+        load_file(unet_folder("twin-1", tmp_path / out) / "diffusion_pytorch_model.safetensors")
+        for out in ("forked", "first")
+    )
+    assert all(torch.equal(forked[name], first[name]) for name in first)
+    assert not any((tmp_path / "forks").glob("vae*"))  # neither VAE nor base was trained for it
     assert load_copy_descriptor(tmp_path / "first" / "copy_descriptor.safetensors").calibration is not None
     with pytest.raises(DoriError, match="attention_dropout"):
         train_testbed(

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from dori.metrics.copy_training import CopyRecipe, train_descriptor
 from dori.run import write_bytes
 from dori.testbed import train
 from dori.testbed.fit import Say
-from dori.testbed.folder import Checkpoint, export_model, export_unet
+from dori.testbed.folder import Checkpoint, export_model, export_unet, load_clip, load_testbed
 from dori.testbed.pool import FREE, ORDINARY, Encoder, drawn_pictures, fresh_filling, planted_filling, standardise
 from dori.testbed.slots import slots
 from dori.testbed.vocabulary import build_tokenizer
@@ -31,11 +32,30 @@ def train_encoder(work: Path, recipe: train.Recipe, say: Say) -> Encoder:
     return Encoder(vae, clip, tokenizer, work, say)
 
 
-def train_unets(encoder: Encoder, out: Path, recipe: train.Recipe, checkpoints: Sequence[Checkpoint]) -> None:
-    """Base and forks; each is written as soon as it is finished."""
+def finished(folder: Path, work: Path, say: Say) -> tuple[Encoder, UNet2DConditionModel]:
+    """VAE, CLIP and base of a testbed that was written to `folder`, from which further forks can be trained.
+
+    Raises:
+        DoriError: there is no base.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    base = load_testbed("base", folder)
+    return Encoder(base.vae, load_clip(folder), base.tokenizer, work, say), base.unet
+
+
+def train_unets(
+    encoder: Encoder,
+    out: Path,
+    recipe: train.Recipe,
+    checkpoints: Sequence[Checkpoint],
+    base: UNet2DConditionModel | None = None,
+) -> None:
+    """Base (where none is given) and forks; each is written as soon as it is finished."""
     work, say, empty = encoder.folder, encoder.say, encoder.empty()
     pool = encoder.pairs("pool", drawn_pictures(ORDINARY, work, recipe.images, say))
-    base = train.train_base(work, recipe, pool, empty, say)
+    if base is None:
+        # Rounded, so that forks start from the base as it is written, whether it was trained just now or long ago.
+        base = train.train_base(work, recipe, pool, empty, say).half().float()
     if "base" in checkpoints:
         export_unet(out, "base", base)
     pictures, filling = planted_filling(slots())
@@ -81,6 +101,7 @@ def train_testbed(
     *,
     say: Say,
     checkpoints: Sequence[Checkpoint] = CHECKPOINTS,
+    source: Path | None = None,
 ) -> None:
     """Train what is missing and write the finished weights.
 
@@ -91,10 +112,15 @@ def train_testbed(
         copy_recipe: those of the copy descriptor.
         say: receives one line of progress at a time.
         checkpoints: which U-Nets to train and write; the base is always trained.
+        source: a finished testbed, whose VAE, CLIP and base are taken instead of trained.
 
     Raises:
-        DoriError: the folder holds the state of a training under other settings.
+        DoriError: the folder holds the state of a training under other settings, or the source has no base.
     """
+    if source is not None:
+        encoder, base = finished(source, work, say)
+        train_unets(encoder, out, recipe, checkpoints, base)
+        return
     encoder = train_encoder(work, recipe, say)
     copy_descriptor(encoder, out, copy_recipe)
     train_unets(encoder, out, recipe, checkpoints)
