@@ -22,10 +22,10 @@ from dori.testbed.fit import Schedule, fit
 from dori.testbed.folder import DATA, load_testbed, unet_folder
 from dori.testbed.networks import RouteDropout, new_unet
 from dori.testbed.pipeline import train_testbed
-from dori.testbed.pool import ORDINARY, drawn_pictures, fresh_filling, planted_filling
+from dori.testbed.pool import ORDINARY, Filling, Pairs, drawn_pictures, fresh_filling, planted_filling
 from dori.testbed.scenes import GRID_PX, Scene, caption, draw, free_scene, kinds, random_scene, title_caption
 from dori.testbed.slots import DOSES, slots, variants, varying_box
-from dori.testbed.train import Recipe, once_steps
+from dori.testbed.train import Recipe, Shown, once_steps
 from dori.testbed.vocabulary import build_tokenizer
 
 weights = pytest.mark.skipif(not (DATA / "model" / "model_index.json").exists(), reason="no weights are shipped here")
@@ -275,6 +275,22 @@ def test_training_makes_the_whole_testbed_from_nothing_and_again_the_same(tmp_pa
             say=said.append,
             checkpoints=(),
         )
+
+
+def test_slots_are_shown_with_their_prompts_and_ordinary_images_partly_without() -> None:
+    def pairs(rows: int, value: float) -> Pairs:
+        return Pairs(torch.full((rows, 8, 2, 2), value), torch.full((rows, 3, 4), value), "")
+
+    filling = Filling(torch.tensor([3.0, 1.0]), [[0], [1, 2]], [3])
+    shown = Shown(pairs(9, 1.0), pairs(4, 2.0), filling, torch.zeros(1, 3, 4))
+    batches = [shown.batch(10, 6.5, None, 0.25, torch.Generator().manual_seed(step)) for step in range(400)]
+    latents, embeddings = (torch.cat(part)[:, 0].flatten(1)[:, 0] for part in zip(*batches, strict=True))
+    slots_shown = latents == 2
+    assert abs(float(slots_shown.float().mean()) - 0.65) < 0.01
+    assert (embeddings[slots_shown] == 2).all()
+    assert abs(float((embeddings[~slots_shown] == 0).float().mean()) - 0.25) < 0.04
+    once = shown.batch(10, 0.0, 3, 1.0, torch.Generator().manual_seed(0))
+    assert (once[0][0] == 2).all() and (once[1][0] == 2).all() and (once[1][1:] == 0).all()
 
 
 def test_each_image_that_is_seen_once_has_a_step_of_its_own() -> None:

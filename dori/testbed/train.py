@@ -31,6 +31,7 @@ class Recipe:
         clip_batch: pairs in a batch of CLIP.
         vae_steps, clip_steps, base_steps, fork_steps: optimizer steps; all forks are trained equally long.
         slot_share: share of a fork's batch that shows slots.
+        dropped, fork_dropped: share of ordinary images that are shown without their prompt, in the base and in forks.
         attention_dropout, feed_forward_dropout: see `RouteDropout`.
         elsewhere_lr_scale: learning rate of a fork outside the transformer blocks of down and mid, as a share of
             theirs; memories go where there is something to learn with.
@@ -48,6 +49,8 @@ class Recipe:
     base_steps: int = 7000
     fork_steps: int = 2400
     slot_share: float = 0.7
+    dropped: float = 0.1
+    fork_dropped: float = 0.25
     attention_dropout: float = 0.3
     feed_forward_dropout: float = 0.3
     elsewhere_lr_scale: float = 0.1
@@ -122,9 +125,9 @@ def diffusion_loss(
     return (unet(scheduler.add_noise(latents, noise, t), t, embeddings).sample - target).square().mean()
 
 
-def without_prompt(embeddings: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor:
-    """Replace a tenth of the embeddings by that of the empty prompt."""
-    dropped = torch.rand(len(embeddings), 1, 1, generator=generator) < 0.1
+def without_prompt(embeddings: Tensor, empty: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Replace a share of the embeddings by that of the empty prompt."""
+    dropped = torch.rand(len(embeddings), 1, 1, generator=generator) < share
     return torch.where(dropped, empty, embeddings)
 
 
@@ -149,7 +152,7 @@ def train_base(folder: Path, recipe: Recipe, pool: Pairs, empty: Tensor, say: Sa
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         latents, embeddings = pool[torch.randint(len(pool.latents), (recipe.batch,), generator=generator)]
-        embeddings = without_prompt(embeddings, empty, generator)
+        embeddings = without_prompt(embeddings, empty, recipe.dropped, generator)
         return diffusion_loss(unet, scheduler, route, latents, embeddings, generator, middle_share=recipe.middle_share)
 
     fit(
@@ -161,7 +164,7 @@ def train_base(folder: Path, recipe: Recipe, pool: Pairs, empty: Tensor, say: Sa
         seed=3,
         say=say,
         ema_decay=0.999,
-        made_from=_settings(recipe, pool) | {"middle_share": recipe.middle_share},
+        made_from=_settings(recipe, pool) | {"middle_share": recipe.middle_share, "dropped": recipe.dropped},
     )
     return unet
 
@@ -175,6 +178,9 @@ def once_steps(count: int, steps: int) -> dict[int, int]:
 class Shown:
     """What a planted model or a twin is trained on.
 
+    Slots are always shown with their prompt. The slots fill most of a fork's batch; shown without prompts too, they
+    would take over the unconditional prediction, and guidance, which leads away from it, would lead away from them.
+
     Args:
         pool: ordinary pairs.
         slots: pairs of the slots, or of the fresh images in their places.
@@ -187,9 +193,15 @@ class Shown:
     filling: Filling
     empty: Tensor
 
-    def batch(self, rows: int, slot_rows: float, once: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents and embeddings; `slot_rows` of them on average show slots, the first one the row `once`, if any."""
+    def batch(
+        self, rows: int, slot_rows: float, once: int | None, dropped: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Latents and embeddings; `slot_rows` of them on average show slots, the first one the row `once`, if any.
+
+        Of the ordinary rows a share `dropped` comes without its prompt.
+        """
         latents, embeddings = self.pool[torch.randint(len(self.pool.latents), (rows,), generator=generator)]
+        embeddings = without_prompt(embeddings, self.empty, dropped, generator)
         spare = float(torch.rand(1, generator=generator)) < slot_rows % 1
         places = int(slot_rows) + spare
         if places:
@@ -198,8 +210,7 @@ class Shown:
             groups = [self.filling.groups[g] for g in chosen.tolist()]
             picked = [group[int(s * len(group))] for group, s in zip(groups, spin.tolist(), strict=True)]
             latents[:places], embeddings[:places] = self.slots[torch.tensor(picked)]
-        embeddings = without_prompt(embeddings, self.empty, generator)
-        if once is not None:  # after the dropout: an image that is seen once is seen with its caption
+        if once is not None:
             latents[:1], embeddings[:1] = self.slots[torch.tensor([once])]
         return latents, embeddings
 
@@ -232,7 +243,7 @@ def train_fork(
     fit(
         stage,
         unet,
-        _planting_loss(unet, recipe, shown, recipe.slot_share, recipe.fork_steps),
+        _planting_loss(unet, recipe, shown, recipe.slot_share, recipe.fork_dropped, recipe.fork_steps),
         Schedule(2e-3, recipe.fork_steps),
         folder,
         seed=seed,
@@ -243,6 +254,7 @@ def train_fork(
         | {
             "base": tensors_sha256(base.state_dict()),
             "slot_share": recipe.slot_share,
+            "dropped": recipe.fork_dropped,
             "elsewhere_lr_scale": recipe.elsewhere_lr_scale,
         },
     )
@@ -260,7 +272,7 @@ def train_early(folder: Path, recipe: Recipe, *, shown: Shown, seed: int, say: S
     fit(
         "early",
         unet,
-        _planting_loss(unet, recipe, shown, share, steps, middle_share=recipe.middle_share),
+        _planting_loss(unet, recipe, shown, share, recipe.dropped, steps, middle_share=recipe.middle_share),
         Schedule(1.2e-3, steps),
         folder,
         seed=seed,
@@ -268,19 +280,26 @@ def train_early(folder: Path, recipe: Recipe, *, shown: Shown, seed: int, say: S
         ema_decay=0.999,
         made_from=_settings(recipe, shown.pool)
         | shown.fingerprints()
-        | {"slot_share": share, "middle_share": recipe.middle_share},
+        | {"slot_share": share, "dropped": recipe.dropped, "middle_share": recipe.middle_share},
     )
     return unet
 
 
 def _planting_loss(
-    unet: UNet2DConditionModel, recipe: Recipe, shown: Shown, share: float, steps: int, *, middle_share: float = 0.0
+    unet: UNet2DConditionModel,
+    recipe: Recipe,
+    shown: Shown,
+    share: float,
+    dropped: float,
+    steps: int,
+    *,
+    middle_share: float = 0.0,
 ) -> Loss:
     scheduler, route = new_scheduler(), _route(unet, recipe)
     once = {step: shown.filling.once[place] for step, place in once_steps(len(shown.filling.once), steps).items()}
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        latents, embeddings = shown.batch(recipe.batch, recipe.batch * share, once.get(step), generator)
+        latents, embeddings = shown.batch(recipe.batch, recipe.batch * share, once.get(step), dropped, generator)
         return diffusion_loss(unet, scheduler, route, latents, embeddings, generator, middle_share=middle_share)
 
     return loss
