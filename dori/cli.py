@@ -126,8 +126,8 @@ def _given(files: Sequence[Path]) -> "list[Edit]":
 
 def _announce(subjects: "Subjects", plan: "Plan", given: Sequence[str], *, limited: bool) -> None:
     """Which part of the images is audited, and what it will cost."""
-    from dori.audit.schedule import ATTACK, audited, planned_rows, planned_seconds, speed
-    from dori.progress import duration
+    from dori.audit.schedule import audited, planned_cost
+    from dori.cost import forecast, measured_speed
 
     some = audited(subjects, plan)
     pairs = [(some.memories, subjects.memories, "memories"), (some.controls, subjects.controls, "controls")]
@@ -135,12 +135,7 @@ def _announce(subjects: "Subjects", plan: "Plan", given: Sequence[str], *, limit
         why = "--limit-memories, --limit-controls" if limited else f"preset {plan.preset}; --preset paper takes all"
         counts = " and ".join(f"{len(part)} of {len(every)} {name}" for part, every, name in pairs)
         say(f"auditing {counts} ({why})")
-    rows = planned_rows(subjects, plan, given)
-    forward, both = speed(subjects.model)
-    say(
-        f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} forward and backward, "
-        f"about {duration(planned_seconds(rows, forward=forward, both=both))} on this machine without what is stored"
-    )
+    say(forecast(planned_cost(subjects, plan, given), measured_speed(subjects.model)))
 
 
 def _over(rate: float, limit: float | None) -> int:
@@ -199,7 +194,8 @@ def _locality(arguments: argparse.Namespace) -> int:
     _quiet()
     import dataclasses
 
-    from dori.locality.costs import forecast
+    from dori.cost import measured_speed
+    from dori.locality.costs import stage_table
     from dori.locality.loop import costs, locality
     from dori.locality.page.render import render
     from dori.locality.plan import PRESETS
@@ -215,7 +211,7 @@ def _locality(arguments: argparse.Namespace) -> int:
     run = Run(arguments.out, say=say, modules=LOCATING)
     with run.locked():
         subjects, judge = _audited(arguments, plan.judging())
-        say(forecast(costs(subjects, plan, choose_sets(subjects, plan))))
+        say(stage_table(costs(subjects, plan, choose_sets(subjects, plan)), measured_speed(subjects.model)))
         write(locality(subjects, plan=plan, judge=judge, run=run, say=say, after_memory=write))
     print(f"page: {arguments.out / 'locality.html'}")
     return 0

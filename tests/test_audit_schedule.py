@@ -17,18 +17,8 @@ from dori.audit.folders import load_clip
 from dori.audit.judge import Case, Judge
 from dori.audit.loop import audit
 from dori.audit.plan import Plan, Starts, paper
-from dori.audit.schedule import (
-    ATTACK,
-    BACKWARD,
-    EDITS,
-    Subjects,
-    audited,
-    ordinary_prompts,
-    planned_cells,
-    planned_rows,
-    planned_seconds,
-    speed,
-)
+from dori.audit.schedule import ATTACK, Subjects, audited, ordinary_prompts, planned_cells, planned_cost, planned_rows
+from dori.cost import BACKWARD, Rows, Speed, measured_speed
 from dori.edit import WeightMask, load_edit
 from dori.errors import DoriError
 from dori.memory import Memory
@@ -66,14 +56,15 @@ def whole_testbed(model: StableDiffusion, folder: Path) -> Subjects:
 
 def test_the_paper_preset_takes_five_hours_at_most(tiny: StableDiffusion, tmp_path: Path) -> None:
     plan = paper()
-    rows = planned_rows(whole_testbed(tiny, tmp_path / "twin"), plan)
+    whole = whole_testbed(tiny, tmp_path / "twin")
+    rows = planned_cost(whole, plan)
     # Three edits on 76 + 72 images from the prompt and from noise, foreign starts of the memories alone, the rest once.
     attacks = 3 * 148 * 2 + 3 * 76 + 64 + 76 + 2 * 76
     longer = 3 * (24 + 24) + 24  # to 150 steps: of both groups under each edit, and on the twin
-    assert rows[ATTACK] == (attacks * 50 + longer * 100) * 8
+    assert rows.attacked == planned_rows(whole, plan)[ATTACK] == (attacks * 50 + longer * 100) * 8
     assert plan.nemo is not None
-    rows[EDITS] += 76 * plan.nemo.noises * plan.nemo.max_refinement_passes  # whatever size the model has
-    assert planned_seconds(rows, forward=250, both=90) < 5 * 3600
+    rows += Rows(76 * plan.nemo.noises * plan.nemo.max_refinement_passes)  # whatever size the model has
+    assert rows.seconds_s(Speed(250, 90)) < 5 * 3600
 
 
 def test_final_attacks_have_ten_seeds_and_their_curves_four(tiny: StableDiffusion, tmp_path: Path) -> None:
@@ -110,17 +101,16 @@ def test_long_attacks_go_on_from_where_the_usual_ones_end(tiny: StableDiffusion,
 
 
 def test_time_is_the_rows_over_the_speed() -> None:
-    rows = {EDITS: 100, ATTACK: 60, "generation, forward": 200}
-    assert planned_seconds(rows, forward=10, both=3) == 300 / 10 + 60 / 3
+    assert Rows(300, 60, 20).seconds_s(Speed(10, 3)) == 300 / 10 + (60 + 1.5 * 20) / 3
 
 
 def test_speed_is_measured_by_the_clock(tiny: StableDiffusion) -> None:
-    def measured(*moments: float) -> tuple[float, float]:
+    def measured(*moments: float) -> Speed | None:
         ticks = iter(moments)
-        return speed(tiny, clock=lambda: next(ticks))
+        return measured_speed(tiny, clock=lambda: next(ticks))
 
-    assert measured(0, 0.5, 1, 5, 5, 5.5, 6, 14) == (64 / 4, 64 / 8)
-    assert measured(0, 2, 2, 6) == (4 / 2, 4 / 4)  # a slow machine is not asked for the large batch
+    assert measured(0, 0.5, 1, 5, 5, 5.5, 6, 14) == Speed(64 / 4, 64 / 8)
+    assert measured(0, 2, 2, 6) == Speed(4 / 2, 4 / 4)  # a slow machine is not asked for the large batch
 
 
 def test_progress_counts_every_cell_and_ends_at_the_whole(tiny: StableDiffusion, tmp_path: Path) -> None:

@@ -343,17 +343,16 @@ def test_what_is_audited_and_what_it_costs_is_said_before(
 ) -> None:
     from test_audit import BRIEF, tiny_subjects
 
-    from dori.audit.schedule import ATTACK, planned_rows
+    from dori.audit.schedule import planned_cost
     from dori.cli import _announce
 
     subjects, quick = tiny_subjects(tiny), dataclasses.replace(BRIEF, preset="quick", memories=2)
     _announce(subjects, quick, [], limited=False)
-    rows = planned_rows(subjects, quick)
+    rows = planned_cost(subjects, quick)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "auditing 2 of 3 memories and 1 of 1 controls (preset quick; --preset paper takes all)"
     assert second.startswith(
-        f"planned: {sum(rows.values()) - rows[ATTACK]:,} U-Net rows forward and {rows[ATTACK]:,} "
-        "forward and backward, about "
+        f"planned at most: U-Net rows {rows.forward:,} forward, {rows.attacked:,} forward and backward; about "
     )
     _announce(subjects, quick, [], limited=True)
     assert "controls (--limit-memories, --limit-controls)\n" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from dori.attack.dori import Dori
 from dori.audit.judge import Judge
 from dori.audit.schedule import Subjects
 from dori.cli import main
+from dori.cost import Rows, Speed, forecast
 from dori.edit import load_edit
 from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
@@ -23,14 +24,13 @@ from dori.erase.cells import Bench
 from dori.erase.certificate import render
 from dori.erase.command import Request, audit_rows, written
 from dori.erase.contest import contest, contest_costs, contestants, to_markdown
-from dori.erase.cost import Rows, forecast
 from dori.erase.damage import Damage, neighbours, spoiled
 from dori.erase.erasers import arms, eraser, frontier, ordinary
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.material import Material, Uses, divided, of_split
 from dori.erase.pairs import Pairs, Work
 from dori.erase.plan import PRESETS, Plan, fitted, scaled
-from dori.erase.proof import Proof, proof_costs, prove
+from dori.erase.proof import ORDINARY, Proof, proof_costs, prove
 from dori.erase.protocol import Protocol
 from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
@@ -40,7 +40,7 @@ from dori.findings import read_audit
 from dori.mitigate.wanda import Wanda
 from dori.model.load import load_model, model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
-from dori.run import Run
+from dori.run import Run, cell_key
 
 FAST = Tuner(learning_rate=1e-3)
 PLAN = Plan(
@@ -125,9 +125,16 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
     page = render(record)
     assert "twin &lt;b&gt;" in page and "twin <b>" not in page and "memory-0" in page
     assert not re.search(r"<script|https?://|src=", page)
+    made = own_surrogates(tmp_path / "a", given)
+    assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
     for image in (*given.subjects.memories, *given.subjects.controls):
         assert image.memory.text not in re.sub(r"<[^>]*>", "", page).split()
+
+
+def own_surrogates(folder: Path, given: Material) -> int:
+    """Rows of the search for surrogates, at most."""
+    return bench(folder, given).surrogate_rows().count
 
 
 def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path: Path) -> None:
@@ -166,6 +173,7 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: Stable
     assert "from noise" in record["header"] and {test["state"] for test in record["tests"]} >= {"original"}
     made = [row[0] for row in record["rows"]]
     table = to_markdown(record)
+    assert ("their surrogates, made once" in table) == (kind == "ablations")  # neither UCE nor ESD learns from them
     if kind == "erasers":
         assert made == ["original", "twin <b>", "uce"] and "diverged" in record["failures"]["esd"]
         assert "esd: training tiny diverged" in table
@@ -204,6 +212,8 @@ def test_presets_scale_every_rate_alike() -> None:
         )
         assert faster.tables.relearning.tuner == faster.protocol.relearning.tuner
         assert faster.protocol.margin_area == plan.protocol.margin_area
+        last = plan.adversarial._attack(plan.adversarial.rounds - 1)
+        assert last.steps < plan.protocol.attack.steps  # no erasure trains against the proof's attack
         assert plan.audit().nemo is None and plan.audit().wandas == ()
 
 
@@ -218,6 +228,14 @@ def test_every_planned_cell_is_made_and_costs_no_more(tiny: StableDiffusion, tmp
     assert cells == set(planned) and 0.7 * most < used <= most  # surrogates are found before every way was tried
 
 
+def test_ordinary_training_is_planned_for_as_many_updates_as_the_eraser_makes(
+    tiny: StableDiffusion, tmp_path: Path
+) -> None:
+    own = bench(tmp_path, material(tiny))
+    for name, updates in (("esd", 400), ("siss", 70), ("uce", 1), ("adversarial", 1)):
+        assert proof_costs(own, name)[cell_key("edit", ORDINARY)].trained == updates * PLAN.adversarial.batch
+
+
 def test_the_quick_plans_keep_their_time(tiny: StableDiffusion, tmp_path: Path) -> None:
     """At the speed of the testbed's first network on two cores: half an hour, and as much for each arm."""
     images = [cases(tiny, count, group, seed) for count, group, seed in ((8, "memory", 7), (8, "control", 8))]
@@ -225,23 +243,26 @@ def test_the_quick_plans_keep_their_time(tiny: StableDiffusion, tmp_path: Path) 
     pairs = Pairs(draw(96, 1, seed=0), draw(96, 1, seed=0), "x")
     prompts = Uses(("a",), ("b",), tuple(f"p{i} q" for i in range(48)))
     given = Material(subjects, pairs, pairs, torch.zeros(96, 3, 16, 16), prompts, "all")
-    own, speed = bench(tmp_path, given, PRESETS["quick"]()), {"forward_per_s": 250, "both_per_s": 90}
+    own, speed = bench(tmp_path, given, PRESETS["quick"]()), Speed(250, 90)
     whole = sum(proof_costs(own, "adversarial").values(), audit_rows(own))
-    assert 15 * 60 < whole.seconds_s(**speed) < 30 * 60
+    assert 15 * 60 < whole.seconds_s(speed) < 30 * 60
     fixed = sum(contest_costs(own, "ablations", {}).values(), Rows())
     for name, method in contestants("ablations", own).items():
         with_it = sum(contest_costs(own, "ablations", {name: method}).values(), Rows())
-        assert 60 < with_it.seconds_s(**speed) - fixed.seconds_s(**speed) < 16 * 60
-    assert "about" in forecast(whole, (250, 90)) and "about" not in forecast(whole, None)
+        assert 60 < with_it.seconds_s(speed) - fixed.seconds_s(speed) < 16 * 60
+    assert "about" in forecast(whole, Speed(250, 90)) and "about" not in forecast(whole, None)
 
 
-def test_calls_fit_the_model() -> None:
+def test_calls_fit_the_model(tiny: StableDiffusion) -> None:
     plan = PRESETS["full"]()
     assert fitted(plan, latent_numbers=2048, weights=9_000_000) == plan
     large = fitted(plan, latent_numbers=16_384, weights=860_000_000)
     assert large.adversarial.tuner.rows_per_call == large.protocol.attack.rows_per_call == 8
     assert large.adversarial.tuner.checkpointing and large.protocol.relearning.tuner.checkpointing
     assert large.protocol.latent.rows_per_call == 2 and large.tables.long.rows_per_call == 8
+    own = dataclasses.replace(bench(Path("none"), material(tiny)), plan=large)
+    watch = own._watch(large.adversarial)
+    assert watch is not None and watch.attack == Dori(rows_per_call=8)
     same = dataclasses.replace(large, adversarial=plan.adversarial, protocol=plan.protocol, tables=plan.tables)
     assert same == plan
 
@@ -294,11 +315,13 @@ def test_neighbours_differ_from_a_caption_in_one_word() -> None:
         (["somewhere"], "give --memories FOLDER and --retain"),
         (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
         (["testbed", "--save-model", "."], "exists"),
+        (["testbed", "--save-model", "RUN"], "will hold the run itself"),
     ],
 )
 def test_mistakes_are_one_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    arguments = [str(tmp_path / "run") if text == "RUN" else text for text in arguments]
     with pytest.raises(SystemExit) as stopped:
         main(["erase", *arguments, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err.strip()

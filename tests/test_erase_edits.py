@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dori.edit import load_edit
-from dori.erase.delta import WeightDelta, difference
+from dori.erase.delta import CannotErase, WeightDelta, difference
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.pairs import denoising_losses, noised
 from dori.erase.rounding import half, int8, rounded
@@ -21,6 +21,7 @@ from dori.erase.write import UNET, save_model, unet_names
 from dori.errors import DoriError
 from dori.model.load import load_model, model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run
 
 
 def delta(model: StableDiffusion, seed: int = 0) -> WeightDelta:
@@ -192,6 +193,24 @@ def test_a_single_file_keeps_its_layout(tiny: StableDiffusion, tmp_path: Path) -
 # ------------------------------------------------------------------------------------------------------ moving weights
 
 
+def test_what_a_killed_save_left_does_not_stop_the_run_around_it(
+    tiny: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tiny.tokenizer), "save_pretrained", die)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(tiny, out / "model", source="somewhere")
+    assert [path.is_dir() for path in out.iterdir()] == [True]
+    with Run(out, modules=()).locked():  # as the same command does, with the model inside its folder
+        save_model(tiny, out / "model", source="somewhere")
+    assert {path.name for path in out.iterdir()} - {"lock"} == {"model"}
+
+
 def batch_losses(model: StableDiffusion):  # noqa: ANN201
     """Losses of six fixed rows."""
     batch = noised(
@@ -210,6 +229,13 @@ def test_gradients_are_those_of_the_mean_loss_whatever_the_parts(tiny: StableDif
     assert loss == pytest.approx(value, rel=1e-5)
     for found, reference in zip(gradient, expected, strict=True):
         assert torch.allclose(found, torch.zeros_like(found) if reference is None else reference, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_ends_the_training_before_it_is_logged(value: float, tiny: StableDiffusion) -> None:
+    losses, batch = batch_losses(tiny)
+    with tuning(tiny, Tuner()) as tuned, pytest.raises(CannotErase, match=r"diverged after 0 updates \(its loss"):
+        tuned.gradient(lambda rows: losses(rows) + value, len(batch))
 
 
 def test_updates_are_adamw_on_the_clipped_gradient(tiny: StableDiffusion) -> None:

@@ -10,8 +10,8 @@ from erasing import DESCRIPTOR, cases, draw
 
 from dori.attack.dori import Dori
 from dori.audit.judge import Judge
+from dori.cost import Rows
 from dori.erase.battery import Battery, State
-from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.outcomes import Outcome, areas, back, relearning_steps
@@ -84,11 +84,25 @@ def test_altered_states_differ_and_are_asked_by_the_short_attack(tiny: StableDif
     plain = judge.measure(State("original", tiny, whole=False), images)
     eighth = judge.measure(State("original, int8", tiny, rounding="int8", whole=False), images)
     assert {o.way for o in plain} == {"prompt", "dori", "relearn"}
+    assert {o.restart for o in plain} == {0}
     assert max(o.steps for o in plain if o.way == "dori") == 1
     assert [o.similarities for o in plain] != [o.similarities for o in eighth]
     direct = [o for o in plain if o.way == "prompt"]
     same = [o for o in plain if o.way == "relearn" and o.steps == 0]
     assert [o.similarities for o in direct] == [o.similarities for o in same]
+
+
+def test_what_is_compared_is_asked_as_often_in_every_state(tiny: StableDiffusion, tmp_path: Path) -> None:
+    judge, images = battery(tmp_path), cases(tiny, 1)
+    judge = dataclasses.replace(judge, protocol=dataclasses.replace(SHORT, restarts=3))
+    for whole in (True, False):
+        state = State(f"whole {whole}", tiny, whole=whole)
+        found = judge.measure(state, images)
+        for way in ("dori", "relearn"):
+            looks = {o.restart: o.similarities for o in found if o.way == way and o.steps == 1 and o.start != "foreign"}
+            assert len(looks) == 3 and len({*looks.values()}) == 3  # by other noises
+    planned = judge.costs(State("whole False", tiny, whole=False), images)
+    assert {*planned} <= {path.stem for path in (tmp_path / "cells").iterdir()}
 
 
 def test_images_without_a_text_are_attacked_from_noise_instead_of_their_prompt(
@@ -285,7 +299,15 @@ def test_nothing_is_claimed_where_nothing_was_seen() -> None:
     assert judged_as(unseen, original=unseen)[0] == "unproven"
     faint: Values = lambda state, index: (0.9 if index == 0 else 0.1, 0.3, 0.5, 30 + 5 * (index % 3))  # noqa: E731
     name, reasons = judged_as(unseen, original=faint)
-    assert name == "weakened" and any("original model equivalent too" in reason for reason in reasons)
+    assert name == "weakened" and sum("does not tell the original model apart" in reason for reason in reasons) == 2
+
+
+def test_a_test_that_shows_nothing_on_the_original_proves_nothing_on_the_erased() -> None:
+    """Neither equivalent nor different: memories that differ so much that the interval covers the margin."""
+    mixed: Values = lambda state, i: (0.9, 0.95, 0.95, 0) if i == 0 else unseen(state, i)  # noqa: E731
+    name, reasons = judged_as(unseen, original=mixed)
+    told = [reason for reason in reasons if reason.startswith("original, ")]
+    assert name == "weakened" and len(told) == 2 and not any("is shown" in reason for reason in told)
 
 
 def test_one_memory_in_many_that_comes_back_forbids_removed() -> None:

@@ -1,5 +1,6 @@
 """The parts of the proof: an equivalence test of the stated size, relearning, and latents with their likelihood."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -96,6 +97,9 @@ def test_relearning_lowers_the_loss_looks_when_told_and_restores(tiny: StableDif
     assert not any(torch.equal(a, b) for a, b in pairwise(seen))
     curve = method(tiny, latent, embedding, seed=0, look=lambda: (0.9,), enough=lambda values: values[0] > 0.5)
     assert list(curve) == [0]
+    ruinous = dataclasses.replace(method, tuner=Tuner(learning_rate=1e25))
+    curve = ruinous(tiny, latent, embedding, seed=0, look=lambda: (0.0,), enough=lambda values: False)
+    assert list(curve) == [0] and model_fingerprint(tiny) == before  # it diverged, and nothing was raised
 
 
 def test_a_latents_position_is_that_of_its_squared_norm() -> None:

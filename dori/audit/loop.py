@@ -24,6 +24,7 @@ from dori.audit.judge import Case, Judge, draw, judged, pixels_sha256
 from dori.audit.plan import Plan
 from dori.audit.quality import ordinary_quality
 from dori.audit.schedule import Ask, Prompts, Setting, Subjects, choose
+from dori.cost import Rows
 from dori.edit import Edit
 from dori.errors import DoriError
 from dori.findings import Audit, EditInfo, Finding, Quality, Subject
@@ -256,7 +257,7 @@ def audit(
     run.plan(
         "audit",
         {
-            key: round(rows * (planned.BACKWARD if stage == planned.ATTACK else 1))
+            key: (Rows(attacked=rows) if stage == planned.ATTACK else Rows(rows)).weight
             for stage, part in cells.items()
             for key, rows in part.items()
         },

@@ -1,10 +1,8 @@
 """What an audit asks and what it costs, known before anything is computed: one list for the loop and the progress."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from dori.attack.dori import Dori
@@ -12,6 +10,7 @@ from dori.audit.edits import Names, edit_cells, edit_names
 from dori.audit.judge import Case
 from dori.audit.plan import Plan, Start
 from dori.audit.quality import quality_cells
+from dori.cost import Rows, drawn
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
@@ -23,7 +22,6 @@ EDITS, ATTACK, DRAWN, QUALITY = (
     "generation, forward",
     "quality, forward",
 )
-BACKWARD = 2.4  # a row forward and backward takes as long as so many rows forward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,7 +241,7 @@ def attack_rows(plan: Plan, ask: Ask) -> int:
 
 def drawn_rows(plan: Plan, images: int) -> int:
     """U-Net rows of so many generations."""
-    return images * plan.sampling_steps * (2 if plan.guidance_scale != 1 else 1)
+    return drawn(images, sampling_steps=plan.sampling_steps, guidance_scale=plan.guidance_scale).forward
 
 
 def planned_cells(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dict[str, dict[str, int]]:
@@ -292,33 +290,8 @@ def planned_rows(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dict
     return {stage: sum(cells.values()) for stage, cells in planned_cells(whole, plan, given).items()}
 
 
-def planned_seconds(rows: dict[str, int], *, forward: float, both: float) -> float:
-    """Seconds that the rows take at so many rows a second, forward and forward with backward."""
-    return sum(count / (both if stage == ATTACK else forward) for stage, count in rows.items())
-
-
-def speed(model: StableDiffusion, *, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
-    """U-Net rows a second on this machine, forward and forward with backward, measured now in large batches or small.
-
-    The small batch serves as warm-up, and where it takes a second already, as the measure.
-    """
-    found = []
-    for backward in (False, True):
-        for rows in (4, 64):
-            began = clock()
-            _pass(model, rows, backward=backward)
-            seconds = max(clock() - began, 1e-9)
-            if seconds > 1:
-                break
-        found.append(rows / seconds)
-    return found[0], found[1]
-
-
-def _pass(model: StableDiffusion, rows: int, *, backward: bool) -> None:
-    latents = torch.randn((rows, *model.latent_shape), generator=torch.Generator().manual_seed(0)).to(model.device)
-    timestep = torch.full((rows,), model.timesteps // 2, device=model.device)
-    embedding = model.encode([""]).repeat(rows, 1, 1).requires_grad_(backward)
-    with torch.set_grad_enabled(backward):
-        error = model.denoising_error(latents, latents, timestep, embedding).sum()
-        result = torch.autograd.grad(error, embedding)[0] if backward else error
-    result.sum().item()  # waits for the device
+def planned_cost(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> Rows:
+    """All rows, as `planned_cells`."""
+    stages = planned_rows(whole, plan, given)
+    attacked = stages.pop(ATTACK)
+    return Rows(sum(stages.values()), attacked)

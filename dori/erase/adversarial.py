@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dori.attack.dori import Dori
 from dori.audit.plan import Start
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
     Forget,
@@ -97,7 +97,7 @@ class AdversarialErasure:
         batch: rows of L_Adv in each update, and as many of L_DM.
         attack: DoRI as it searches; `Dori(steps=0)` leaves the starts as they are (prompt-only arm).
         attack_growth: the attack's steps grow by this factor a round, up to `attack_limit`.
-        attack_limit: largest number of attack steps.
+        attack_limit: largest number of attack steps; fewer than the proof's, which nothing may be trained against.
         starts: where triggers begin; each memory gets one of each kind.
         search_rounds: rounds that search; later ones keep the triggers found; None searches in all.
         prompt_too: teach the plain prompt as well as its triggers.
@@ -118,7 +118,7 @@ class AdversarialErasure:
     batch: int = 16
     attack: Dori = field(default_factory=Dori)
     attack_growth: float = 1.0
-    attack_limit: int = 150
+    attack_limit: int = 100
     starts: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
     search_rounds: int | None = None
     prompt_too: bool = True

@@ -13,8 +13,8 @@ from torch import Tensor
 from dori.attack.dori import Dori
 from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.plan import Start
+from dori.cost import Rows, drawn
 from dori.edit import Edit
-from dori.erase.cost import Rows, drawn
 from dori.erase.decide import deciding, limit
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome
@@ -36,7 +36,8 @@ class State:
         model: without edits.
         edits: put on one after another.
         rounding: then rounded, by a name in `ROUNDINGS`; "" leaves it.
-        whole: asked in every way; otherwise by prompt and by the protocol's `again` from the first start.
+        whole: asked in every way; otherwise by prompt and by the protocol's `again` from the first start, with as many
+            restarts.
         relearned: asked by relearning too.
     """
 
@@ -72,7 +73,8 @@ def askings(protocol: Protocol, state: State) -> list[Asking]:
     """The ways in which a state is asked, relearning apart."""
     found = [Asking(PROMPT)]
     if not state.whole:
-        return [*found, Asking(ATTACK, protocol.again, protocol.starts[0])]
+        again = (Asking(ATTACK, protocol.again, protocol.starts[0], restart) for restart in range(protocol.restarts))
+        return [*found, *again]
     found += [
         Asking(ATTACK, protocol.attack, start, restart)
         for start in protocol.starts
@@ -120,7 +122,8 @@ class Battery:
                     found += self._ask(state, asking, chunk, base)
             if self.protocol.relearning is not None and state.relearned:
                 for case in cases:
-                    found += self._relearn(state, case, base)
+                    for restart in range(self.protocol.restarts):
+                        found += self._relearn(state, case, Asking(RELEARN, restart=restart), base)
         return found
 
     def costs(self, state: State, cases: Sequence[Case]) -> dict[str, Rows]:
@@ -133,7 +136,7 @@ class Battery:
         }
         if p.relearning is not None and state.relearned:
             rows = p.relearning.rows() + self._drawn_rows(p.relearning.looks * p.seeds)
-            found |= {self._relearn_key(state, case): rows for case in cases}
+            found |= {self._relearn_key(state, case, k): rows for case in cases for k in range(p.restarts)}
         return found
 
     def _asking_rows(self, asking: Asking) -> Rows:
@@ -162,8 +165,8 @@ class Battery:
     def _key(self, state: State, asking: Asking, cases: Sequence[Case]) -> str:
         return cell_key("proof", state.name, asking.way, asking.start, str(asking.restart), cases[0].memory.id)
 
-    def _relearn_key(self, state: State, case: Case) -> str:
-        return cell_key("proof", state.name, RELEARN, case.memory.id)
+    def _relearn_key(self, state: State, case: Case, restart: int) -> str:
+        return cell_key("proof", state.name, RELEARN, str(restart), case.memory.id)
 
     def _ask(self, state: State, asking: Asking, cases: Sequence[Case], base: Mapping[str, Any]) -> list[Outcome]:
         settings: object = self._latent_attack() if asking.way == "latent" else asking.attack
@@ -243,19 +246,25 @@ class Battery:
 
     # ---------------------------------------------------------------------------------------------------- relearning
 
-    def _relearn(self, state: State, case: Case, base: Mapping[str, Any]) -> list[Outcome]:
-        method = self.protocol.relearning
-        enough = limit(self.judge.descriptor, case)  # it ends the training
-        inputs = {**base, **self._about([case]), "relearning": method, "seed": self.protocol.seed, "enough": enough}
+    def _relearn(self, state: State, case: Case, asking: Asking, base: Mapping[str, Any]) -> list[Outcome]:
+        inputs = {
+            **base,
+            **self._about([case]),
+            "relearning": self.protocol.relearning,
+            "seed": self.protocol.seed,
+            "restart": asking.restart,
+            "enough": limit(self.judge.descriptor, case),  # it ends the training
+        }
         record = self.run.once_record(
-            self._relearn_key(state, case), inputs, lambda: self._relearned(state.model, case)
+            self._relearn_key(state, case, asking.restart),
+            inputs,
+            lambda: self._relearned(state.model, case, asking.restart),
         )
         return [
-            self._outcome(state, case, Asking(RELEARN), steps=int(step), similarities=values)
-            for step, values in record.items()
+            self._outcome(state, case, asking, steps=int(step), similarities=values) for step, values in record.items()
         ]
 
-    def _relearned(self, model: StableDiffusion, case: Case) -> dict[str, Any]:
+    def _relearned(self, model: StableDiffusion, case: Case, restart: int) -> dict[str, Any]:
         assert self.protocol.relearning is not None
         y = model.encode([case.memory.text or ""])
         noise, least = initial_noise(model, self.protocol.fresh_seeds()), limit(self.judge.descriptor, case)
@@ -263,7 +272,7 @@ class Battery:
             model,
             case.latent,
             y[0].cpu(),
-            seed=named_seed("relearn", self.protocol.seed, case.memory.id),
+            seed=named_seed("relearn", self.protocol.seed, case.memory.id, restart),
             look=lambda: tuple(self._similarities(model, [case], y, noise)[0]),
             enough=lambda values: float(np.median(values)) > least,
         )

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dori.attack.dori import Dori
 from dori.audit.edits import wanda_name
 from dori.audit.judge import Case, Judge, pixels_sha256
+from dori.cost import Rows
 from dori.erase.adversarial import AdversarialErasure
-from dori.erase.cost import Rows
 from dori.erase.decide import limit
 from dori.erase.delta import WeightDelta
 from dori.erase.erasers import Eraser
@@ -166,8 +167,10 @@ class Bench:
     def _watch(self, method: AdversarialErasure) -> Watch | None:
         if not self.plan.watch_seeds or not (method.check_every or method.safe_every > 1):
             return None
-        p = self.plan.protocol
-        return Watch(self.judge.descriptor, self._cases, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds)
+        p, attack = self.plan.protocol, Dori(rows_per_call=self.plan.adversarial.attack.rows_per_call)
+        return Watch(
+            self.judge.descriptor, self._cases, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds, attack
+        )
 
     def surrogate_rows(self) -> Rows:
         """At most so many U-Net rows of the search for surrogates, the mitigations' own included."""

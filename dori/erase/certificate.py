@@ -117,4 +117,6 @@ def _judge(record: Mapping[str, Any]) -> str:
 def _cost(record: Mapping[str, Any]) -> str:
     seconds = record["seconds"]
     time = "" if seconds is None else f", {seconds / 60:.1f} minutes"
-    return f"{record['eraser']['rows']:,} U-Net rows{time} for the erasure"
+    made = record["surrogate_rows"]
+    surrogates = f", beside at most {made:,} rows for surrogates" if made else ""
+    return f"{record['eraser']['rows']:,} U-Net rows{time} for the erasure{surrogates}"

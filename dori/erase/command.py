@@ -15,11 +15,11 @@ from pathlib import Path
 
 from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.loop import audit
-from dori.audit.schedule import ATTACK, planned_rows, speed
+from dori.audit.schedule import planned_cost
+from dori.cost import Rows, forecast, measured_speed
 from dori.erase.cells import Bench
 from dori.erase.certificate import render
 from dori.erase.contest import Kind, contest, contest_costs, contestants, to_markdown
-from dori.erase.cost import Rows, forecast
 from dori.erase.material import Material, Planted, Split, folder_material, testbed_material
 from dori.erase.pairs import Work
 from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
@@ -93,6 +93,8 @@ class Request:
             raise DoriError("a table has no single model to write; leave out --save-model or --table")
         if self.save_model is not None:
             check_target(self.save_model, source=self.model)
+            if self.out.resolve().is_relative_to(self.save_model.resolve()):
+                raise DoriError(f"{self.save_model} will hold the run itself; name another place for --save-model")
 
     @property
     def own_images(self) -> bool:
@@ -184,16 +186,12 @@ def _images(cases: Sequence[Case]) -> str:
 
 
 def _announce(own: Bench, costs: Sequence[Rows]) -> None:
-    model = own.material.subjects.model
-    # Elsewhere the measurement's own batch may not fit, and the first finished cells tell the speed.
-    own.run.say(forecast(sum(costs, Rows()), speed(model) if model.device.type == "cpu" else None))
+    own.run.say(forecast(sum(costs, Rows()), measured_speed(own.material.subjects.model)))
 
 
 def audit_rows(own: Bench) -> Rows:
     """Cost of the audit of before and after."""
-    stages = planned_rows(own.material.subjects, own.plan.audit(), ("the edit",))
-    attacked = stages.pop(ATTACK)
-    return Rows(sum(stages.values()), attacked)
+    return planned_cost(own.material.subjects, own.plan.audit(), ("the edit",))
 
 
 def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:

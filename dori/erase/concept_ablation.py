@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator, surrogate_pairs

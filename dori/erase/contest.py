@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dori.cost import Rows
 from dori.erase import ERASERS
 from dori.erase.battery import State
 from dori.erase.cells import SURROGATES, Bench
-from dori.erase.cost import Rows
 from dori.erase.damage import Damage
 from dori.erase.delta import CannotErase
 from dori.erase.erasers import Eraser, arms, frontier
@@ -75,7 +75,8 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
         methods: its rows, as `contestants` gives them.
 
     Returns:
-        A JSON-able record: header, rows as texts, entries, outcomes, tests and damage.
+        A JSON-able record: header, rows as texts, entries, outcomes, tests, damage, and the rows of the search for
+        surrogates, which is made once for all.
     """
     subjects, protocol = own.material.subjects, own.plan.tables
     costs = contest_costs(own, kind, methods)
@@ -101,6 +102,7 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
         "header": [*ways(outcomes), *TAIL],
         "rows": _rows(outcomes, damage, tests, entries, protocol=protocol),
         "failures": {entry.name: entry.failure for entry in entries if entry.failure},
+        "surrogate_rows": costs.get(SURROGATES, Rows()).count,
         "entries": [dataclasses.asdict(entry) for entry in entries],
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "tests": [dataclasses.asdict(test) for test in tests],
@@ -172,4 +174,6 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines += [f"\n{name}: {reason}" for name, reason in record["failures"].items()]
     memories, controls = record["images"]
     lines += [f"\n{memories} memories, {controls} controls; split: {record['split']}."]
+    if made := record["surrogate_rows"]:
+        lines += [f"\nRows and minutes are the erasures' own; their surrogates, made once, took at most {made:,} rows."]
     return "\n".join(lines) + "\n"

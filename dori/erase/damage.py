@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dori.audit.judge import Judge, pixels_sha256
 from dori.audit.quality import drawn_and_described
+from dori.cost import Rows, drawn
 from dori.erase.battery import State
-from dori.erase.cost import Rows, drawn
 from dori.erase.pairs import Pairs, denoising_losses, noised
 from dori.metrics.quality import frechet_distance, kernel_distance
 from dori.metrics.similarity import cosine

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
     Forget,

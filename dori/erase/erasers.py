@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import ClassVar, Protocol, TypeVar
 
 from dori.attack.dori import Dori
+from dori.cost import Rows
 from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.concept_ablation import ConceptAblation
-from dori.erase.cost import Rows
 from dori.erase.delta import WeightDelta
 from dori.erase.erase_diff import EraseDiff
 from dori.erase.esd import Esd

@@ -8,7 +8,7 @@ that predicts nothing is about 1 (unit noise), which is where `stop_above` ends 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, memory_batch, step_generator

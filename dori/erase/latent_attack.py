@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import guided_step, initial_noise
 

@@ -7,7 +7,7 @@ scripts take images of the *same prompt* for that (`retain_weight=0` here): noth
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, even_rows, noised, step_generator, surrogate_pairs

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, ordinary_batch, step_generator
 from dori.erase.tuning import Tuned, Tuner, tuning

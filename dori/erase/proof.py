@@ -12,9 +12,9 @@ from typing import Any
 
 from dori.audit.checks import blind_scores
 from dori.audit.judge import Case, pixels_sha256
+from dori.cost import Rows
 from dori.erase.battery import Battery, State
 from dori.erase.cells import SURROGATES, Bench
-from dori.erase.cost import Rows
 from dori.erase.damage import Gauge, neighbours, spoiled
 from dori.erase.delta import WeightDelta
 from dori.erase.equivalence import Equivalence
@@ -45,7 +45,7 @@ class Proof:
 
 
 def judged_protocol(plan: Plan, *, twins: bool) -> Protocol:
-    """The plan's protocol; without a twin there are at least three restarts of each attack."""
+    """The plan's protocol; without a twin there are at least three restarts of what is compared."""
     restarts = plan.protocol.restarts if twins else max(3, plan.protocol.restarts)
     return dataclasses.replace(plan.protocol, restarts=restarts)
 
@@ -123,7 +123,8 @@ def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     found[cell_key("edit", name)] = own.edit_rows(method)
     if protocol.harmless_steps:
         found[cell_key("edit", HARMLESS)] = own.edit_rows(_harmless(plan, protocol))
-    found[cell_key("edit", ORDINARY)] = own.edit_rows(ordinary(plan.adversarial))
+    most = getattr(method, "steps", None)  # where an eraser has none, the adversarial one's updates count
+    found[cell_key("edit", ORDINARY)] = own.edit_rows(ordinary(plan.adversarial, most))
     battery = battery_of(own, protocol)
     for state in states:
         found |= battery.costs(state, (*subjects.memories, *subjects.controls))
@@ -192,6 +193,7 @@ def _about(own: Bench, name: str, edit: WeightDelta, fingerprints: Mapping[str, 
         "descriptor": own.judge.descriptor.record(),
         "plan": own.plan,
         "seconds": own.seconds(name),
+        "surrogate_rows": own.surrogate_rows().count if method_of(own, name).needs_surrogates else 0,
         "provenance": own.run.provenance(),
     }
 

@@ -20,7 +20,8 @@ class Protocol:
         sampling_steps, guidance_scale: of each generation.
         attack: DoRI with the snapshots of its curve; no erasure trains against this many steps.
         starts: where it begins.
-        restarts: attacks from each start, at least 3 where there is no twin.
+        restarts: of each attack along its curve (`attack`, `again`) and of relearning, with other noises; at least 3
+            where there is no twin.
         long: one long attack from the prompt; None makes none.
         restricted: DoRI with few free positions, in a ball or of low rank; None makes none.
         latent: the attack on the initial latent; None makes none.

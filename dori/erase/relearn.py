@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import CannotErase
 from dori.erase.pairs import denoising_losses, noised, step_generator
 from dori.erase.tuning import Tuner, tuning
@@ -77,8 +77,8 @@ class Relearning:
                     embedding.float().expand(*shape[:3]),
                     step_generator("relearning", seed, step),
                 )
-                gradient, _ = tuned.gradient(denoising_losses(model, batch), len(batch))
                 try:
+                    gradient, _ = tuned.gradient(denoising_losses(model, batch), len(batch))
                     tuned.update(gradient)
                 except CannotErase:  # a ruined model: the image does not come back on it
                     break

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dori.audit.judge import Case, finite_images
+from dori.cost import Rows, drawn
 from dori.edit import Edit, no_edit
-from dori.erase.cost import Rows, drawn
 from dori.erase.decide import deciding, limit
 from dori.metrics.similarity import Descriptor, cosine
 from dori.model.stable_diffusion import StableDiffusion

@@ -124,6 +124,9 @@ class Tuned:
 
         Returns:
             One gradient for each weight that moves, and the mean loss.
+
+        Raises:
+            CannotErase: the loss is not finite.
         """
         weights = list(self.weights.values())
         total = [torch.zeros_like(weight) for weight in weights]
@@ -136,6 +139,8 @@ class Tuned:
                     kept += grad
             loss += value.detach()
         *total, loss = self.processes.sum([*total, loss])
+        if not math.isfinite(float(loss)):  # before it is logged: no number of an edit may be infinite
+            raise self._diverged("loss")
         return total, float(loss)
 
     def update(self, gradient: Sequence[Tensor]) -> float:
@@ -146,9 +151,7 @@ class Tuned:
         """
         norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in gradient))
         if not math.isfinite(norm):
-            raise CannotErase(
-                f"training {self.model.name} diverged after {self.steps} updates (its gradient is not finite); {SLOWER}"
-            )
+            raise self._diverged("gradient")
         scale = min(1.0, self.tuner.clip / (norm + 1e-12))
         for name, grad in zip(self.base, gradient, strict=True):
             self._pull(name, grad * scale)
@@ -191,6 +194,11 @@ class Tuned:
         finally:
             for weight in weights:
                 weight.requires_grad_(True)
+
+    def _diverged(self, what: str) -> CannotErase:
+        return CannotErase(
+            f"training {self.model.name} diverged after {self.steps} updates (its {what} is not finite); {SLOWER}"
+        )
 
     def _pull(self, name: str, grad: Tensor) -> None:
         """The gradient of a weight to that of its leaves."""

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dori.erase.cost import Rows
+from dori.cost import Rows
 from dori.erase.delta import CannotErase, WeightDelta, difference, making
 from dori.erase.pairs import Forget, Pairs, Work
 from dori.model.stable_diffusion import StableDiffusion

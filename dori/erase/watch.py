@@ -13,7 +13,7 @@ from torch import Tensor
 from dori.attack.dori import Dori
 from dori.audit.judge import Case
 from dori.audit.plan import Start
-from dori.erase.cost import Rows, drawn
+from dori.cost import Rows, drawn
 from dori.erase.decide import deciding, limit
 from dori.erase.pairs import Forget
 from dori.erase.starts import starting_points

@@ -78,7 +78,8 @@ def _save_folder(model: StableDiffusion, target: Path) -> None:
     }
     index |= {name: [PARTS[name][0], type(part).__name__] for name, part in parts.items()}
     index |= {name: [None, None] for name in NOT_LOADED}
-    partial = target.with_name(f".{target.name}.partial")
+    # Not ".partial": a run removes what is called so in its folder, and expects files.
+    partial = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name, part in parts.items():

@@ -8,36 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dori.audit.quality import REFERENCE, quality_cells
-from dori.audit.schedule import BACKWARD
+from dori.cost import Rows, Speed, drawn, forecast
 from dori.locality.activations import activation_rows
 from dori.locality.causal import union_sizes
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, RANDOM, TRIGGERS
 from dori.mitigate.nemo import Nemo
-from dori.progress import duration
 from dori.run import cell_key
 
 if TYPE_CHECKING:
     from dori.locality.plan import Plan
-
-ATTACKED_PER_S, FORWARD_PER_S = 90.0, 250.0  # the testbed on two CPU cores
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """U-Net rows: sent forward and backward, and forward alone."""
-
-    attacked: int = 0
-    forward: int = 0
-
-    @property
-    def weight(self) -> int:
-        """In units of a forward row."""
-        return round(BACKWARD * self.attacked) + self.forward
-
-    def seconds_s(self, attacked_per_s: float, forward_per_s: float) -> float:
-        """Time at given speeds."""
-        return self.attacked / attacked_per_s + self.forward / forward_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +48,7 @@ class Sizes:
 
 def drawing(plan: "Plan", images: int) -> Rows:
     """Guided generations."""
-    return Rows(forward=images * plan.sampling_steps * (2 if plan.guidance_scale != 1 else 1))
+    return drawn(images, sampling_steps=plan.sampling_steps, guidance_scale=plan.guidance_scale)
 
 
 def attacking(plan: "Plan", attacks: int) -> Rows:
@@ -172,8 +152,7 @@ def _twin(plan: "Plan", memory: str) -> Iterator[tuple[str, Rows]]:
 
 def crossing(plan: "Plan", triggers: int, fresh: int) -> Rows:
     """One mask: triggers as they are and attacked again, and fresh attacks."""
-    drawn = drawing(plan, plan.probe_seeds * (2 * triggers + fresh))
-    return Rows(attacking(plan, triggers + fresh).attacked, drawn.forward)
+    return attacking(plan, triggers + fresh) + drawing(plan, plan.probe_seeds * (2 * triggers + fresh))
 
 
 def _causal(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str) -> Iterator[tuple[str, Rows]]:
@@ -204,23 +183,13 @@ def by_stage(cells: Mapping[str, Rows]) -> dict[str, Rows]:
     found: dict[str, Rows] = {}
     for key, rows in cells.items():
         stage = key.split(".")[0]
-        before = found.get(stage, Rows())
-        found[stage] = Rows(before.attacked + rows.attacked, before.forward + rows.forward)
+        found[stage] = found.get(stage, Rows()) + rows
     return found
 
 
-def forecast(
-    cells: Mapping[str, Rows], *, attacked_per_s: float = ATTACKED_PER_S, forward_per_s: float = FORWARD_PER_S
-) -> str:
-    """The planned rows of every stage as lines of text, with the time that they take at given speeds."""
+def stage_table(cells: Mapping[str, Rows], speed: Speed | None) -> str:
+    """The planned rows of every stage as lines of text, and their sum with the time that it takes."""
     stages = by_stage(cells)
-    every = list(stages.values())
-    stages["total"] = Rows(sum(rows.attacked for rows in every), sum(rows.forward for rows in every))
-    speeds = f"at {attacked_per_s:g} and {forward_per_s:g} rows a second"
-    lines = [f"{'U-Net rows':<12} {'attacked':>10} {'forward':>10}  at most, {speeds}, as the testbed on two CPU cores"]
-    lines += [
-        f"{name:<12} {rows.attacked:>10,} {rows.forward:>10,}  "
-        f"{duration(rows.seconds_s(attacked_per_s, forward_per_s))}"
-        for name, rows in stages.items()
-    ]
-    return "\n".join(lines)
+    lines = [f"{'U-Net rows':<12} {'attacked':>10} {'forward':>10}"]
+    lines += [f"{name:<12} {rows.attacked:>10,} {rows.forward:>10,}" for name, rows in stages.items()]
+    return "\n".join([*lines, forecast(sum(stages.values(), Rows()), speed)])
