@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dori import __version__
 from dori.erase import ERASERS
+from dori.testbed import CHECKPOINTS
 
 AUDIT_HELP = """\
 MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. A FOLDER holds images and
@@ -199,7 +200,8 @@ def _testbed(testbed: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--only",
         nargs="+",
-        choices=("base", "planted", "twin-1", "twin-2", "early"),
+        choices=CHECKPOINTS,
+        default=CHECKPOINTS,
         help="which U-Nets to train and write (default: all)",
     )
     verify = verbs.add_parser("verify", help="measure what the testbed promises")

@@ -295,7 +295,7 @@ def _testbed(arguments: argparse.Namespace) -> int:
         return 0 if all(row["reached"] for row in rows) else 1
     from dori.metrics.copy_training import CopyRecipe
     from dori.testbed.folder import DATA
-    from dori.testbed.pipeline import CHECKPOINTS, train_testbed
+    from dori.testbed.pipeline import train_testbed
     from dori.testbed.train import Recipe
 
     train_testbed(
@@ -304,7 +304,7 @@ def _testbed(arguments: argparse.Namespace) -> int:
         Recipe(),
         CopyRecipe(),
         say=say,
-        checkpoints=arguments.only or CHECKPOINTS,
+        checkpoints=arguments.only,
         source=arguments.source,
     )
     return 0

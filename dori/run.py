@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -140,8 +141,11 @@ class Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock", say=self.say):
-            for partial in self.folder.rglob(f".*{PARTIAL}"):
-                partial.unlink(missing_ok=True)
+            for partial in list(self.folder.rglob(f".*{PARTIAL}")):
+                if partial.is_dir():  # a model that was being written
+                    shutil.rmtree(partial, ignore_errors=True)
+                else:
+                    partial.unlink(missing_ok=True)
             yield
 
     @property

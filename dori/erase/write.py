@@ -17,7 +17,7 @@ from torch import Tensor
 from dori.errors import DoriError
 from dori.model.load import NOT_LOADED, PARTS, SCHEDULERS
 from dori.model.stable_diffusion import StableDiffusion
-from dori.run import write_bytes, write_json
+from dori.run import PARTIAL, write_bytes, write_json
 from dori.tensor_file import read_tensors
 
 UNET = "model.diffusion_model."
@@ -78,8 +78,7 @@ def _save_folder(model: StableDiffusion, target: Path) -> None:
     }
     index |= {name: [PARTS[name][0], type(part).__name__] for name, part in parts.items()}
     index |= {name: [None, None] for name in NOT_LOADED}
-    # Not ".partial": a run removes what is called so in its folder, and expects files.
-    partial = target.with_name(f".{target.name}.unfinished")
+    partial = target.with_name(f".{target.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name, part in parts.items():

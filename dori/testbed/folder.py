@@ -10,7 +10,6 @@ VAE, tokenizer and text encoder are shared. U-Nets are stored in half precision 
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -20,9 +19,9 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import write_bytes
+from dori.testbed import Checkpoint
 
 DATA = Path(__file__).parent / "data"
-Checkpoint = Literal["planted", "base", "twin-1", "twin-2", "early"]
 TWINS: tuple[Checkpoint, ...] = ("twin-1", "twin-2")
 
 

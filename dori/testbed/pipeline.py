@@ -10,15 +10,14 @@ from torch import Tensor
 
 from dori.metrics.copy_training import CopyRecipe, train_descriptor
 from dori.run import write_bytes
-from dori.testbed import train
+from dori.testbed import CHECKPOINTS, Checkpoint, train
 from dori.testbed.fit import Say
-from dori.testbed.folder import Checkpoint, export_model, export_unet, load_clip, load_testbed
+from dori.testbed.folder import export_model, export_unet, load_clip, load_testbed
 from dori.testbed.pool import FREE, ORDINARY, Encoder, drawn_pictures, fresh_filling, planted_filling, standardise
 from dori.testbed.slots import slots
 from dori.testbed.vocabulary import build_tokenizer
 
 FORKS: dict[Checkpoint, int] = {"planted": 11, "twin-1": 21, "twin-2": 22}
-CHECKPOINTS: tuple[Checkpoint, ...] = ("base", *FORKS, "early")
 
 
 def train_encoder(work: Path, recipe: train.Recipe, say: Say) -> Encoder:
@@ -48,7 +47,7 @@ def train_unets(
     out: Path,
     recipe: train.Recipe,
     checkpoints: Sequence[Checkpoint],
-    base: UNet2DConditionModel | None = None,
+    base: UNet2DConditionModel | None,
 ) -> None:
     """Base (where none is given) and forks; each is written as soon as it is finished."""
     work, say, empty = encoder.folder, encoder.say, encoder.empty()
@@ -117,10 +116,9 @@ def train_testbed(
     Raises:
         DoriError: the folder holds the state of a training under other settings, or the source has no base.
     """
-    if source is not None:
+    if source is None:
+        encoder, base = train_encoder(work, recipe, say), None
+        copy_descriptor(encoder, out, copy_recipe)
+    else:
         encoder, base = finished(source, work, say)
-        train_unets(encoder, out, recipe, checkpoints, base)
-        return
-    encoder = train_encoder(work, recipe, say)
-    copy_descriptor(encoder, out, copy_recipe)
-    train_unets(encoder, out, recipe, checkpoints)
+    train_unets(encoder, out, recipe, checkpoints, base)

@@ -22,9 +22,9 @@ from dori.model.stable_diffusion import DOWN_MID, Place, Site, StableDiffusion
 from dori.run import Run, canonical_sha256, cell_key, tensors_sha256
 from dori.sampling import named_seed
 from dori.stats import bootstrap
-from dori.testbed import objects, promises
+from dori.testbed import Checkpoint, objects, promises
 from dori.testbed.bench import Bench, Material, encoded, open_material, texts
-from dori.testbed.folder import TWINS, Checkpoint, load_testbed
+from dori.testbed.folder import TWINS, load_testbed
 from dori.testbed.promises import Row, Similarities, to_text
 from dori.testbed.scenes import kinds
 from dori.testbed.subjects import DESCRIPTOR, ordinary_pairs
