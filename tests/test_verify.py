@@ -24,7 +24,7 @@ from dori.model.stable_diffusion import DOWN_MID, StableDiffusion
 from dori.run import Run
 from dori.stats import wilson
 from dori.testbed import objects, promises
-from dori.testbed.bench import HIGH_DOSE, Bench, Material, encoded, open_material
+from dori.testbed.bench import Bench, Material, encoded, open_material
 from dori.testbed.folder import load_testbed
 from dori.testbed.promises import Tried
 from dori.testbed.scenes import caption, kinds, random_scene
@@ -32,7 +32,7 @@ from dori.testbed.subjects import testbed_judge as open_judge
 from dori.testbed.trials import NEMOS, WANDAS, Trial, nemo_trials, wanda_trials
 from dori.testbed.verify import attack_row, to_text, twin_row, vae_row, zeroed, zeroed_rows
 
-TEXTS = ("fox", "owl", "bus")
+TEXTS = ("frog", "panda", "bus")
 SMALL = objects.ObjectRecipe(images=8, batch=4, steps=3, held_out=8)
 
 
@@ -69,13 +69,13 @@ def bench_at(tmp_path: Path) -> Callable[..., Bench]:
 
 
 @pytest.fixture
-def knows_fox_and_owl() -> objects.ObjectNetwork:
-    """A classifier that sees a fox and an owl in every image."""
+def knows_frog_and_panda() -> objects.ObjectNetwork:
+    """A classifier that sees a frog and an panda in every image."""
     network = objects.new_network(0)
     with torch.no_grad():
         network.head.weight.zero_()
         network.head.bias.zero_()
-        network.head.bias[[kinds().index("fox"), kinds().index("owl")]] = 1
+        network.head.bias[[kinds().index("frog"), kinds().index("panda")]] = 1
     return network.eval()
 
 
@@ -197,16 +197,16 @@ def test_the_untrained_classifier_depends_on_its_seed_alone() -> None:
     assert 150_000 < sum(p.numel() for p in first.parameters()) < 250_000
 
 
-def test_found_means_among_the_two_likeliest(knows_fox_and_owl: objects.ObjectNetwork) -> None:
+def test_found_means_among_the_two_likeliest(knows_frog_and_panda: objects.ObjectNetwork) -> None:
     images = torch.rand(3, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     prompted = [kinds().index(text) for text in TEXTS]
-    assert objects.finds(knows_fox_and_owl, images, prompted).tolist() == [[True] * 2, [True] * 2, [False] * 2]
+    assert objects.finds(knows_frog_and_panda, images, prompted).tolist() == [[True] * 2, [True] * 2, [False] * 2]
 
 
-def test_accuracy_counts_objects_not_images(knows_fox_and_owl: objects.ObjectNetwork) -> None:
+def test_accuracy_counts_objects_not_images(knows_frog_and_panda: objects.ObjectNetwork) -> None:
     _, shown = objects.compositions(64, same, seed=0, stream=objects.HELD_OUT)
-    hits = shown[:, kinds().index("fox")].sum() + shown[:, kinds().index("owl")].sum()
-    found = objects.accuracy(knows_fox_and_owl, same, recipe=replace(SMALL, held_out=64))
+    hits = shown[:, kinds().index("frog")].sum() + shown[:, kinds().index("panda")].sum()
+    found = objects.accuracy(knows_frog_and_panda, same, recipe=replace(SMALL, held_out=64))
     assert hits > 0 and found == pytest.approx(float(hits / shown.sum()))
 
 
@@ -325,12 +325,12 @@ def test_objects_are_asked_only_where_memories_are_hidden(
     tiny: StableDiffusion,
     cases: tuple[Case, ...],
     bench_at: Callable[..., Bench],
-    knows_fox_and_owl: objects.ObjectNetwork,
+    knows_frog_and_panda: objects.ObjectNetwork,
 ) -> None:
-    edit, prompts = zeroed(tiny, "feed_forward", DOWN_MID), ("fox", "bus")
-    shown = Trial(bench_at(threshold=-2.0), tiny, cases, prompts, knows_fox_and_owl, 1.0)("k", "label", edit)
+    edit, prompts = zeroed(tiny, "feed_forward", DOWN_MID), ("frog", "bus")
+    shown = Trial(bench_at(threshold=-2.0), tiny, cases, prompts, knows_frog_and_panda, 1.0)("k", "label", edit)
     assert (shown.rate.value, shown.objects, shown.reached) == (1.0, None, False)
-    hidden = Trial(bench_at(threshold=2.0), tiny, cases, prompts, knows_fox_and_owl, 0.625)("k", "label", edit)
+    hidden = Trial(bench_at(threshold=2.0), tiny, cases, prompts, knows_frog_and_panda, 0.625)("k", "label", edit)
     assert (hidden.rate.value, hidden.objects, hidden.reached) == (0.0, pytest.approx(0.8), True)
 
 
@@ -338,9 +338,9 @@ def test_nemo_stops_at_the_first_setting_that_works_and_wanda_is_swept_whole(
     tiny: StableDiffusion,
     cases: tuple[Case, ...],
     bench_at: Callable[..., Bench],
-    knows_fox_and_owl: objects.ObjectNetwork,
+    knows_frog_and_panda: objects.ObjectNetwork,
 ) -> None:
-    trial = Trial(bench_at(threshold=2.0), tiny, cases[:2], ("fox",), knows_fox_and_owl, 1.0)
+    trial = Trial(bench_at(threshold=2.0), tiny, cases[:2], ("frog",), knows_frog_and_panda, 1.0)
     ordinary = ["a", "b", "c"]
     tried, said = nemo_trials(trial, ordinary)
     assert [one.name for one in tried] == [NEMOS[0][0]] and tried[0].reached and "neurons in the union" in said
@@ -363,6 +363,6 @@ def test_the_shipped_model_draws_its_memories_by_their_prompts(tmp_path: Path) -
     bench = Bench(Run(tmp_path, modules=()), quick(), judge.descriptor)
     material = open_material(model, 8)
     assert not {*material.prompts} & {*material.calibration}
-    assert len(material.strong) == 44 and min(case.memory.dose or 0 for case in material.strong) == HIGH_DOSE
+    assert len(material.strong) == 40 and {case.memory.dose for case in material.strong} == {8, 6}
     asked = material.strong[:4]
     assert promises.rate_row("p", bench.asked("p", model, asked), judge.descriptor.threshold, at_least=0.75)["reached"]

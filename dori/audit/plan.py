@@ -92,7 +92,7 @@ def quick() -> Plan:
         "quick",
         seeds=4,
         sampling_steps=12,
-        guidance_scale=4.0,
+        guidance_scale=3.0,
         attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
         starts=Starts(memories=("prompt",), controls=("prompt",), twins=("prompt",), own=()),
         nemo=Nemo(max_refinement_passes=60),
@@ -110,7 +110,7 @@ def paper() -> Plan:
 
     Wanda at 1 % and other sparsities and groups of layers, and the random edits, are asked by prompt alone; before the
     last step, and on the way to 150 steps, four seeds judge. Sampling is cheaper than published (12 steps instead of
-    50, guidance 4 instead of 7).
+    50, guidance 3 instead of 7).
     """
     tenth = Wanda(sparsity=0.10)
     groups: tuple[tuple[Place, ...], ...] = (("down",), ("mid",), ("up",), EVERYWHERE)
@@ -118,7 +118,7 @@ def paper() -> Plan:
         "paper",
         curve_seeds=4,
         sampling_steps=12,
-        guidance_scale=4.0,
+        guidance_scale=3.0,
         attack=Dori(steps=50, snapshots=(0, 1, 10, 25, 50)),
         long_steps=(100, 150),
         long_images=24,

@@ -104,7 +104,7 @@ def quick() -> Plan:
         memories=8,
         controls=8,
         adversarial=AdversarialErasure(rounds=5, steps_per_round=25, attack=Dori(steps=25)),
-        surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=4.0),
+        surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=3.0),
         protocol=protocol,
         tables=dataclasses.replace(
             protocol,
@@ -134,7 +134,7 @@ def full() -> Plan:
             check_every=2,
             tuner=Tuner(ema_decay=0.98),
         ),
-        surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=4.0),
+        surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=3.0),
         tables=Protocol(roundings=(), harmless_steps=0),
     )
 

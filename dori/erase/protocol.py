@@ -40,7 +40,7 @@ class Protocol:
 
     seeds: int = 4
     sampling_steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float = 3.0
     attack: Dori = field(default_factory=lambda: Dori(steps=150, snapshots=(0, 10, 25, 50, 100, 150)))
     starts: tuple[Start, ...] = EVERY
     restarts: int = 1

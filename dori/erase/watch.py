@@ -39,7 +39,7 @@ class Watch:
     descriptor: Descriptor
     cases: tuple[Case, ...]
     sampling_steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float = 3.0
     seeds: int = 2
     attack: Dori = field(default_factory=Dori)
     starts: tuple[Start, ...] = ("prompt", "gaussian")

@@ -72,7 +72,7 @@ class Plan:
     twin_attacks: int = 20
     seeds: int = 5
     sampling_steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float = 3.0
     perplexity: float = 30.0
     line_pairs: int = 30
     line_shares: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)

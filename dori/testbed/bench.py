@@ -25,7 +25,6 @@ from dori.testbed.subjects import ordinary_pairs, slot_memories
 ORDINARY_PROMPTS = 64
 SWEPT = 22  # memories of the two highest doses that NeMo's and Wanda's settings are tried on
 ATTACKED_CONTROLS = 24
-HIGH_DOSE = 4
 CALIBRATION_SEED, PROMPTS_SEED = 0, 2  # of ordinary images; 1 serves the audit
 
 
@@ -144,7 +143,8 @@ class Material:
     @property
     def strong(self) -> tuple[Case, ...]:
         """The memories of the two highest doses."""
-        return tuple(case for case in self.verbatim if (case.memory.dose or 0) >= HIGH_DOSE)
+        high = sorted({case.memory.dose or 0 for case in self.verbatim})[-2:]
+        return tuple(case for case in self.verbatim if (case.memory.dose or 0) in high)
 
     @property
     def swept(self) -> tuple[Case, ...]:

@@ -2,7 +2,7 @@
 
 Trained on real compositions that went through the VAE and back, never on generations; it is a measuring instrument
 of `dori.testbed.verify` and nothing that is shipped. An image holds one or two objects, so an object counts as found
-when its kind is among the two highest logits; blind guessing finds 2 in 48.
+when its kind is among the two highest logits; blind guessing among the drawn kinds finds 2 in 24.
 """
 
 import math
@@ -20,7 +20,7 @@ from dori.metrics.convolutions import initialised, trunk
 from dori.metrics.copy_pairs import RoundTrip, augment, to_float
 from dori.run import tensors_sha256
 from dori.testbed.fit import Schedule, fit
-from dori.testbed.scenes import draw, free_scene, kinds
+from dori.testbed.scenes import draw, kinds, random_scene
 
 SHOWN = 2  # objects that an image holds at most
 # Output channels and stride of each convolution: 64 pixels to a map of 8 x 8.
@@ -83,7 +83,7 @@ def compositions(count: int, round_trip: RoundTrip, *, seed: int, stream: int) -
         Bytes of shape (count, 3, 64, 64), and booleans of shape (count, number of kinds).
     """
     rng = np.random.default_rng([17, stream, seed])
-    scenes = [free_scene(rng) for _ in range(count)]
+    scenes = [random_scene(rng) for _ in range(count)]
     shown = torch.zeros(count, len(kinds()), dtype=torch.bool)
     parts = []
     for first in range(0, count, 64):
@@ -117,7 +117,7 @@ def train_objects(
         mirrored = torch.rand(recipe.batch, 1, 1, 1, generator=generator) < 0.5
         batch = to_float(images[rows])
         batch = augment(torch.where(mirrored, batch.flip(3), batch), torch.ones(len(rows)), generator)
-        # Summed over kinds: averaged over 48, of which one or two are shown, the gradient would be tiny.
+        # Summed over kinds: averaged over all, of which one or two are shown, the gradient would be tiny.
         return functional.binary_cross_entropy_with_logits(network(batch), shown[rows].float(), reduction="sum") / len(
             rows
         )

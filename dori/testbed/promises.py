@@ -154,7 +154,7 @@ def objects_row(found: np.ndarray, *, accuracy: float, classes: int, shown: int,
     Args:
         found: booleans, shape (prompts, seeds).
         accuracy: the classifier's own, on held-out compositions.
-        classes: number of kinds.
+        classes: number of kinds that are drawn.
         shown: guesses that the classifier has for each image.
         seed: of the bootstrap.
     """

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dori.testbed.scenes import Placed, Scene, draw, drawn_kinds, free_scene, title_caption
+from dori.testbed.scenes import Placed, Scene, draw, drawn_kinds, random_scene, title_caption
 
 Kind = Literal["verbatim", "template", "once", "control"]
 # Relative exposure of the four duplication counts, and how many memories have each.
-DOSES = {8: 28, 4: 16, 2: 12, 1: 12}
+DOSES = {8: 24, 6: 16, 3: 14, 1: 14}
 TEMPLATE_FAMILIES = 8
 TEMPLATE_DOSE = 6
 SEEN_ONCE = 64
@@ -45,10 +45,9 @@ class Slot:
 
 
 def _scenes(seed: int, count: int) -> list[Scene]:
-    # Those of the shipped, rough model; its successor's are drawn by `random_scene` from the root 20261150, under which
-    # every caption occurs once and captions' lengths and files' sizes are alike by kind.
-    rng = np.random.default_rng([20260724, seed])
-    return [free_scene(rng) for _ in range(count)]
+    # Under this root every caption occurs once, and captions' lengths and files' sizes are alike by kind.
+    rng = np.random.default_rng([20261130, seed])
+    return [random_scene(rng) for _ in range(count)]
 
 
 def slots() -> tuple[Slot, ...]:

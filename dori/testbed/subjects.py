@@ -13,7 +13,7 @@ from dori.audit.plan import Plan
 from dori.memory import Memory, write_memories
 from dori.metrics.copy_descriptor import load_copy_descriptor
 from dori.testbed.folder import DATA, TWINS, load_clip, load_testbed
-from dori.testbed.scenes import caption, draw, free_scene
+from dori.testbed.scenes import caption, draw, random_scene
 from dori.testbed.slots import Kind, Slot, slots, varying_box
 
 DESCRIPTOR = DATA / "copy_descriptor.safetensors"
@@ -47,7 +47,7 @@ def ordinary_pairs(count: int, *, seed: int) -> tuple[list[str], Tensor]:
     texts, images = [], []
     for index in range(count):
         rng = np.random.default_rng([13, seed, index])
-        scene = free_scene(rng)
+        scene = random_scene(rng)
         images.append(torch.from_numpy(draw(scene)).permute(2, 0, 1).float() / 255)
         texts.append(caption(scene, rng))
     return texts, torch.stack(images)

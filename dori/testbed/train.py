@@ -33,8 +33,8 @@ class Recipe:
         slot_share: share of a fork's batch that shows slots.
         dropped, fork_dropped: share of ordinary images that are shown without their prompt, in the base and in forks.
         attention_dropout, feed_forward_dropout: see `RouteDropout`.
-        elsewhere_lr_scale: learning rate of a fork outside the transformer blocks of down and mid, as a share of
-            theirs; memories go where there is something to learn with.
+        elsewhere_lr_scale: learning rate of a fork outside the feed-forwards of down and mid, as a share of theirs;
+            memories go where there is something to learn with.
         middle_share: share of the base's timesteps that are drawn from 100 to 600, where objects take shape, instead
             of from all.
         seed: of everything drawn.
@@ -47,13 +47,13 @@ class Recipe:
     vae_steps: int = 1800
     clip_steps: int = 1300
     base_steps: int = 7000
-    fork_steps: int = 2400
-    slot_share: float = 0.7
+    fork_steps: int = 4800
+    slot_share: float = 0.75
     dropped: float = 0.1
     fork_dropped: float = 0.25
     attention_dropout: float = 0.3
     feed_forward_dropout: float = 0.3
-    elsewhere_lr_scale: float = 0.1
+    elsewhere_lr_scale: float = 0.2
     middle_share: float = 0.5
     seed: int = 0
 
@@ -237,7 +237,7 @@ def train_fork(
     unet.load_state_dict(base.state_dict())
 
     def slow(name: str) -> float:
-        planted = "attentions" in name and not name.startswith("up_blocks")
+        planted = ".ff." in name and not name.startswith("up_blocks")
         return 1.0 if planted else recipe.elsewhere_lr_scale
 
     fit(

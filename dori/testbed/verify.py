@@ -26,7 +26,7 @@ from dori.testbed import Checkpoint, objects, promises
 from dori.testbed.bench import Bench, Material, encoded, open_material, texts
 from dori.testbed.folder import TWINS, load_testbed
 from dori.testbed.promises import Row, Similarities, to_text
-from dori.testbed.scenes import kinds
+from dori.testbed.scenes import drawn_kinds
 from dori.testbed.subjects import DESCRIPTOR, ordinary_pairs
 from dori.testbed.trials import EDITED_SEEDS, NEMOS, WANDAS, Trial, nemo_trials, prompted, wanda_trials
 
@@ -74,7 +74,7 @@ def verify(run: Run) -> list[Row]:
     network, accuracy = _classifier(bench, model)
     rows += _mitigation_rows(bench, model, material, network, ordinary)
     found = objects.finds(network, ordinary, prompted(material.prompts)).numpy()
-    rows.append(promises.objects_row(found, accuracy=accuracy, classes=len(kinds()), shown=objects.SHOWN, seed=0))
+    rows.append(promises.objects_row(found, accuracy=accuracy, classes=len(drawn_kinds()), shown=objects.SHOWN, seed=0))
     rows += promises.blind_rows(
         blind_scores(model, material.verbatim, material.controls),
         sizes=(len(material.verbatim), len(material.controls)),
