@@ -15,6 +15,7 @@ from torch import Tensor
 from dori.attack.dori import Dori
 from dori.edit import no_edit
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.decide import PART, deciding, deciding_pairs
 from dori.erase.delta import CannotErase
 from dori.erase.pairs import Work
 from dori.erase.processes import Processes
@@ -317,6 +318,20 @@ def test_a_copy_of_another_memory_is_no_surrogate(tiny: StableDiffusion) -> None
     reference = DESCRIPTOR(copied.image[None])
     likeness = [float(cosine(DESCRIPTOR(found.images[0]), reference).max()) for found in (drawn, again)]
     assert likeness[0] > 0.99 and likeness[1] < DESCRIPTOR.threshold
+
+
+def test_every_pair_is_compared_as_the_judge_compares_it(tiny: StableDiffusion) -> None:
+    """In parts or at once; a template blind to what varies, so that another instance of it is a copy."""
+    plain = cases(tiny, 2)
+    box = dataclasses.replace(plain[0].memory, kind="template", varying_box=(0, 0, 16, 12))
+    asked = (dataclasses.replace(plain[0], memory=box), plain[1])
+    judge = dataclasses.replace(DESCRIPTOR, masked_threshold=0.9)
+    images = torch.rand(PART + 3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    images[PART + 1, :, 12:] = plain[0].image[:, 12:]  # another instance
+    found = deciding_pairs(judge, asked, images)
+    for column, case in enumerate(asked):
+        assert torch.allclose(found[:, column], deciding(judge, [case], images[None])[0], atol=1e-6)
+    assert found[PART + 1, 0] > 0.99 > 0.9 > deciding_pairs(judge, plain, images)[PART + 1, 0]
 
 
 def test_surrogates_of_templates_are_unlike_what_stays_the_same(tiny: StableDiffusion) -> None:
