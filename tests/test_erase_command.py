@@ -314,6 +314,7 @@ def test_neighbours_differ_from_a_caption_in_one_word() -> None:
         (["testbed", "--retain", "x"], "leave out --retain"),
         (["somewhere"], "give --memories FOLDER and --retain"),
         (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
+        (["testbed", "--table", "ablations", "--eraser", "uce"], "leave out --eraser or --table"),
         (["testbed", "--save-model", "."], "exists"),
         (["testbed", "--save-model", "RUN"], "will hold the run itself"),
     ],

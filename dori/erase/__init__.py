@@ -14,6 +14,7 @@ ERASERS = (
     "concept-ablation",
     "uce",
 )
+DEFAULT = "adversarial"
 ARMS = (
     "whole recipe",
     "prompt only",
