@@ -197,6 +197,9 @@ def test_names_and_methods_agree() -> None:
     table = arms(method)
     assert tuple(table) == ARMS and len(set(table.values())) >= len(ARMS) - 1
     assert table["no retain loss"].retain_weight == 0 and table["attention only"].tuner.part == "attention"
+    slow, fast = table["LoRA"].tuner, table["LoRA, rate x 10"].tuner
+    assert (slow.part, slow.learning_rate) == ("lora", method.tuner.learning_rate)
+    assert fast == dataclasses.replace(slow, learning_rate=pytest.approx(10 * slow.learning_rate))
     assert ordinary(method).steps == 125 and ordinary(method, 30).steps == 30
     edge = frontier(method)
     assert len(edge) == 10 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)

@@ -23,6 +23,7 @@ ARMS = (
     "gaussian starts",
     "no retain loss",
     "LoRA",
+    "LoRA, rate x 10",
     "attention only",
     "one round",
     "three rounds",
