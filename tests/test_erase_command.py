@@ -156,6 +156,27 @@ def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path
     assert {o["restart"] for o in attacks} == {0, 1, 2}  # there is no twin
 
 
+def test_a_killed_search_for_surrogates_goes_on_with_the_next_memory(tiny: StableDiffusion, tmp_path: Path) -> None:
+    given, said = material(tiny), list[str]()
+
+    def die(line: str) -> None:
+        if line.startswith("surrogates of memory-1"):
+            raise KeyboardInterrupt
+
+    before = tiny.rows
+    whole = bench(tmp_path / "whole", given).forget(surrogates=True)
+    used = tiny.rows - before
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path / "killed", given, say=die).forget(surrogates=True)
+    before = tiny.rows
+    resumed = bench(tmp_path / "killed", given, say=said.append).forget(surrogates=True)
+    assert [line.split(":")[0] for line in said] == ["surrogates of memory-1"] and 0 < tiny.rows - before < used
+    assert all(torch.equal(a, b) for a, b in zip(whole.surrogates, resumed.surrogates, strict=True))
+    before = tiny.rows
+    bench(tmp_path / "killed", given).forget(surrogates=True)
+    assert tiny.rows == before  # with all stored, not even the mitigations are made
+
+
 @pytest.mark.parametrize("kind", ["erasers", "ablations"])
 def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: StableDiffusion, tmp_path: Path) -> None:
     names = ("uce", "esd") if kind == "erasers" else ("prompt only", "LoRA")
