@@ -204,6 +204,19 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: Stable
     assert table.count("\n|") >= len(made)
 
 
+def test_ordinary_training_in_a_table_is_as_long_as_the_erasure_beside_it(
+    tiny: StableDiffusion, tmp_path: Path
+) -> None:
+    early = dataclasses.replace(PLAN.adversarial, rounds=3, budget_rows=1)  # it ends after the first round
+    brief = dataclasses.replace(PLAN.tables, starts=("prompt",), relearning=None, latent=None)
+    own = bench(tmp_path, material(tiny), dataclasses.replace(PLAN, adversarial=early, tables=brief))
+    few = {name: contestants("erasers", own)[name] for name in ("adversarial", "ordinary")}
+    assert contest_costs(own, "erasers", few)[cell_key("edit", "ordinary")].trained == 3 * early.batch  # at most
+    with own.run.locked():
+        made = {entry["name"]: entry["rows"] for entry in contest(own, "erasers", few)["entries"]}
+    assert made["ordinary"] == early.batch < made["adversarial"]
+
+
 def test_names_and_methods_agree() -> None:
     method = AdversarialErasure(tuner=Tuner(learning_rate=2e-4, part="lora", ema_decay=0.9))
     settings = {"adversarial": method, "timesteps": 100, "sampling_steps": 7}

@@ -15,8 +15,9 @@ from dori.erase import ERASERS
 from dori.erase.battery import State
 from dori.erase.cells import Bench
 from dori.erase.damage import Damage
-from dori.erase.delta import CannotErase
+from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erasers import Eraser, arms, frontier
+from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.outcomes import Outcome
 from dori.erase.proof import battery_of, gauge_of, method_of
 from dori.erase.protocol import Protocol
@@ -82,15 +83,16 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
     own.run.plan(kind, {key: rows.weight for key, rows in contest_costs(own, kind, methods).items()})
     searched = _searched(methods)
     forget = own.forget(surrogates=searched)
-    states, entries = _fixed(own), []
+    states, entries, made = _fixed(own), [], dict[str, WeightDelta]()
     for name, method in methods.items():
         try:
-            edit = own.edit(_key(kind, name), method, forget)
+            edit = own.edit(_key(kind, name), _as_long_as(made.get("adversarial"), method), forget)
         except CannotErase as error:
             entries.append(Entry(name, 0, None, str(error)))
             continue
         entries.append(Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name))))
         states.append(State(name, subjects.model, (edit,)))
+        made[name] = edit
     battery, cases = battery_of(own, protocol), (*subjects.memories, *subjects.controls)
     outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
     damage = gauge_of(own, protocol).measure(states, battery.fingerprints)
@@ -115,6 +117,13 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
 def _searched(methods: Mapping[str, Eraser]) -> bool:
     """Whether surrogates are needed at all."""
     return any(method.needs_surrogates for method in methods.values())
+
+
+def _as_long_as(erased: WeightDelta | None, method: Eraser) -> Eraser:
+    """Ordinary training with as many updates as the adversarial row made, the scale of its damage; others unchanged."""
+    if erased is None or not isinstance(method, OrdinaryTraining):
+        return method
+    return dataclasses.replace(method, steps=erased.details["updates"])
 
 
 def _fixed(own: Bench) -> list[State]:
