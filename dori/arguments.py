@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dori import __version__
-from dori.erase import ERASERS
+from dori.erase import DEFAULT, ERASERS
 from dori.testbed import CHECKPOINTS
 
 AUDIT_HELP = """\
@@ -149,7 +149,7 @@ def _erase(erase: argparse.ArgumentParser) -> None:
         help="a model like this one that never saw the memories; judges only; may be repeated",
     )
     _running(erase, "quick", "full")
-    erase.add_argument("--eraser", choices=ERASERS, default="adversarial")
+    erase.add_argument("--eraser", choices=ERASERS, default=DEFAULT)
     erase.add_argument(
         "--table",
         choices=("erasers", "ablations"),

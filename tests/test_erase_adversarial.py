@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,19 @@ from erasing import DESCRIPTOR, cases, draw, forget, retain
 from torch import Tensor
 
 from dori.attack.dori import Dori
+from dori.audit.judge import Case
 from dori.edit import no_edit
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.decide import PART, deciding, deciding_pairs
 from dori.erase.delta import CannotErase
 from dori.erase.pairs import Work
 from dori.erase.processes import Processes
 from dori.erase.starts import starting_points
-from dori.erase.surrogates import SurrogateSearch, anchor_prompt, filtered, shortened
+from dori.erase.surrogates import Surrogates, SurrogateSearch, anchor_prompt, filtered, shortened
 from dori.erase.tuning import Tuner
 from dori.erase.watch import Watch
 from dori.errors import DoriError
-from dori.metrics.similarity import cosine, masked_similarity
+from dori.metrics.similarity import Descriptor, cosine, masked_similarity
 from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
@@ -288,22 +291,30 @@ def test_candidates_are_kept_greedily_if_unlike_target_and_one_another() -> None
     assert filtered(allowed, vectors, vectors[1:2], wanted=9, below_each_other=0.7) == [3, 4]
 
 
+def searched(
+    search: SurrogateSearch, model: StableDiffusion, asked: Sequence[Case], judge: Descriptor = DESCRIPTOR
+) -> list[Surrogates]:
+    """The surrogates of each of the memories; an edit that changes nothing stands for the mitigation."""
+    described = judge(torch.stack([case.image for case in asked]))
+    others = [torch.cat([described[:row], described[row + 1 :]]) for row in range(len(asked))]
+    return [search(model, case, [no_edit()], judge, others=o, seed=0) for case, o in zip(asked, others, strict=True)]
+
+
 def test_surrogates_come_from_the_mitigated_model_first_and_are_no_copies(tiny: StableDiffusion) -> None:
     asked = cases(tiny)
     search = SurrogateSearch(wanted=2, tries=4, sampling_steps=1, below_target=0.9, below_each_other=1.3)
-    found = search(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
-    again = search(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
-    for i, case in enumerate(asked):
-        assert torch.equal(found.latents[i], again.latents[i])
-        described = DESCRIPTOR(found.images[i])
+    given, again = searched(search, tiny, asked), searched(search, tiny, asked)
+    for case, found, same in zip(asked, given, again, strict=True):
+        assert torch.equal(found.latents, same.latents)
+        described = DESCRIPTOR(found.images)
         assert float(cosine(described, DESCRIPTOR(case.image[None])).max()) < 0.9 * 0.7
         assert float((cosine(described[:, None], described) - 2 * torch.eye(len(described))).max()) < 1.3 * 0.7
-        assert torch.allclose(found.latents[i], tiny.to_latents(found.images[i]))
-        assert found.sources[i][0].startswith(("none: ", "shortened prompt"))
-    only = dataclasses.replace(search, mitigated=False)(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
-    assert all(source.startswith("shortened prompt") for sources in only.sources for source in sources)
-    none = dataclasses.replace(search, below_target=-2.0)(tiny, asked, [no_edit()], DESCRIPTOR, seed=0)
-    assert [len(kept) for kept in none.latents] == [0, 0, 0] and all(-1 <= least <= 1 for least in none.nearest)
+        assert torch.allclose(found.latents, tiny.to_latents(found.images))
+        assert found.sources[0].startswith(("none: ", "shortened prompt")) and len(found.sources) == len(found.images)
+    only = searched(dataclasses.replace(search, mitigated=False), tiny, asked)
+    assert all(source.startswith("shortened prompt") for found in only for source in found.sources)
+    none = searched(dataclasses.replace(search, below_target=-2.0), tiny, asked)
+    assert [len(found.latents) for found in none] == [0, 0, 0] and all(-1 <= found.nearest <= 1 for found in none)
 
 
 def test_a_copy_of_another_memory_is_no_surrogate(tiny: StableDiffusion) -> None:
@@ -311,12 +322,26 @@ def test_a_copy_of_another_memory_is_no_surrogate(tiny: StableDiffusion) -> None
         wanted=9, tries=4, sampling_steps=1, below_target=9.0, below_each_other=9.0, mitigated=False
     )
     asked = cases(tiny, 2)
-    drawn = search(tiny, asked, [], DESCRIPTOR, seed=0)
-    copied = dataclasses.replace(asked[1], image=drawn.images[0][0])
-    again = search(tiny, (asked[0], copied), [], DESCRIPTOR, seed=0)
+    drawn = searched(search, tiny, asked)[0]
+    copied = dataclasses.replace(asked[1], image=drawn.images[0])
+    again = searched(search, tiny, (asked[0], copied))[0]
     reference = DESCRIPTOR(copied.image[None])
-    likeness = [float(cosine(DESCRIPTOR(found.images[0]), reference).max()) for found in (drawn, again)]
+    likeness = [float(cosine(DESCRIPTOR(found.images), reference).max()) for found in (drawn, again)]
     assert likeness[0] > 0.99 and likeness[1] < DESCRIPTOR.threshold
+
+
+def test_every_pair_is_compared_as_the_judge_compares_it(tiny: StableDiffusion) -> None:
+    """In parts or at once; a template blind to what varies, so that another instance of it is a copy."""
+    plain = cases(tiny, 2)
+    box = dataclasses.replace(plain[0].memory, kind="template", varying_box=(0, 0, 16, 12))
+    asked = (dataclasses.replace(plain[0], memory=box), plain[1])
+    judge = dataclasses.replace(DESCRIPTOR, masked_threshold=0.9)
+    images = torch.rand(PART + 3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    images[PART + 1, :, 12:] = plain[0].image[:, 12:]  # another instance
+    found = deciding_pairs(judge, asked, images)
+    for column, case in enumerate(asked):
+        assert torch.allclose(found[:, column], deciding(judge, [case], images[None])[0], atol=1e-6)
+    assert found[PART + 1, 0] > 0.99 > 0.9 > deciding_pairs(judge, plain, images)[PART + 1, 0]
 
 
 def test_surrogates_of_templates_are_unlike_what_stays_the_same(tiny: StableDiffusion) -> None:
@@ -325,8 +350,8 @@ def test_surrogates_of_templates_are_unlike_what_stays_the_same(tiny: StableDiff
     template = dataclasses.replace(case, memory=box)
     judge = dataclasses.replace(DESCRIPTOR, masked_threshold=0.9)
     search = SurrogateSearch(wanted=99, tries=8, sampling_steps=1, below_target=0.5, below_each_other=9.0)
-    found = search(tiny, [template], [], judge, seed=0)
-    masked = masked_similarity(judge, found.images[0], template.image, (2, 2, 9, 9))
+    found = searched(search, tiny, [template], judge)[0]
+    masked = masked_similarity(judge, found.images, template.image, (2, 2, 9, 9))
     assert len(masked) and float(masked.max()) < 0.45
 
 

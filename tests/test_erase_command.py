@@ -156,6 +156,27 @@ def test_a_killed_erasure_computes_nothing_twice(tiny: StableDiffusion, tmp_path
     assert {o["restart"] for o in attacks} == {0, 1, 2}  # there is no twin
 
 
+def test_a_killed_search_for_surrogates_goes_on_with_the_next_memory(tiny: StableDiffusion, tmp_path: Path) -> None:
+    given, said = material(tiny), list[str]()
+
+    def die(line: str) -> None:
+        if line.startswith("surrogates of memory-1"):
+            raise KeyboardInterrupt
+
+    before = tiny.rows
+    whole = bench(tmp_path / "whole", given).forget(surrogates=True)
+    used = tiny.rows - before
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path / "killed", given, say=die).forget(surrogates=True)
+    before = tiny.rows
+    resumed = bench(tmp_path / "killed", given, say=said.append).forget(surrogates=True)
+    assert [line.split(":")[0] for line in said] == ["surrogates of memory-1"] and 0 < tiny.rows - before < used
+    assert all(torch.equal(a, b) for a, b in zip(whole.surrogates, resumed.surrogates, strict=True))
+    before = tiny.rows
+    bench(tmp_path / "killed", given).forget(surrogates=True)
+    assert tiny.rows == before  # with all stored, not even the mitigations are made
+
+
 @pytest.mark.parametrize("kind", ["erasers", "ablations"])
 def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: StableDiffusion, tmp_path: Path) -> None:
     names = ("uce", "esd") if kind == "erasers" else ("prompt only", "LoRA")
@@ -183,6 +204,19 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: Stable
     assert table.count("\n|") >= len(made)
 
 
+def test_ordinary_training_in_a_table_is_as_long_as_the_erasure_beside_it(
+    tiny: StableDiffusion, tmp_path: Path
+) -> None:
+    early = dataclasses.replace(PLAN.adversarial, rounds=3, budget_rows=1)  # it ends after the first round
+    brief = dataclasses.replace(PLAN.tables, starts=("prompt",), relearning=None, latent=None)
+    own = bench(tmp_path, material(tiny), dataclasses.replace(PLAN, adversarial=early, tables=brief))
+    few = {name: contestants("erasers", own)[name] for name in ("adversarial", "ordinary")}
+    assert contest_costs(own, "erasers", few)[cell_key("edit", "ordinary")].trained == 3 * early.batch  # at most
+    with own.run.locked():
+        made = {entry["name"]: entry["rows"] for entry in contest(own, "erasers", few)["entries"]}
+    assert made["ordinary"] == early.batch < made["adversarial"]
+
+
 def test_names_and_methods_agree() -> None:
     method = AdversarialErasure(tuner=Tuner(learning_rate=2e-4, part="lora", ema_decay=0.9))
     settings = {"adversarial": method, "timesteps": 100, "sampling_steps": 7}
@@ -197,6 +231,9 @@ def test_names_and_methods_agree() -> None:
     table = arms(method)
     assert tuple(table) == ARMS and len(set(table.values())) >= len(ARMS) - 1
     assert table["no retain loss"].retain_weight == 0 and table["attention only"].tuner.part == "attention"
+    slow, fast = table["LoRA"].tuner, table["LoRA, rate x 10"].tuner
+    assert (slow.part, slow.learning_rate) == ("lora", method.tuner.learning_rate)
+    assert fast == dataclasses.replace(slow, learning_rate=pytest.approx(10 * slow.learning_rate))
     assert ordinary(method).steps == 125 and ordinary(method, 30).steps == 30
     edge = frontier(method)
     assert len(edge) == 10 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
@@ -314,6 +351,7 @@ def test_neighbours_differ_from_a_caption_in_one_word() -> None:
         (["testbed", "--retain", "x"], "leave out --retain"),
         (["somewhere"], "give --memories FOLDER and --retain"),
         (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
+        (["testbed", "--table", "ablations", "--eraser", "uce"], "leave out --eraser or --table"),
         (["testbed", "--save-model", "."], "exists"),
         (["testbed", "--save-model", "RUN"], "will hold the run itself"),
     ],

@@ -15,6 +15,7 @@ from test_erase_command import PLAN
 
 from dori.erase.plan import PRESETS
 from dori.erase.write import save_model
+from dori.image_file import load_image, png_bytes
 from dori.model.load import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -35,9 +36,12 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, count) in enumerate([("memories", 2), ("controls", 2), ("retain", 12), ("few", 7)]):
         write_folder(folder / name, [f"{name} word {i}" for i in range(count)], seed=seed)
     write_folder(folder / "bare", [None, None], seed=8)
-    for name, source in (("leaking", "memories"), ("twice", "controls")):
+    for name, source in (("leaking", "memories"), ("twice", "controls"), ("alike", "memories")):
         shutil.copytree(folder / "retain", folder / name)
         shutil.copy(folder / source / f"{source}-1.png", folder / name / "retain-3.png")
+    darker = load_image(folder / "alike" / "retain-3.png", 16) * 0.9
+    for name in ("retain-3", "retain-5"):
+        (folder / "alike" / f"{name}.png").write_bytes(png_bytes(darker))
     shutil.copytree(folder / "memories", folder / "renamed")
     lines = (folder / "renamed" / "metadata.jsonl").read_text().replace('"memories-', '"control-')
     (folder / "renamed" / "metadata.jsonl").write_text(
@@ -66,6 +70,11 @@ def run(given: Path, out: Path, *arguments: str, memories: str = "memories", ret
         ({"retain": "bare"}, "holds 0 images with a text"),
         ({"retain": "leaking"}, "'retain-3' shows memory 'memories-1', which it would teach"),
         ({"retain": "twice", "controls": "controls"}, "'retain-3' shows control 'controls-1', which it would teach"),
+        ({"retain": "alike"}, "'retain-3' shows memory 'memories-1', which it would teach (similarity 0.9"),
+        (
+            {"retain": "alike"},
+            "above 0.53 is a copy), and 1 more copies are among them ('retain-5'); leave it out of one",
+        ),
         ({"controls": "renamed"}, "control 'control-0' shows the image of memory 'memories-0'"),
         ({"twin": "model"}, "has the weights of"),
         ({"twin": "other-vae"}, "has another VAE than"),

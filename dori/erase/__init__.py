@@ -14,6 +14,7 @@ ERASERS = (
     "concept-ablation",
     "uce",
 )
+DEFAULT = "adversarial"
 ARMS = (
     "whole recipe",
     "prompt only",
@@ -22,6 +23,7 @@ ARMS = (
     "gaussian starts",
     "no retain loss",
     "LoRA",
+    "LoRA, rate x 10",
     "attention only",
     "one round",
     "three rounds",

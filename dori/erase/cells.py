@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dori.attack.dori import Dori
 from dori.audit.edits import wanda_name
 from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.cost import Rows
+from dori.edit import Edit
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.decide import limit
 from dori.erase.delta import WeightDelta
@@ -27,7 +29,7 @@ from dori.erase.watch import Watch
 from dori.run import Run, canonical_sha256, cell_key, tensors_sha256
 from dori.sampling import named_seed
 
-SURROGATES = "surrogates"  # name of their cell
+SURROGATES = "surrogates"  # first part of their cells' names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,46 +60,70 @@ class Bench:
         """The memories as tensors.
 
         Args:
-            surrogates: with surrogates, from a cell; otherwise with none.
+            surrogates: with surrogates, from their cells; otherwise with none.
         """
-        subjects, plan = self.material.subjects, self.plan
-        model, cases = subjects.model, subjects.memories
-        texts, base = tuple(case.memory.text for case in cases), self._base()
-        stored: dict[str, Tensor] = {}
-        if surrogates:
-            inputs = {**base, "search": plan.surrogates, "mitigations": plan.mitigations, "judge": self._judged_by()}
-            stored = self.run.once_tensors(SURROGATES, inputs, self._surrogates)
+        model, cases = self.material.subjects.model, self._cases
+        texts, source = tuple(case.memory.text for case in cases), canonical_sha256(self._base())
         none = torch.zeros(0, *model.latent_shape)
         return Forget(
             tuple(case.memory.id for case in cases),
             texts,
             torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
-            tuple(stored.get(f"{i:04d}", none) for i in range(len(cases))),
+            self._surrogates(source) if surrogates else (none,) * len(cases),
             model.encode([anchor_prompt(text) for text in texts]).cpu(),
             self.material.prompts.erasing,
-            canonical_sha256(base),
+            source,
         )
 
-    def _surrogates(self) -> dict[str, Tensor]:
-        """Latents of each memory's surrogates, by its position."""
-        subjects, plan = self.material.subjects, self.plan
-        model, asked = subjects.model, [case.memory.text for case in subjects.memories if case.memory.text is not None]
-        seed = named_seed("surrogates", plan.seed)
-        edits = [
-            dataclasses.replace(wanda(model, model.encode(asked), seed=seed), name=wanda_name(wanda))
-            for wanda in plan.mitigations
+    def _surrogates(self, source: str) -> tuple[Tensor, ...]:
+        """Latents of each memory's surrogates; each memory is a cell, so that a killed search goes on with the next."""
+        inputs = {
+            "memories": source,  # all of them: the mitigations hide them together, and none may be copied
+            "search": self.plan.surrogates,
+            "mitigations": self.plan.mitigations,
+            "judge": self._judged_by(),
+        }
+        shared = cache(self._mitigations), cache(self._references)  # made once, and not at all if all is stored
+        return tuple(
+            self.run.once_tensors(key, {**inputs, "memory": row}, partial(self._searched, row, *shared))["latents"]
+            for row, key in enumerate(self.surrogate_costs())
+        )
+
+    def _searched(
+        self, row: int, mitigations: Callable[[], Sequence[Edit]], references: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        """The surrogates of the memory of this position."""
+        case, described = self._cases[row], references()
+        found = self.plan.surrogates(
+            self.material.subjects.model,
+            case,
+            mitigations(),
+            self.judge.descriptor,
+            others=torch.cat([described[:row], described[row + 1 :]]),
+            seed=self._surrogate_seed,
+        )
+        least = "" if len(found.latents) else f" (the least similar {found.nearest:.2f})"
+        self.work.say(f"surrogates of {case.memory.id}: {len(found.latents)}{least}")
+        return {"latents": found.latents}
+
+    def _mitigations(self) -> list[Edit]:
+        """Edits that hide all memories that have a text, in the order of trying."""
+        model = self.material.subjects.model
+        asked = [case.memory.text for case in self._cases if case.memory.text is not None]
+        return [
+            dataclasses.replace(wanda(model, model.encode(asked), seed=self._surrogate_seed), name=wanda_name(wanda))
+            for wanda in self.plan.mitigations
             if asked
         ]
-        found = plan.surrogates(model, subjects.memories, edits, self.judge.descriptor, seed=seed)
-        self.work.say(
-            "surrogates: "
-            + ", ".join(
-                f"{case.memory.id} {len(kept)}" + ("" if len(kept) else f" (the least similar {nearest:.2f})")
-                for case, kept, nearest in zip(subjects.memories, found.latents, found.nearest, strict=True)
-            )
-        )
-        return {f"{i:04d}": kept for i, kept in enumerate(found.latents)}
+
+    def _references(self) -> Tensor:
+        """The memories' descriptors, shape (n, d)."""
+        return self.judge.descriptor(torch.stack([case.image for case in self._cases])).cpu()
+
+    @property
+    def _surrogate_seed(self) -> int:
+        return named_seed("surrogates", self.plan.seed)
 
     def edit(self, name: str, method: Eraser, forget: Forget, *, on: WeightDelta | None = None) -> WeightDelta:
         """An erasure as a cell; in several processes, all compute it if the first one does not have it.
@@ -172,11 +198,19 @@ class Bench:
             self.judge.descriptor, self._cases, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds, attack
         )
 
+    def surrogate_costs(self) -> dict[str, Rows]:
+        """The cells of the search for surrogates in the memories' order, with their cost, at most.
+
+        The mitigations' own rows, guided and with empty prompts, are spread over the memories for which they are made.
+        """
+        mitigations = self.plan.mitigations
+        pruned = Rows(sum(4 * wanda.counted_steps for wanda in mitigations))
+        each = self.plan.surrogates.rows(1, len(mitigations)) + pruned
+        return {cell_key(SURROGATES, case.memory.id): each for case in self._cases}
+
     def surrogate_rows(self) -> Rows:
         """At most so many U-Net rows of the search for surrogates, the mitigations' own included."""
-        memories, mitigations = len(self.material.subjects.memories), self.plan.mitigations
-        pruned = sum(4 * memories * wanda.counted_steps for wanda in mitigations)  # guided, and with empty prompts
-        return self.plan.surrogates.rows(memories, len(mitigations)) + Rows(pruned)
+        return sum(self.surrogate_costs().values(), Rows())
 
     def edit_rows(self, method: Eraser) -> Rows:
         """At most so many U-Net rows of an erasure."""

@@ -17,6 +17,7 @@ from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.loop import audit
 from dori.audit.schedule import planned_cost
 from dori.cost import Rows, forecast, measured_speed
+from dori.erase import DEFAULT
 from dori.erase.cells import Bench
 from dori.erase.certificate import render
 from dori.erase.contest import Kind, contest, contest_costs, contestants, to_markdown
@@ -47,7 +48,7 @@ class Request:
         memories, retain, controls: folders; none of them with the testbed's own images.
         twins: models that never saw the memories.
         preset: name of the plan.
-        eraser: name of the eraser.
+        eraser: name of the eraser; with a table the default alone.
         table: make a table instead of one erasure.
         split: part of the memories to erase.
         limit: at most so many memories and controls; None leaves it to the preset.
@@ -64,7 +65,7 @@ class Request:
     controls: Path | None = None
     twins: tuple[str, ...] = ()
     preset: str = "quick"
-    eraser: str = "adversarial"
+    eraser: str = DEFAULT
     table: Kind | None = None
     split: Split = "all"
     limit: int | None = None
@@ -77,7 +78,8 @@ class Request:
         """Refuse what does not go together.
 
         Raises:
-            DoriError: folders are missing or superfluous, or the model could not be written where it should.
+            DoriError: folders are missing or superfluous, a table is asked for one eraser, or the model could not be
+                written where it should.
         """
         if self.own_images and (self.retain or self.controls or self.twins or self.device != "cpu"):
             raise DoriError(
@@ -91,6 +93,11 @@ class Request:
             )
         if self.save_model is not None and self.table is not None:
             raise DoriError("a table has no single model to write; leave out --save-model or --table")
+        if self.table is not None and self.eraser != DEFAULT:
+            raise DoriError(
+                f"--table {self.table} has its own erasers and would not heed --eraser {self.eraser}; "
+                "leave out --eraser or --table"
+            )
         if self.save_model is not None:
             check_target(self.save_model, source=self.model)
             if self.out.resolve().is_relative_to(self.save_model.resolve()):

@@ -13,10 +13,11 @@ from typing import Any, Literal
 from dori.cost import Rows
 from dori.erase import ERASERS
 from dori.erase.battery import State
-from dori.erase.cells import SURROGATES, Bench
+from dori.erase.cells import Bench
 from dori.erase.damage import Damage
-from dori.erase.delta import CannotErase
+from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erasers import Eraser, arms, frontier
+from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.outcomes import Outcome
 from dori.erase.proof import battery_of, gauge_of, method_of
 from dori.erase.protocol import Protocol
@@ -58,7 +59,7 @@ def contest_costs(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict
     """Every cell of `contest` with its cost, at most."""
     subjects, protocol = own.material.subjects, own.plan.tables
     states = [*_fixed(own), *(State(name, subjects.model) for name in methods)]
-    found = {SURROGATES: own.surrogate_rows()} if any(m.needs_surrogates for m in methods.values()) else {}
+    found = own.surrogate_costs() if _searched(methods) else {}
     found |= {cell_key("edit", _key(kind, name)): own.edit_rows(method) for name, method in methods.items()}
     battery = battery_of(own, protocol)
     for state in states:
@@ -79,18 +80,19 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
         surrogates, which is made once for all.
     """
     subjects, protocol = own.material.subjects, own.plan.tables
-    costs = contest_costs(own, kind, methods)
-    own.run.plan(kind, {key: rows.weight for key, rows in costs.items()})
-    forget = own.forget(surrogates=SURROGATES in costs)
-    states, entries = _fixed(own), []
+    own.run.plan(kind, {key: rows.weight for key, rows in contest_costs(own, kind, methods).items()})
+    searched = _searched(methods)
+    forget = own.forget(surrogates=searched)
+    states, entries, made = _fixed(own), [], dict[str, WeightDelta]()
     for name, method in methods.items():
         try:
-            edit = own.edit(_key(kind, name), method, forget)
+            edit = own.edit(_key(kind, name), _as_long_as(made.get("adversarial"), method), forget)
         except CannotErase as error:
             entries.append(Entry(name, 0, None, str(error)))
             continue
         entries.append(Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name))))
         states.append(State(name, subjects.model, (edit,)))
+        made[name] = edit
     battery, cases = battery_of(own, protocol), (*subjects.memories, *subjects.controls)
     outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
     damage = gauge_of(own, protocol).measure(states, battery.fingerprints)
@@ -102,7 +104,7 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
         "header": [*ways(outcomes), *TAIL],
         "rows": _rows(outcomes, damage, tests, entries, protocol=protocol),
         "failures": {entry.name: entry.failure for entry in entries if entry.failure},
-        "surrogate_rows": costs.get(SURROGATES, Rows()).count,
+        "surrogate_rows": own.surrogate_rows().count if searched else 0,
         "entries": [dataclasses.asdict(entry) for entry in entries],
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "tests": [dataclasses.asdict(test) for test in tests],
@@ -110,6 +112,18 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
         "provenance": own.run.provenance(),
     }
     return json.loads(json.dumps(record))  # as it will be read again
+
+
+def _searched(methods: Mapping[str, Eraser]) -> bool:
+    """Whether surrogates are needed at all."""
+    return any(method.needs_surrogates for method in methods.values())
+
+
+def _as_long_as(erased: WeightDelta | None, method: Eraser) -> Eraser:
+    """Ordinary training with as many updates as the adversarial row made, the scale of its damage; others unchanged."""
+    if erased is None or not isinstance(method, OrdinaryTraining):
+        return method
+    return dataclasses.replace(method, steps=erased.details["updates"])
 
 
 def _fixed(own: Bench) -> list[State]:

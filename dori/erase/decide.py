@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dori.audit.judge import Case, Judge, judged
 from dori.judgement import rule_by
-from dori.metrics.similarity import Descriptor
+from dori.metrics.similarity import Descriptor, masked_similarity
+
+PART = 64  # images that are painted and described at a time
 
 
 def _masked(descriptor: Descriptor, case: Case) -> bool:
@@ -38,3 +40,27 @@ def deciding(descriptor: Descriptor, cases: Sequence[Case], images: Tensor) -> T
     found = judged(Judge(descriptor), cases, images)
     rows = [found["masked" if _masked(descriptor, case) else "similarity"][row] for row, case in enumerate(cases)]
     return torch.stack(rows)
+
+
+def deciding_pairs(descriptor: Descriptor, cases: Sequence[Case], images: Tensor) -> Tensor:
+    """The similarity that would decide, of every image to every memory.
+
+    The descriptor sees all images once, and once more for each template; in parts, so that memory is bounded.
+
+    Args:
+        descriptor: whose cosine decides.
+        cases: m memories or controls.
+        images: in [0, 1], shape (n, 3, H, W), of the memories' size.
+
+    Returns:
+        Shape (n, m).
+    """
+    references = descriptor(torch.stack([case.image for case in cases])).cpu()
+    found = []
+    for part in images.split(PART):
+        alike = descriptor(part).cpu() @ references.T
+        for column, case in enumerate(cases):
+            if _masked(descriptor, case) and (box := case.memory.varying_box) is not None:
+                alike[:, column] = masked_similarity(descriptor, part, case.image, box).cpu()
+        found.append(alike)
+    return torch.cat(found)

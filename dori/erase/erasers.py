@@ -98,8 +98,11 @@ def ordinary(adversarial: AdversarialErasure, updates: int | None = None) -> Ord
 def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
     """The ablation's arms by name: each takes one part away from the recipe (or puts a weaker one in its place)."""
 
-    def tuned(part: Part) -> AdversarialErasure:
-        return dataclasses.replace(adversarial, tuner=dataclasses.replace(adversarial.tuner, part=part))
+    def tuned(part: Part, rate: float = 1.0) -> AdversarialErasure:
+        faster = adversarial.tuner.learning_rate * rate
+        return dataclasses.replace(
+            adversarial, tuner=dataclasses.replace(adversarial.tuner, part=part, learning_rate=faster)
+        )
 
     table = {
         "whole recipe": adversarial,
@@ -109,6 +112,7 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         "gaussian starts": dataclasses.replace(adversarial, starts=("gaussian",)),
         "no retain loss": dataclasses.replace(adversarial, retain_weight=0.0),
         "LoRA": tuned("lora"),
+        "LoRA, rate x 10": tuned("lora", 10.0),  # as LoRAs are customarily trained: their factors are small
         "attention only": tuned("attention"),
         "one round": dataclasses.replace(adversarial, rounds=1),
         "three rounds": dataclasses.replace(adversarial, rounds=3),

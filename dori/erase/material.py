@@ -16,10 +16,12 @@ from torch import Tensor
 from dori.audit.folders import folder_subjects
 from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.schedule import Subjects, choose
+from dori.erase.decide import deciding_pairs, limit
 from dori.erase.pairs import Pairs
 from dori.erase.plan import Plan
 from dori.errors import DoriError
 from dori.memory import Memory, load_images, read_memories
+from dori.metrics.similarity import Descriptor
 from dori.model.load import load_model
 from dori.model.stable_diffusion import StableDiffusion
 from dori.prompts import ordinary_prompts
@@ -29,6 +31,8 @@ Split = Literal["all", "tune", "test"]
 Planted = Literal["planted", "early"]
 RETAIN_SEED, HELD_OUT_SEED = 5, 6  # seeds 0 to 2 of the testbed's ordinary pairs serve audit and verify
 TWIN = "give a model that was trained alike but for the memories"
+APART = "leave it out of one of the folders"
+NAMED = 20  # further copies that a refusal names
 ATTACKS = 64  # ordinary prompts from which attacks may begin, for the erasure and for the proof
 
 
@@ -111,23 +115,32 @@ def pairs_of(model: StableDiffusion, texts: Sequence[str], images: Tensor) -> Pa
     return Pairs(model.to_latents(images).cpu(), embeddings, source)
 
 
-def _refuse_copies(subjects: Subjects, ordinary: Sequence[Memory], pictures: Tensor) -> None:
+def _refuse_copies(descriptor: Descriptor, subjects: Subjects, ordinary: Sequence[Memory], pictures: Tensor) -> None:
     """Refuse an image that is given in two roles: to be erased, never to be seen, to be trained on.
 
+    Ordinary images are compared as the judge compares: whatever it would take for a memory, training would teach. That
+    costs one pass of the descriptor over them, and one more for each template.
+
     Raises:
-        DoriError: two files show the same pixels.
+        DoriError: a control has the pixels of a memory, or an ordinary image is a copy of either.
     """
     shown = {pixels_sha256(case.image): case for case in subjects.memories}
-    mend = "leave it out of one of the folders"
     for case in subjects.controls:
         if (other := shown.get(pixels_sha256(case.image))) is not None:
-            raise DoriError(f"control {case.memory.id!r} shows the image of memory {other.memory.id!r}; {mend}")
-    shown |= {pixels_sha256(case.image): case for case in subjects.controls}
-    for one, picture in zip(ordinary, pictures, strict=True):
-        if (other := shown.get(pixels_sha256(picture))) is not None:
-            raise DoriError(
-                f"ordinary image {one.id!r} shows {other.group} {other.memory.id!r}, which it would teach; {mend}"
-            )
+            raise DoriError(f"control {case.memory.id!r} shows the image of memory {other.memory.id!r}; {APART}")
+    cases = (*subjects.memories, *subjects.controls)
+    alike, limits = deciding_pairs(descriptor, cases, pictures), [limit(descriptor, case) for case in cases]
+    excess = alike - torch.tensor(limits)
+    copies = (excess.amax(1) > 0).nonzero().flatten().tolist()
+    if not copies:
+        return
+    row, column = divmod(int(excess.argmax()), len(cases))
+    others = [repr(ordinary[k].id) for k in copies if k != row]
+    listed = f", and {len(others)} more copies are among them ({', '.join(others[:NAMED])})" if others else ""
+    raise DoriError(
+        f"ordinary image {ordinary[row].id!r} shows {cases[column].group} {cases[column].memory.id!r}, which it would "
+        f"teach (similarity {float(alike[row, column]):.2f}; above {limits[column]:.2f} is a copy){listed}; {APART}"
+    )
 
 
 def _refuse_strangers(model: StableDiffusion, twins: Sequence[StableDiffusion]) -> None:
@@ -209,7 +222,7 @@ def folder_material(
     ordinary = [ordinary[k] for k in (*spread, *sorted(set(range(len(ordinary))) - set(spread)))]
     texts, pictures = [one.text or "" for one in ordinary], load_images(ordinary, opened.image_side_px)
     opened.check_prompts(texts)
-    _refuse_copies(subjects, ordinary, pictures)
+    _refuse_copies(judge.descriptor, subjects, ordinary, pictures)
     subjects = dataclasses.replace(taken(subjects, plan, split), twins=others, held_out=pictures[:held])
     prompts = divided([*texts[:held], *ordinary_prompts()], subjects, plan.quality_prompts)
     material = Material(

@@ -14,7 +14,7 @@ from dori.audit.checks import blind_scores
 from dori.audit.judge import Case, pixels_sha256
 from dori.cost import Rows
 from dori.erase.battery import Battery, State
-from dori.erase.cells import SURROGATES, Bench
+from dori.erase.cells import Bench
 from dori.erase.damage import Gauge, neighbours, spoiled
 from dori.erase.delta import WeightDelta
 from dori.erase.equivalence import Equivalence
@@ -119,7 +119,7 @@ def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     protocol, method = judged_protocol(plan, twins=bool(subjects.twins)), method_of(own, name)
     nothing = WeightDelta("", {})
     states = states_of(own, nothing, nothing if protocol.harmless_steps else None, protocol)
-    found = {SURROGATES: own.surrogate_rows()} if method.needs_surrogates else {}
+    found = own.surrogate_costs() if method.needs_surrogates else {}
     found[cell_key("edit", name)] = own.edit_rows(method)
     if protocol.harmless_steps:
         found[cell_key("edit", HARMLESS)] = own.edit_rows(_harmless(plan, protocol))

@@ -26,19 +26,19 @@ SHORTER = 4  # forms of a prompt that `shortened` gives, at most
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Surrogates:
-    """Surrogates of n memories.
+    """Surrogates of one memory.
 
     Args:
-        latents: for each memory, shape (k, c, h, w); k = 0 where all that was drawn is too like a memory.
-        images: for each memory, in [0, 1], shape (k, 3, H, W).
-        sources: for each memory, in words, where each of its surrogates comes from.
-        nearest: for each memory, the least similarity to it of a candidate; infinite where all diverged.
+        latents: shape (k, c, h, w); k = 0 where all that was drawn is too like a memory.
+        images: in [0, 1], shape (k, 3, H, W).
+        sources: in words, where each comes from.
+        nearest: the least similarity to the memory of a candidate; infinite where all diverged.
     """
 
-    latents: tuple[Tensor, ...]
-    images: tuple[Tensor, ...]
-    sources: tuple[tuple[str, ...], ...]
-    nearest: tuple[float, ...]
+    latents: Tensor
+    images: Tensor
+    sources: tuple[str, ...]
+    nearest: float
 
 
 def shortened(text: str | None) -> tuple[str, ...]:
@@ -101,92 +101,69 @@ class SurrogateSearch:
     def __call__(
         self,
         model: StableDiffusion,
-        cases: Sequence[Case],
+        case: Case,
         mitigations: Sequence[Edit],
         descriptor: Descriptor,
         *,
+        others: Tensor,
         seed: int,
     ) -> Surrogates:
-        """Surrogates of every memory, as far as they can be made.
+        """Surrogates of a memory, as far as they can be made.
 
         Args:
             model: the model to erase from, without an edit.
-            cases: the memories.
-            mitigations: edits that hide them, in the order in which they are tried.
+            case: the memory.
+            mitigations: edits that hide it, in the order in which they are tried.
             descriptor: whose cosine filters.
-            seed: of the noises.
+            others: descriptors of the other memories, shape (m, d).
+            seed: of the noises, which are the same for all memories.
         """
-        references = descriptor(torch.stack([case.image for case in cases])).cpu()
-        images: list[list[Tensor]] = [[] for _ in cases]
-        found = [references.new_zeros(0, references.shape[1]) for _ in cases]
-        sources: list[list[str]] = [[] for _ in cases]
-        nearest = [math.inf] * len(cases)
-        for name, edit, prompts in self._ways(cases, mitigations):
-            wanting = [i for i, kept in enumerate(images) if len(kept) < self.wanted and prompts[i] is not None]
-            if not wanting:
-                continue
+        side, sources, nearest = model.image_side_px, list[str](), math.inf
+        images, found = torch.zeros(0, 3, side, side), others[:0]
+        for name, edit, prompt in self._ways(case.memory.text, mitigations):
+            if len(images) == self.wanted:
+                break
             with edit.applied(model):
-                candidates_of = self._drawn(
-                    model, [prompts[i] or "" for i in wanting], named_seed("surrogates", seed, name)
-                )
-            for i, candidates in zip(wanting, candidates_of, strict=True):
-                if len(candidates) == 0:
-                    continue
-                described = descriptor(candidates).cpu()
-                own = deciding(descriptor, [cases[i]], candidates[None])[0]
-                nearest[i] = min(nearest[i], float(own.min()))
-                others = cosine(described[:, None], torch.cat([references[:i], references[i + 1 :]]))
-                unlike = (own < self.below_target * limit(descriptor, cases[i])) & (others < descriptor.threshold).all(
-                    1
-                )
-                keep = filtered(
-                    unlike,
-                    described,
-                    found[i],
-                    below_each_other=self.below_each_other * descriptor.threshold,
-                    wanted=self.wanted,
-                )
-                images[i] += [candidates[k] for k in keep]
-                found[i] = torch.cat([found[i], described[keep]])
-                sources[i] += [f"{name}: {prompts[i]}" for _ in keep]
-        side = model.image_side_px
-        stacked = tuple(torch.stack(kept) if kept else torch.zeros(0, 3, side, side) for kept in images)
-        return Surrogates(
-            tuple(
-                model.to_latents(kept).cpu() if len(kept) else torch.zeros(0, *model.latent_shape) for kept in stacked
-            ),
-            stacked,
-            tuple(tuple(source) for source in sources),
-            tuple(nearest),
-        )
+                candidates = self._drawn(model, prompt, named_seed("surrogates", seed, name))
+            if len(candidates) == 0:
+                continue
+            described, own = descriptor(candidates).cpu(), deciding(descriptor, [case], candidates[None])[0]
+            nearest = min(nearest, float(own.min()))
+            unlike = (cosine(described[:, None], others) < descriptor.threshold).all(1)
+            keep = filtered(
+                unlike & (own < self.below_target * limit(descriptor, case)),
+                described,
+                found,
+                below_each_other=self.below_each_other * descriptor.threshold,
+                wanted=self.wanted,
+            )
+            images, found = torch.cat([images, candidates[keep]]), torch.cat([found, described[keep]])
+            sources += [f"{name}: {prompt}"] * len(keep)
+        latents = model.to_latents(images).cpu() if len(images) else torch.zeros(0, *model.latent_shape)
+        return Surrogates(latents, images, tuple(sources), nearest)
 
     def rows(self, memories: int, mitigations: int) -> Rows:
         """At most so many U-Net rows: every memory asked in every way."""
         asked = self.tries * memories * (mitigations * self.mitigated + SHORTER)
         return drawn(asked, sampling_steps=self.sampling_steps, guidance_scale=self.guidance_scale)
 
-    def _ways(self, cases: Sequence[Case], mitigations: Sequence[Edit]) -> list[tuple[str, Edit, list[str | None]]]:
-        """Name, edit and each memory's prompt (None: not asked this way), in the order of trying."""
-        texts = [case.memory.text for case in cases]
-        ways: list[tuple[str, Edit, list[str | None]]] = []
-        if self.mitigated:
-            ways += [(edit.name, edit, list(texts)) for edit in mitigations]
-        shorter = [shortened(text) for text in texts]
-        for level in range(max(len(prompts) for prompts in shorter)):
-            prompts = [options[level] if level < len(options) else None for options in shorter]
-            ways.append((f"shortened prompt {level + 1}", no_edit(), prompts))
-        return ways
+    def _ways(self, text: str | None, mitigations: Sequence[Edit]) -> list[tuple[str, Edit, str]]:
+        """Name, edit and prompt, in the order of trying."""
+        ways: list[tuple[str, Edit, str]] = []
+        if self.mitigated and text is not None:
+            ways += [(edit.name, edit, text) for edit in mitigations]
+        shorter = enumerate(shortened(text), 1)
+        return ways + [(f"shortened prompt {level}", no_edit(), prompt) for level, prompt in shorter]
 
-    def _drawn(self, model: StableDiffusion, prompts: Sequence[str], seed: int) -> list[Tensor]:
-        """At most `tries` images of each prompt: those that did not diverge."""
+    def _drawn(self, model: StableDiffusion, prompt: str, seed: int) -> Tensor:
+        """At most `tries` images of the prompt: those that did not diverge."""
         noise = initial_noise(model, [named_seed("surrogate", seed, k) for k in range(self.tries)])
-        embeddings = model.encode(list(prompts)).repeat_interleave(self.tries, 0)
         latents = sample(
             model,
-            embeddings,
-            noise.repeat(len(prompts), 1, 1, 1),
+            model.encode([prompt]).repeat_interleave(self.tries, 0),
+            noise,
             steps=self.sampling_steps,
             guidance_scale=self.guidance_scale,
         )
         images, finite = finite_images(model.to_images(latents).cpu())
-        return [part[whole] for part, whole in zip(images.split(self.tries), finite.split(self.tries), strict=True)]
+        return images[finite]
