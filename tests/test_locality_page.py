@@ -266,6 +266,15 @@ def test_ground_truth_is_held_against_random_masks_as_large_in_every_layer() -> 
     assert intervened.ground_truth(dataclasses.replace(records(), covers=weak)).title.endswith(
         "somewhat better than chance"
     )
+    # With one twin there is no floor, and no mask is said to have found the memory.
+    single = tuple(dataclasses.replace(c, floor=None) for c in records().changes)
+    alone = intervened.ground_truth(
+        dataclasses.replace(
+            records(), changes=single, covers=tuple(dataclasses.replace(c, twins=None) for c in records().covers)
+        )
+    )
+    assert alone.title == "Wanda: holds much of the change" and "twin minus twin is not known" in alone.sentences[1]
+    assert "difference between twins" not in alone.sentences[2]
     unknown = tuple(dataclasses.replace(c, share=None, random=None) for c in weak)
     assert intervened.ground_truth(dataclasses.replace(records(), covers=unknown)).title == "Wanda: not measured"
 

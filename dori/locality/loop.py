@@ -252,22 +252,26 @@ def _settings(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(plan)))
 
 
-def refuse_another(folder: Path, subjects: Subjects, plan: Plan, sets: Sets) -> None:
+def refuse_another(folder: Path, subjects: Subjects, plan: Plan, sets: Sets, fingerprints: Mapping[str, str]) -> None:
     """Refuse a folder in which another locality run has results: its cells would be overwritten, hours perhaps.
 
+    Twins may be added to a run; the first one, with which attacks and patching were made, stays the first.
+
     Raises:
-        DoriError: the folder's `locality.json` is of another model, plan or memories.
+        DoriError: the folder's `locality.json` is of another model, plan, memories or first twin.
     """
     path = folder / FILE
     try:
         before = read_locality(path)
     except DoriError:  # none, or one that nobody can read
         return
-    model, wanted = subjects.model.name, _settings(plan)
+    wanted, known = _settings(plan), before.settings.get("fingerprints", {})
     texts = {case.memory.id: case.memory.text for case in sets.cases}
     differ = [name for name, value in wanted.items() if before.settings.get(name) != value]
-    if before.model != model or before.settings["fingerprints"].get(model) != model_fingerprint(subjects.model):
+    if known.get(before.model) != fingerprints[subjects.model.name]:  # by its weights: a path has many spellings
         differ.insert(0, "model")
+    if before.twins and subjects.twins and known.get(before.twins[0]) != fingerprints[subjects.twins[0].name]:
+        differ.append("first twin")
     if any(texts.get(one.id, "") != one.text for one in before.subjects):
         differ.append("memories")
     if differ:
@@ -305,8 +309,8 @@ def locality(
     subjects.model.check_prompts(subjects.ordinary[: plan.ordinary_prompts])
     run.device = subjects.model.device.type
     sets = choose_sets(subjects, plan)
-    refuse_another(run.folder, subjects, plan, sets)
     fingerprints = {model.name: model_fingerprint(model) for model in (subjects.model, *subjects.twins)}
+    refuse_another(run.folder, subjects, plan, sets, fingerprints)
     bench = Bench(subjects.model, judge, plan, run, fingerprints[subjects.model.name], judge.record())
     cells = _cells(subjects, plan, sets)
     run.plan("locality", {key: rows.weight for part in cells.values() for key, rows in part.items()})

@@ -30,7 +30,8 @@ RULES = (
     "the models, with the lower end of the interval. Memories that the planted model does not draw at least 0.2 more "
     "alike than its twin are left out.",
     "Ground truth: a mask finds the memory where it holds at least twice what random masks as large in every layer "
-    "hold of the planted excess, and is no better than chance below 1.1 times.",
+    "hold of the planted excess, and is no better than chance below 1.1 times. With one twin there is no floor to take "
+    "off, and it is only said to hold much of the change.",
     "Dose: a rank correlation counts where its permutation p, times the number of measures tried, is below 0.05.",
 )
 
