@@ -146,6 +146,18 @@ def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(
     assert code == 2 and "another locality run (first twin differ" in said
 
 
+def test_half_precision_goes_through_every_analysis_and_the_ground_truth_says_so(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, twin = tmp_path / "run", str(given / "other")
+    code, _, said = status(arguments(given, run, "--threshold", "-1", "--half", "--twin", twin), capsys)
+    assert code == 0, said
+    found, page = read_locality(run / "locality.json"), (run / "locality.html").read_text()
+    assert found.settings["precision"] == "float16" and [one.triggers for one in found.subjects] == [6, 6]
+    assert {c.group for c in found.changes if c.change > 0} == {"conv_in", "convolutions and rest, ends"}
+    assert "compared in half precision" in page and "was not calibrated on images like these" in page
+
+
 def test_a_damaged_record_is_made_again(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert status(arguments(given, run, "--threshold", "1"), capsys)[0] == 0

@@ -50,8 +50,8 @@ from dori.sampling import named_seed
 class _Loop:
     """The state of one run: what is fixed, and the records so far.
 
-    `excess` and `floor` are planted minus twin beyond the floor, and twin minus twin, weight by weight; `before` holds
-    the memory before with its triggers' starts and its masks by method.
+    `excess` and `floor` are planted minus twin beyond the floor, and twin minus twin, weight by weight in the layers
+    that masks lie in; `before` holds the memory before with its triggers' starts and its masks by method.
     """
 
     bench: Bench
@@ -86,12 +86,13 @@ class _Loop:
             self._truth()
 
     def _truth(self) -> None:
-        change, self.floor = truth.changes(self.subjects.model, self.subjects.twins)
+        model, twins = self.subjects.model, self.subjects.twins
+        masked = {f"{name}.weight" for site in stages.SITES for name in model.layers(site, EVERYWHERE)}
+        parts, change, self.floor = truth.every_change(model, twins, kept=masked)
         self.excess = truth.excess_energies(change, self.floor)
         for level, group in (("kind", truth.group_of), ("layer", truth.layer_of)):
             self.records["changes"] += [
-                Change(level, one.name, one.change, one.floor, one.weights)
-                for one in truth.excess_by(group, change, self.floor)
+                Change(level, one.name, one.change, one.floor, one.weights) for one in truth.gathered(group, parts)
             ]
 
     def memory(self, case: Case, number: int) -> None:
@@ -214,6 +215,7 @@ class _Loop:
                 "quality": len(sets.quality),
             },
             "embedding_shape": list(model.embedding_shape),
+            "precision": str(model.unet.dtype).removeprefix("torch."),
             "layers": {site: list(model.layers(site, EVERYWHERE)) for site in stages.SITES},
         }
         empty = Locality(
@@ -306,7 +308,6 @@ def locality(
     Raises:
         DoriError: too few prompts, a prompt too long, a folder of another run, or no space left.
     """
-    subjects.model.check_prompts(subjects.ordinary[: plan.ordinary_prompts])
     run.device = subjects.model.device.type
     sets = choose_sets(subjects, plan)
     fingerprints = {model.name: model_fingerprint(model) for model in (subjects.model, *subjects.twins)}

@@ -187,7 +187,7 @@ def ground_truth(found: Locality) -> Said:
     ranked = sorted(excess.items(), key=lambda item: -item[1])[:4]
     largest = ", ".join(f"{group} {value / total:.2f}" for group, value in ranked) if total else ""
     sentences = [
-        f"Of what planting changed{beyond}, most lies in {largest}."
+        f"Of what planting changed{beyond}, the largest parts lie in {largest}."
         if largest
         else "Planting changed no more than training on other images does."
     ]
@@ -195,6 +195,11 @@ def ground_truth(found: Locality) -> Said:
         sentences.append(
             "There is one twin, so twin minus twin is not known, and what training on any other images changes is not "
             "subtracted: a mask may hold much of the change without knowing the memories."
+        )
+    if found.settings.get("precision") in ("float16", "bfloat16"):
+        sentences.append(
+            "The weights were compared in half precision, in which small changes are lost or rounded up; a run without "
+            "--half shows them."
         )
     words = []
     for method in dict.fromkeys(c.method for c in found.covers):
