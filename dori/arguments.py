@@ -71,6 +71,16 @@ def _model_and_images(command: argparse.ArgumentParser, *, memories: str) -> Non
     command.add_argument("--memories", type=Path, metavar="FOLDER", help=memories)
 
 
+def _twins(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--twin",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a model like this one that never saw the memories; judges only; may be repeated",
+    )
+
+
 def _running(command: argparse.ArgumentParser, *presets: str) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     command.add_argument("--preset", choices=presets, default=presets[0])
@@ -97,6 +107,7 @@ def _audit(audit: argparse.ArgumentParser) -> None:
     _model_and_images(audit, memories="images believed to be in the model")
     audit.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
     audit.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for quality")
+    _twins(audit)
     _running(audit, "quick", "paper")
     for group in ("memories", "controls"):
         audit.add_argument(
@@ -132,6 +143,7 @@ def _report(report: argparse.ArgumentParser) -> None:
 def _locality(locality: argparse.ArgumentParser) -> None:
     _model_and_images(locality, memories="images believed to be in the model")
     locality.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for reference")
+    _twins(locality)
     _running(locality, "quick", "full")
     _judging(locality)
     locality.set_defaults(controls=None, clip=None)
@@ -141,13 +153,7 @@ def _erase(erase: argparse.ArgumentParser) -> None:
     _model_and_images(erase, memories="images to erase")
     erase.add_argument("--retain", type=Path, metavar="FOLDER", help="ordinary images with texts")
     erase.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
-    erase.add_argument(
-        "--twin",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="a model like this one that never saw the memories; judges only; may be repeated",
-    )
+    _twins(erase)
     _running(erase, "quick", "full")
     erase.add_argument("--eraser", choices=ERASERS, default=DEFAULT)
     erase.add_argument(

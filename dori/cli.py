@@ -69,10 +69,10 @@ def _audit(arguments: argparse.Namespace) -> int:
     if arguments.memories is None:
         if arguments.model != "testbed":
             raise DoriError("an audit needs images to look for; give --memories FOLDER")
-        if arguments.controls or arguments.ordinary or arguments.half or arguments.device != "cpu":
+        if arguments.controls or arguments.ordinary or arguments.twin or arguments.half or arguments.device != "cpu":
             raise DoriError(
-                "without --memories the testbed is audited on its own images, in float32 on the CPU; leave "
-                "out --controls, --ordinary, --device and --half, or give --memories FOLDER"
+                "without --memories the testbed is audited on its own images, beside its own twins, in float32 on the "
+                "CPU; leave out --controls, --ordinary, --twin, --device and --half, or give --memories FOLDER"
             )
     _quiet()  # first: some advice comes while the libraries are imported
     from dori.audit.loop import audit
@@ -161,6 +161,7 @@ def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Ju
             memories=arguments.memories,
             controls=arguments.controls,
             ordinary=arguments.ordinary,
+            twins=arguments.twin,
             device=arguments.device,
             half=arguments.half,
         )
@@ -186,10 +187,10 @@ def _locality(arguments: argparse.Namespace) -> int:
     if arguments.memories is None:
         if arguments.model != "testbed":
             raise DoriError("locality needs images to look for; give --memories FOLDER")
-        if arguments.ordinary or arguments.half or arguments.device != "cpu":
+        if arguments.ordinary or arguments.twin or arguments.half or arguments.device != "cpu":
             raise DoriError(
-                "without --memories the testbed is analysed with its own images, in float32 on the CPU; "
-                "leave out --ordinary, --device and --half, or give --memories FOLDER"
+                "without --memories the testbed is analysed with its own images, beside its own twins, in float32 on "
+                "the CPU; leave out --ordinary, --twin, --device and --half, or give --memories FOLDER"
             )
     _quiet()
     import dataclasses

@@ -11,7 +11,7 @@ from typing import Any
 from dori.errors import DoriError
 from dori.findings import Audit
 from dori.judgement import last_step, rule_of
-from dori.report.tables import CONTROLS, Row, Way, number, population_of, rate, table, threshold_of, way_of
+from dori.report.tables import CONTROLS, Row, Way, called_twin, number, population_of, rate, table, threshold_of, way_of
 from dori.stats import Estimate
 
 SHOWN = 40
@@ -266,7 +266,7 @@ CONTROL_CHARACTERS = dict.fromkeys((*range(32), *range(127, 160)), "?")
 
 
 def _named(population: str, way: Way) -> str:
-    whose = population if way.model == AUDITED else f"{population} on twin {way.model}"
+    whose = population if way.model == AUDITED else f"{population} on {called_twin(way.model)}"
     edit = "unedited" if way.edit == "none" else way.edit + (" (own)" if way.edit_scope == "own" else "")
     return f"{whose}, {edit}, {way.asked}"
 

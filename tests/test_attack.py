@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from dori.attack import dori
 from dori.attack.dori import Dori, restarts
 from dori.attack.starts import foreign, gaussian
+from dori.model import stable_diffusion
 from dori.model.stable_diffusion import StableDiffusion
 
 
@@ -66,6 +68,32 @@ def test_chunks_and_repetition_change_nothing(tiny: StableDiffusion) -> None:
     assert torch.equal(a.embeddings, b.embeddings)
     assert torch.allclose(a.embeddings, c.embeddings, atol=1e-6)
     assert a.rows == c.rows == 3 * 3 * 2
+
+
+def test_large_latents_are_attacked_and_decoded_in_smaller_calls(
+    tiny: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight rows of Stable Diffusion's latents fit where 64 of the testbed's do, and four of its images at once."""
+    assert dori.NUMBERS_PER_CALL // (4 * 64 * 64) == 8
+    for side, images in ((16, 32), (64, 32), (512, 4), (2048, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(StableDiffusion, "image_side_px", side)
+            assert tiny.images_per_call == images
+    images = tiny.to_images(problem(tiny, 4)[0])
+    monkeypatch.setattr(stable_diffusion, "VAE_PIXELS", 1)
+    assert tiny.images_per_call == 1
+    assert torch.allclose(tiny.to_images(problem(tiny, 4)[0]), images, atol=1e-5)
+    tiny.unet.double()
+    targets, starts = problem(tiny, 4)
+    attack, sizes = Dori(steps=1, batch=2), list[int]()
+    whole = attack(tiny, targets, starts, seeds=range(4))
+    watch = tiny.unet.register_forward_hook(lambda _, inputs, output: sizes.append(len(inputs[0])))
+    for numbers, calls in ((4 * 192, [4, 4]), (1, [2, 2, 2, 2])):
+        monkeypatch.setattr(dori, "NUMBERS_PER_CALL", numbers)
+        parts = attack(tiny, targets, starts, seeds=range(4))
+        assert sizes == calls and torch.allclose(parts.embeddings, whole.embeddings, atol=1e-6)
+        sizes.clear()
+    watch.remove()
 
 
 def test_attack_lowers_the_loss_on_fresh_noise(tiny: StableDiffusion) -> None:

@@ -32,9 +32,10 @@ from dori.locality.truth import (
     changes,
     coverage,
     density,
-    energies,
+    every_change,
     excess_by,
     excess_energies,
+    gathered,
     group_of,
     layer_of,
     random_coverage,
@@ -287,6 +288,14 @@ def test_the_excess_lies_where_the_planted_model_was_changed_and_nowhere_else(ti
     layers = {one.name: one.excess for one in excess_by(layer_of, change, floor)}
     assert layers[layer_of(value)] == pytest.approx(groups[group_of(value)].excess)
     assert sum(layers.values()) == pytest.approx(sum(one.excess for one in groups.values()))
+    # One parameter after another gives the same, and keeps the weights of those alone that masks lie in.
+    for twins in ((first, second), (first,)):
+        parts, kept, below = every_change(planted, twins, kept={value})
+        whole, under = changes(planted, twins)
+        for group in (group_of, layer_of):
+            assert gathered(group, parts) == excess_by(group, whole, under)
+        assert set(kept) == {value} and torch.equal(kept[value], whole[value])
+        assert (below is None) == (under is None) and (below is None or torch.equal(below[value], under[value]))
     beyond = excess_energies(change, floor)
     assert float(beyond[noisy].sum()) == pytest.approx(layers["conv_in"]) and excess_energies(change, None) is change
 
@@ -305,7 +314,9 @@ def test_a_mask_covers_what_lies_in_it_and_a_random_one_its_density(tiny: Stable
     assert sum(draws) / 200 == pytest.approx(random_coverage(energy, mask), rel=0.03)
     one = {names[0]: mask[names[0]]}
     assert random_coverage(energy, one) == pytest.approx(density(one))
-    assert math.isnan(coverage(energies(tiny, tiny), mask)) and math.isnan(random_coverage(energies(tiny, tiny), mask))
+    nothing, _ = changes(tiny, (tiny,), names)
+    assert set(nothing) == set(names)
+    assert math.isnan(coverage(nothing, mask)) and math.isnan(random_coverage(nothing, mask))
 
 
 def test_masks_of_large_layers_are_not_taken_to_know_more_than_chance() -> None:
@@ -354,6 +365,19 @@ def test_a_patch_carries_exactly_what_its_layer_computes(tiny: StableDiffusion) 
     partly = patched_samples(tiny, twin, y, noise, {other: (other,)}, steps=1, guidance_scale=2.0)
     gap = (partly["source"] - partly["none"]).norm()
     assert 0 < float((partly[other] - partly["source"]).norm() / gap) < 1
+
+
+def test_both_halves_of_the_guidance_come_from_one_text_encoder(tiny: StableDiffusion) -> None:
+    """A twin's own empty prompt would make its run differ by more than its weights."""
+    twin = copy.copy(tiny)
+    twin.text_encoder = copy.deepcopy(tiny.text_encoder)
+    with torch.no_grad():
+        next(twin.text_encoder.parameters()).mul_(3)
+    y, null, noise = tiny.encode(["abc"]), tiny.encode([""]), initial_noise(tiny, [0])
+    assert not torch.allclose(twin.encode([""]), null)
+    found = patched_samples(twin, tiny, y, noise, {}, steps=2, guidance_scale=3.0, null=null)
+    assert torch.allclose(found["source"], found["none"], atol=1e-5)
+    assert torch.allclose(found["none"], sample(tiny, y, noise, steps=2, guidance_scale=3.0), atol=1e-5)
 
 
 def test_the_share_of_the_gap_counts_from_the_target_to_the_source() -> None:

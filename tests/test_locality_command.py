@@ -11,7 +11,7 @@ from test_locality_run import PLAN
 
 from dori.erase.write import save_model
 from dori.locality.plan import PRESETS
-from dori.locality.records import read_locality
+from dori.locality.records import ON_TWIN, read_locality
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,12 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         model.unet.conv_in.weight.mul_(1.1)
     save_model(model, folder / "other", source="tiny")
+    with torch.no_grad():
+        model.unet.conv_in.weight.mul_(1.1)
+    save_model(model, folder / "third", source="tiny")
+    with torch.no_grad():
+        model.vae.quant_conv.weight.mul_(1.1)
+    save_model(model, folder / "other-vae", source="tiny")
     write_folder(folder / "memories", ["a dog", "a cat", None], seed=0)
     write_folder(folder / "bare", [None, None], seed=1)
     write_folder(folder / "one", ["a dog"], seed=2)
@@ -47,6 +53,7 @@ def arguments(given: Path, out: Path, *more: str, model: str = "model", memories
     [
         (("nothing",), "--memories"),
         (("testbed", "--half"), "leave out --ordinary"),
+        (("testbed", "--twin", "x"), "leave out --ordinary, --twin"),
         (("nothing", "--memories", "nowhere"), "nowhere is no folder"),
     ],
 )
@@ -67,12 +74,17 @@ def test_missing_arguments_are_told_in_one_sentence(
         ({"ordinary": "few"}, "3 are too few"),
         ({"ordinary": "long"}, "shorten it"),
         ({"ordinary": "nowhere"}, "nowhere is no folder"),
+        ({"twin": "nowhere"}, "no model at"),
+        ({"twin": "model"}, "has the weights of"),
+        ({"twin": "other-vae"}, "has another VAE than"),
     ],
 )
 def test_wrong_folders_are_told_before_anything_runs(
     changed: dict[str, str], word: str, given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--ordinary", str(given / changed.pop("ordinary"))] if "ordinary" in changed else []
+    flags = [name for name in ("ordinary", "twin") if name in changed]
+    more = [text for name in flags for text in (f"--{name}", str(given / changed[name]))]
+    changed = {name: value for name, value in changed.items() if name not in flags}
     code, _, said = status(arguments(given, tmp_path / "run", *more, **changed), capsys)
     assert code == 2 and word in said and len(said.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "cells").exists()
@@ -107,6 +119,43 @@ def test_a_finished_run_is_drawn_again_and_another_one_is_not_overwritten(
     assert {path: path.stat().st_mtime_ns for path in (run / "cells").iterdir()} == stamps
     assert [one.triggers for one in read_locality(run / "locality.json").subjects] == [0, 0]
     assert "a dog" not in (run / "locality.html").read_text()
+
+
+def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, twins = tmp_path / "run", [f"twin {k} ({given / name})" for k, name in ((1, "other"), (2, "third"))]
+    one = ("--threshold", "-1", "--twin", str(given / "other"))
+    code, _, said = status(arguments(given, run, *one), capsys)
+    assert code == 0, said
+    found, page = read_locality(run / "locality.json"), (run / "locality.html").read_text()
+    assert found.twins == (twins[0],) and {(m.value, m.n) for m in found.measures if m.name == ON_TWIN} == {(1.0, 2)}
+    # The models differ in one layer, and nothing is known of what training on other images changes.
+    assert {c.group for c in found.changes if c.change > 0} == {"conv_in", "convolutions and rest, ends"}
+    assert all(c.floor is None for c in found.changes) and all(c.twins is None for c in found.covers)
+    assert {p.direction for p in found.patches} == {"sufficient", "necessary"}
+    assert "There is one twin, so twin minus twin is not known" in page and "twin - twin (floor)" not in page
+    # Another twin may come later, and everything that was computed is kept; another first twin is another run.
+    stamps = {path: path.stat().st_mtime_ns for path in (run / "cells").iterdir()}
+    assert status(arguments(given, run, *one, "--twin", str(given / "third")), capsys)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (run / "cells").iterdir()} == stamps
+    found, page = read_locality(run / "locality.json"), (run / "locality.html").read_text()
+    assert found.twins == tuple(twins) and all(c.floor is not None for c in found.changes)
+    assert "There is one twin" not in page
+    code, _, said = status(arguments(given, run, "--threshold", "-1", "--twin", str(given / "third")), capsys)
+    assert code == 2 and "another locality run (first twin differ" in said
+
+
+def test_half_precision_goes_through_every_analysis_and_the_ground_truth_says_so(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, twin = tmp_path / "run", str(given / "other")
+    code, _, said = status(arguments(given, run, "--threshold", "-1", "--half", "--twin", twin), capsys)
+    assert code == 0, said
+    found, page = read_locality(run / "locality.json"), (run / "locality.html").read_text()
+    assert found.settings["precision"] == "float16" and [one.triggers for one in found.subjects] == [6, 6]
+    assert {c.group for c in found.changes if c.change > 0} == {"conv_in", "convolutions and rest, ends"}
+    assert "compared in half precision" in page and "was not calibrated on images like these" in page
 
 
 def test_a_damaged_record_is_made_again(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

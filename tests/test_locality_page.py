@@ -128,6 +128,31 @@ def test_the_way_starts_from_the_highest_reference_and_leaves_the_rest_out() -> 
     assert way(records(), "nothing").why_not == "too few triggers"
 
 
+def test_nothing_is_told_of_weights_without_triggers_of_another_image() -> None:
+    """A run's first memory stands alone: masks of Gaussian-started triggers may agree whatever the image."""
+    found = records(levels=LEVELS | {TRIGGERS: 0.8})
+    assert observed.weight_word(found, "Wanda") == "local"
+    rows = tuple(o for o in found.overlaps if o.group != OTHER_IMAGES)
+    alone = dataclasses.replace(found, overlaps=rows)
+    assert "no other image has triggers" in observed.weight_word(alone, "Wanda")
+    assert "of the way" not in observed.weights(alone).sentences[0]
+
+
+def test_agreements_are_called_the_same_only_where_that_is_known() -> None:
+    prompts = Estimate(0.22, math.nan, math.nan, 1)
+    for triggers, words in (
+        (Estimate(0.41, 0.3, 0.5, 6), "more than"),
+        (Estimate(0.1, 0.05, 0.15, 6), "less than"),
+        (Estimate(0.22, 0.215, 0.225, 6), "as much as"),
+        (Estimate(0.41, 0.2, 0.6, 6), "not clearly more or less than"),
+    ):
+        assert observed._against(triggers, prompts) == words
+    # NeMo may select nothing for any prompt.
+    none = tuple(dataclasses.replace(o, without_empty=None) if o.group == MEMORIZED else o for o in records().overlaps)
+    sentence = observed.weights(dataclasses.replace(records(), overlaps=none)).sentences[0]
+    assert "cannot be compared with what different memorized prompts do (0.41 against not measured)" in sentence
+
+
 def test_an_interval_over_memories_that_crosses_a_border_leaves_the_verdict_open() -> None:
     found = records(6)
     rows = []
@@ -173,6 +198,12 @@ def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
         found, measures=tuple(m for m in found.measures if m.name != "shared with moves to other images")
     )
     assert own_share(alone).value == pytest.approx(0.075) and "stays open" in observed.embedding(alone).sentences[2]
+    assert observed.embedding(alone).title == said_.title  # what is not common cannot be the image's own
+    much = tuple(
+        dataclasses.replace(m, value=0.6) if m.name == "common share of the moves" else m for m in alone.measures
+    )
+    title = observed.embedding(dataclasses.replace(alone, measures=much)).title
+    assert title == "The moves of triggers: cannot be told, with a single image"
 
 
 @pytest.mark.parametrize(
@@ -266,6 +297,15 @@ def test_ground_truth_is_held_against_random_masks_as_large_in_every_layer() -> 
     assert intervened.ground_truth(dataclasses.replace(records(), covers=weak)).title.endswith(
         "somewhat better than chance"
     )
+    # With one twin there is no floor, and no mask is said to have found the memory.
+    single = tuple(dataclasses.replace(c, floor=None) for c in records().changes)
+    alone = intervened.ground_truth(
+        dataclasses.replace(
+            records(), changes=single, covers=tuple(dataclasses.replace(c, twins=None) for c in records().covers)
+        )
+    )
+    assert alone.title == "Wanda: holds much of the change" and "twin minus twin is not known" in alone.sentences[1]
+    assert "difference between twins" not in alone.sentences[2]
     unknown = tuple(dataclasses.replace(c, share=None, random=None) for c in weak)
     assert intervened.ground_truth(dataclasses.replace(records(), covers=unknown)).title == "Wanda: not measured"
 
@@ -284,6 +324,24 @@ def test_too_few_ordinary_prompts_are_said() -> None:
     found = records()
     found = dataclasses.replace(found, settings={**found.settings, "prompts": {"NeMo's statistics": 5}})
     assert any("5 instead of 48" in sentence for sentence in verdict.done(found))
+
+
+def test_what_speaks_against_the_judge_is_said_before_any_verdict() -> None:
+    found = records()
+    assert any("threshold of d was not calibrated" in sentence for sentence in verdict.done(found))
+    sound = dataclasses.replace(found, descriptor={**found.descriptor, "calibration": {"true_positive_rate": 1.0}})
+    assert not any("calibrated" in sentence or "diverged" in sentence for sentence in verdict.done(sound))
+    template = tuple(dataclasses.replace(one, kind="template") for one in found.subjects)
+    lost = tuple(dataclasses.replace(t, moved=None) if t.index == 3 else t for t in found.triggers)
+    told = verdict.done(dataclasses.replace(sound, subjects=template, triggers=lost))
+    assert "Templates are judged by whole images" in told[-2] and told[-1].startswith("2 of 8 attacks diverged")
+
+
+def test_weights_compared_in_half_precision_are_told_so() -> None:
+    found = records()
+    half = dataclasses.replace(found, settings={**found.settings, "precision": "float16"})
+    assert any("half precision" in sentence for sentence in intervened.ground_truth(half).sentences)
+    assert not any("half precision" in sentence for sentence in intervened.ground_truth(found).sentences)
 
 
 def test_intervals_need_five_memories() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import tiny_parts
 from torch import Tensor
 from torch.nn import functional
 
-from dori.attack.dori import Dori
+from dori.attack.dori import Dori, Triggers
 from dori.audit.judge import Judge
 from dori.audit.loop import Subjects, make_cases
 from dori.cost import Rows, Speed
@@ -18,6 +19,7 @@ from dori.errors import DoriError
 from dori.locality.costs import Sizes, by_stage, planned
 from dori.locality.loop import costs, locality
 from dori.locality.masks import method_names
+from dori.locality.page.render import render
 from dori.locality.plan import PRESETS, Causal, Plan
 from dori.locality.records import LISTS, ON_TWIN, Locality, read_locality
 from dori.locality.subjects import choose_sets
@@ -283,6 +285,37 @@ def test_without_a_trigger_nothing_is_said_about_triggers(tiny: StableDiffusion,
     assert not found.probes and not found.crosses and {o.memory for o in found.overlaps} == {""}
     values = {m.name: m.value for m in found.measures if m.memory == "m1"}
     assert values["between triggers"] is None and values["common share of the moves"] is None
+
+
+def test_attacks_that_diverge_find_nothing_and_end_no_run(
+    tiny: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision may overflow: here the first attack of every chunk ends in no number."""
+    attacked = Dori.__call__
+
+    def diverging(self: Dori, *given: Any, **named: Any) -> Triggers:
+        found = attacked(self, *given, **named)
+        found.embeddings[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(Dori, "__call__", diverging)
+    found = tiny_run(tiny_subjects(tiny), tmp_path / "run", plan=dataclasses.replace(PLAN, memories=1, causal=None))
+    lost = [(t.start, t.index) for t in found.triggers if t.moved is None]
+    assert lost == [("gaussian", 0), ("foreign", 0)] and not any(t.replicates for t in found.triggers if not t.moved)
+    assert [(s.attacks, s.triggers) for s in found.subjects] == [(5, 3)]
+    ends = [(p.start, p.index) for p in found.places if p.role in ("trigger", "attacked")]
+    assert sorted(ends) == [("foreign", 1), ("gaussian", 1), ("gaussian", 2)]
+    (tmp_path / "locality.json").write_text(found.to_json())
+    assert read_locality(tmp_path / "locality.json") == found
+    assert "2 of 5 attacks diverged and count as failed" in render(found, tmp_path / "run")
+
+
+def test_a_prompt_that_is_too_long_is_told_before_anything_runs(tiny: StableDiffusion) -> None:
+    """Also the last one, whose turn comes after hours and only because a memory's own text was left out."""
+    ordinary = ("abcde", *(f"word {k}" for k in range(11)), "x" * 40)
+    subjects = dataclasses.replace(tiny_subjects(tiny), ordinary=ordinary)
+    with pytest.raises(DoriError, match="shorten it"):
+        choose_sets(subjects, PLAN)
 
 
 def test_too_few_prompts_are_refused_in_one_sentence(tiny: StableDiffusion) -> None:

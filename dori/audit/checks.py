@@ -82,7 +82,12 @@ def _about_controls(audit: Audit) -> list[str]:
     if len(memories) < FEW:
         reasons.append(f"Only {len(memories)} memories were audited: every rate has a wide interval.")
     if not controls:
-        return [*reasons, "There are no controls: what was found may be shown, but nothing can be said about storage."]
+        alone = (
+            "twins alone tell whether the model or the attack supplied an image."
+            if audit.twins
+            else "what was found may be shown, but nothing can be said about storage."
+        )
+        return [*reasons, f"There are no controls: {alone}"]
     if len(controls) < FEW:
         reasons.append(f"Only {len(controls)} controls were audited: that they do not break is weak evidence.")
     broken = _replicated(_final(audit, "control", audit.model, "none"), rule)

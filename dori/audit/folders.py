@@ -17,6 +17,7 @@ from dori.memory import Memory, load_images, read_memories
 from dori.metrics.alignment import OPENAI_MEAN, OPENAI_STD, Colour
 from dori.metrics.copy_descriptor import load_copy_descriptor
 from dori.model.load import LIBRARY_ERRORS, load_model
+from dori.model.twins import load_twins
 from dori.prompts import ordinary_prompts
 from dori.testbed.subjects import DESCRIPTOR
 
@@ -27,13 +28,14 @@ def folder_subjects(
     memories: Path,
     controls: Path | None = None,
     ordinary: Path | None = None,
+    twins: Sequence[str] = (),
     device: str = "cpu",
     half: bool = False,
 ) -> tuple[Subjects, Judge]:
     """Open everything that the command line names; all folders are read before the model is.
 
     Raises:
-        DoriError: any of them cannot be read; the message names file and line.
+        DoriError: any of them cannot be read, the message then names file and line; or a twin cannot be compared.
     """
     groups = [_read(memories, "verbatim"), _read(controls, "control"), _read(ordinary, "ordinary")]
     seen: set[str] = set()
@@ -41,7 +43,9 @@ def folder_subjects(
         if memory.id in seen:
             raise DoriError(f"id {memory.id!r} names a memory and a control; give ids that differ in metadata.jsonl")
         seen.add(memory.id)
-    opened = load_model(_testbed_folder(model), device=device, dtype=torch.float16 if half else torch.float32)
+    dtype = torch.float16 if half else torch.float32
+    opened = load_model(_testbed_folder(model), device=device, dtype=dtype)
+    others = load_twins(opened, twins, device=device, dtype=dtype)
     side = opened.image_side_px
     groups = [tuple(_in_square(memory, side) for memory in group) for group in groups]
     pictures = [load_images(group, side) if group else torch.zeros(0, 3, side, side) for group in groups]
@@ -52,6 +56,7 @@ def folder_subjects(
         make_cases(opened, groups[1], pictures[1], "control"),
         prompts,
         pictures[2] if len(pictures[2]) > 1 else None,
+        others,
     )
     # Its threshold was measured on the testbed's images and says nothing about others: no calibration is claimed.
     descriptor = dataclasses.replace(

@@ -22,15 +22,13 @@ from dori.erase.plan import Plan
 from dori.errors import DoriError
 from dori.memory import Memory, load_images, read_memories
 from dori.metrics.similarity import Descriptor
-from dori.model.load import load_model
 from dori.model.stable_diffusion import StableDiffusion
 from dori.prompts import ordinary_prompts
-from dori.run import canonical_sha256, tensors_sha256
+from dori.run import canonical_sha256
 
 Split = Literal["all", "tune", "test"]
 Planted = Literal["planted", "early"]
 RETAIN_SEED, HELD_OUT_SEED = 5, 6  # seeds 0 to 2 of the testbed's ordinary pairs serve audit and verify
-TWIN = "give a model that was trained alike but for the memories"
 APART = "leave it out of one of the folders"
 NAMED = 20  # further copies that a refusal names
 ATTACKS = 64  # ordinary prompts from which attacks may begin, for the erasure and for the proof
@@ -143,22 +141,6 @@ def _refuse_copies(descriptor: Descriptor, subjects: Subjects, ordinary: Sequenc
     )
 
 
-def _refuse_strangers(model: StableDiffusion, twins: Sequence[StableDiffusion]) -> None:
-    """Refuse a twin that cannot be compared.
-
-    Raises:
-        DoriError: a twin of another shape, with another VAE, or the model itself.
-    """
-    own = {name: tensors_sha256(part.state_dict()) for name, part in (("unet", model.unet), ("vae", model.vae))}
-    for twin in twins:
-        if (twin.latent_shape, twin.embedding_shape) != (model.latent_shape, model.embedding_shape):
-            raise DoriError(f"{twin.name} has latents or embeddings of another shape than {model.name}; {TWIN}")
-        if tensors_sha256(twin.vae.state_dict()) != own["vae"]:
-            raise DoriError(f"{twin.name} has another VAE than {model.name}, so that its latents differ; {TWIN}")
-        if tensors_sha256(twin.unet.state_dict()) == own["unet"]:
-            raise DoriError(f"{twin.name} has the weights of {model.name} itself; {TWIN}")
-
-
 def testbed_material(plan: Plan, split: Split, *, checkpoint: Planted) -> tuple[Material, Judge]:
     """The testbed's planted memories, controls and twins, with fresh ordinary pairs.
 
@@ -211,19 +193,15 @@ def folder_material(
             "to hold the model in place, and hundreds are better"
         )
     ordinary = [ordinary[k] for k in choose(len(ordinary), plan.retain + plan.held_out)]
-    subjects, judge = folder_subjects(model, memories=memories, controls=controls, device=device)
+    subjects, judge = folder_subjects(model, memories=memories, controls=controls, twins=twins, device=device)
     opened = subjects.model
-    others = tuple(load_model(one, device=device) for one in twins)
-    for index, other in enumerate(others):
-        other.name = f"twin {index + 1} ({other.name})"
-    _refuse_strangers(opened, others)
     held = min(plan.held_out, max(2, len(ordinary) // 6))
     spread = choose(len(ordinary), held)  # a folder may be sorted
     ordinary = [ordinary[k] for k in (*spread, *sorted(set(range(len(ordinary))) - set(spread)))]
     texts, pictures = [one.text or "" for one in ordinary], load_images(ordinary, opened.image_side_px)
     opened.check_prompts(texts)
     _refuse_copies(judge.descriptor, subjects, ordinary, pictures)
-    subjects = dataclasses.replace(taken(subjects, plan, split), twins=others, held_out=pictures[:held])
+    subjects = dataclasses.replace(taken(subjects, plan, split), held_out=pictures[:held])
     prompts = divided([*texts[:held], *ordinary_prompts()], subjects, plan.quality_prompts)
     material = Material(
         subjects,

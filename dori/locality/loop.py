@@ -50,8 +50,8 @@ from dori.sampling import named_seed
 class _Loop:
     """The state of one run: what is fixed, and the records so far.
 
-    `excess` and `floor` are planted minus twin beyond the floor, and twin minus twin, weight by weight; `before` holds
-    the memory before with its triggers' starts and its masks by method.
+    `excess` and `floor` are planted minus twin beyond the floor, and twin minus twin, weight by weight in the layers
+    that masks lie in; `before` holds the memory before with its triggers' starts and its masks by method.
     """
 
     bench: Bench
@@ -86,12 +86,13 @@ class _Loop:
             self._truth()
 
     def _truth(self) -> None:
-        change, self.floor = truth.changes(self.subjects.model, self.subjects.twins)
+        model, twins = self.subjects.model, self.subjects.twins
+        masked = {f"{name}.weight" for site in stages.SITES for name in model.layers(site, EVERYWHERE)}
+        parts, change, self.floor = truth.every_change(model, twins, kept=masked)
         self.excess = truth.excess_energies(change, self.floor)
         for level, group in (("kind", truth.group_of), ("layer", truth.layer_of)):
             self.records["changes"] += [
-                Change(level, one.name, one.change, one.floor, one.weights)
-                for one in truth.excess_by(group, change, self.floor)
+                Change(level, one.name, one.change, one.floor, one.weights) for one in truth.gathered(group, parts)
             ]
 
     def memory(self, case: Case, number: int) -> None:
@@ -214,6 +215,7 @@ class _Loop:
                 "quality": len(sets.quality),
             },
             "embedding_shape": list(model.embedding_shape),
+            "precision": str(model.unet.dtype).removeprefix("torch."),
             "layers": {site: list(model.layers(site, EVERYWHERE)) for site in stages.SITES},
         }
         empty = Locality(
@@ -252,22 +254,26 @@ def _settings(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(plan)))
 
 
-def refuse_another(folder: Path, subjects: Subjects, plan: Plan, sets: Sets) -> None:
+def refuse_another(folder: Path, subjects: Subjects, plan: Plan, sets: Sets, fingerprints: Mapping[str, str]) -> None:
     """Refuse a folder in which another locality run has results: its cells would be overwritten, hours perhaps.
 
+    Twins may be added to a run; the first one, with which attacks and patching were made, stays the first.
+
     Raises:
-        DoriError: the folder's `locality.json` is of another model, plan or memories.
+        DoriError: the folder's `locality.json` is of another model, plan, memories or first twin.
     """
     path = folder / FILE
     try:
         before = read_locality(path)
     except DoriError:  # none, or one that nobody can read
         return
-    model, wanted = subjects.model.name, _settings(plan)
+    wanted, known = _settings(plan), before.settings.get("fingerprints", {})
     texts = {case.memory.id: case.memory.text for case in sets.cases}
     differ = [name for name, value in wanted.items() if before.settings.get(name) != value]
-    if before.model != model or before.settings["fingerprints"].get(model) != model_fingerprint(subjects.model):
+    if known.get(before.model) != fingerprints[subjects.model.name]:  # by its weights: a path has many spellings
         differ.insert(0, "model")
+    if before.twins and subjects.twins and known.get(before.twins[0]) != fingerprints[subjects.twins[0].name]:
+        differ.append("first twin")
     if any(texts.get(one.id, "") != one.text for one in before.subjects):
         differ.append("memories")
     if differ:
@@ -302,11 +308,10 @@ def locality(
     Raises:
         DoriError: too few prompts, a prompt too long, a folder of another run, or no space left.
     """
-    subjects.model.check_prompts(subjects.ordinary[: plan.ordinary_prompts])
     run.device = subjects.model.device.type
     sets = choose_sets(subjects, plan)
-    refuse_another(run.folder, subjects, plan, sets)
     fingerprints = {model.name: model_fingerprint(model) for model in (subjects.model, *subjects.twins)}
+    refuse_another(run.folder, subjects, plan, sets, fingerprints)
     bench = Bench(subjects.model, judge, plan, run, fingerprints[subjects.model.name], judge.record())
     cells = _cells(subjects, plan, sets)
     run.plan("locality", {key: rows.weight for part in cells.values() for key, rows in part.items()})

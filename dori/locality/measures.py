@@ -89,16 +89,21 @@ def _shared(memory: str, found: Found, others: Sequence[Found], start: str | Non
 def maps(
     memory: str, found: Found, memorized: Tensor, ordinary: Tensor, *, perplexity: float, seed: int
 ) -> tuple[list[Place], dict[str, object]]:
-    """Places of starts, attacked embeddings and prompts on both maps, and how the maps were drawn."""
+    """Places of starts, attacked embeddings and prompts on both maps, and how the maps were drawn.
+
+    Attacks that diverged ended nowhere and are left out.
+    """
+    somewhere = torch.isfinite(found.ends).flatten(1).all(1)
     shown = [(MEMORIZED, memorized[:MAPPED_PROMPTS].cpu()), (ORDINARY, ordinary[:MAPPED_PROMPTS].cpu())]
-    points = torch.cat([found.starts, found.ends, *(y for _, y in shown)])
+    points = torch.cat([found.starts, found.ends[somewhere], *(y for _, y in shown)])
     pca, explained = space.principal_map(points)
     tsne = space.neighbour_map(points, perplexity=perplexity, seed=seed)
     starts = list(zip(found.names, found.index, strict=True))
     roles = [("start", *start) for start in starts]
     roles += [
         ("trigger" if kept else "attacked", *start)
-        for start, kept in zip(starts, found.replicates.tolist(), strict=True)
+        for start, kept, there in zip(starts, found.replicates.tolist(), somewhere.tolist(), strict=True)
+        if there
     ]
     roles += [(name, "", index) for name, y in shown for index in range(len(y))]
     places = [Place(memory, *role, _pair(a), _pair(b)) for role, a, b in zip(roles, pca, tsne, strict=True)]

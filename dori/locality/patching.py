@@ -49,6 +49,7 @@ def patched_samples(
     *,
     steps: int,
     guidance_scale: float,
+    null: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Latents that the target draws when sets of its layers put out what the source's own run puts out.
 
@@ -60,13 +61,14 @@ def patched_samples(
         sets: name to the names of the layers that are patched together.
         steps: of the DDIM sampling.
         guidance_scale: likewise.
+        null: embedding of the unconditional half, shape (1, l, d); default the source's of the empty prompt.
 
     Returns:
         Set name to latents (s, c, h, w); "none" is the target's run without a patch, "source" the source's.
     """
     layers, own = patch_layers(source), patch_layers(target)
     names: dict[str, Sequence[str]] = {NONE: ()} | dict(sets)
-    halves = (source.encode([""]), embedding.to(source.device))
+    halves = (source.encode([""]) if null is None else null, embedding.to(source.device))
     y = torch.cat([half.expand(len(noise), -1, -1) for half in halves])
     scheduler = source.ddim(steps)
     x_source = noise.to(source.device) * scheduler.init_noise_sigma

@@ -46,14 +46,17 @@ class Analysed:
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """One attack: its start, the median similarity over fresh seeds, whether that replicates, and how far it moved."""
+    """One attack: its start, the median similarity over fresh seeds, whether that replicates, and how far it moved.
+
+    `moved` is null where the attack diverged; it found nothing then.
+    """
 
     memory: str
     start: str
     index: int
     similarity: float
     replicates: bool
-    moved: float
+    moved: float | None
 
 
 @dataclass(frozen=True, slots=True)

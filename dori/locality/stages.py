@@ -129,6 +129,13 @@ def _patched(
     plan, noise = bench.plan, initial_noise(bench.model, seeds)
     names = patch_sets(source)
     latents = patched_samples(
-        source, target, prompt, noise, names, steps=plan.sampling_steps, guidance_scale=plan.guidance_scale
+        source,
+        target,
+        prompt,
+        noise,
+        names,
+        steps=plan.sampling_steps,
+        guidance_scale=plan.guidance_scale,
+        null=bench.model.encode([""]),  # both halves from one text encoder, in either direction
     )
     return {name: bench.similar(case, target.to_images(z).cpu()[None])[0] for name, z in latents.items()}

@@ -41,7 +41,7 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
     Reference prompts are different texts, and no ordinary one is a memory's.
 
     Raises:
-        DoriError: no memory, fewer than two memorized prompts, or too few ordinary prompts.
+        DoriError: no memory, fewer than two memorized prompts, too few ordinary prompts, or one that is too long.
     """
     pool = [case for case in subjects.memories if case.memory.kind == "verbatim"] or list(subjects.memories)
     texts = _texts(pool) if len(_texts(pool)) > 1 else _texts(subjects.memories)
@@ -52,6 +52,7 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
         )
     ordinary = [text for text in dict.fromkeys(subjects.ordinary) if text not in _texts(subjects.memories)]
     parts = _parts(ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
+    subjects.model.check_prompts([text for part in parts for text in part])  # now, not after hours of attacks
     reference, foreign, calibration = (encoded(subjects.model, part) for part in parts[:3])
     return Sets(
         tuple(_analysed(pool, plan.memories)),

@@ -15,7 +15,7 @@ from dori.audit.judge import Case, pixels_sha256
 from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import attacking, chunks, drawing
 from dori.locality.embeddings import moved
-from dori.locality.records import Trigger
+from dori.locality.records import Trigger, known
 from dori.run import cell_key
 from dori.sampling import named_seed
 
@@ -33,7 +33,7 @@ class Found:
         names: start of each.
         index: number of each within its start.
         similarity: similarity under every fresh seed, shape (n, s).
-        replicates: which are triggers, booleans (n,).
+        replicates: which are triggers, booleans (n,); an attack that diverged found none.
         origin: what the ends were made from.
     """
 
@@ -62,7 +62,7 @@ class Found:
         ]
 
     def spread(self, limit: int) -> list[int]:
-        """At most so many triggers: the prompt-started one, then the other starts by turns, each evenly spread."""
+        """At most so many triggers: the prompt-started one, then the first of the other starts, by turns."""
         kept = self.rows("prompt")[:limit]
         pools = [self.rows(start) for start in ORDER[1:]]
         turns = [
@@ -139,14 +139,14 @@ def find_triggers(bench: Bench, case: Case, foreign: Source) -> Found:
             similarity.append(similarities(bench, cell_key("judged", *place), case, ends[-1], plan.fresh_seeds()))
             names += [start] * len(chunk)
             index += list(chunk)
-    similar = torch.cat(similarity)
+    similar, y = torch.cat(similarity), torch.cat([part.y for part in ends])
     return Found(
         torch.cat([part.y for part in starts]),
-        torch.cat([part.y for part in ends]),
+        y,
         tuple(names),
         tuple(index),
         similar,
-        bench.replicates(similar),
+        bench.replicates(similar) & torch.isfinite(y).flatten(1).all(1),  # half precision may overflow
         {"parts": [part.sha256 for part in ends]},
     )
 
@@ -165,7 +165,7 @@ def trigger_records(memory: str, found: Found) -> list[Trigger]:
     """One record an attack."""
     far, middle = moved(found.starts, found.ends), found.similarity.double().quantile(0.5, dim=1)
     return [
-        Trigger(memory, name, index, round(float(similar), 6), bool(kept), round(float(distance), 6))
+        Trigger(memory, name, index, round(float(similar), 6), bool(kept), known(float(distance)))
         for name, index, similar, kept, distance in zip(
             found.names, found.index, middle, found.replicates, far, strict=True
         )

@@ -10,7 +10,7 @@ covers its own density in expectation. Twins judge masks here; no method sees th
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -22,24 +22,31 @@ from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
 Energies = dict[str, Tensor]
 
 
-def energies(first: StableDiffusion, second: StableDiffusion) -> Energies:
-    """Squared difference of every U-Net parameter of two models of one shape, float64, by parameter name."""
-    other = dict(second.unet.named_parameters())
-    return {
-        name: (weight.detach().double() - other[name].detach().double()).square().cpu()
-        for name, weight in first.unet.named_parameters()
-    }
+def energy(parameter: str, pairs: Sequence[tuple[StableDiffusion, StableDiffusion]]) -> Tensor:
+    """Squared difference of one U-Net parameter, the mean over pairs of models of one shape, float64 on the CPU."""
+    parts = (
+        # First to the CPU: not every device has float64.
+        a.unet.get_parameter(parameter).detach().cpu().double()
+        - b.unet.get_parameter(parameter).detach().cpu().double()
+        for a, b in pairs
+    )
+    return torch.stack([part.square() for part in parts]).mean(0)
 
 
-def mean_energies(parts: Sequence[Energies]) -> Energies:
-    """The mean of several tables, parameter by parameter."""
-    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+def changes(
+    planted: StableDiffusion, twins: Sequence[StableDiffusion], parameters: Collection[str] | None = None
+) -> tuple[Energies, Energies | None]:
+    """Planted minus twin, and twin minus twin (None with fewer than two twins), each the mean over all pairs.
 
-
-def changes(planted: StableDiffusion, twins: Sequence[StableDiffusion]) -> tuple[Energies, Energies | None]:
-    """Planted minus twin, and twin minus twin (None with fewer than two twins), each the mean over all pairs."""
-    floor = [energies(a, b) for a, b in combinations(twins, 2)]
-    return mean_energies([energies(planted, twin) for twin in twins]), mean_energies(floor) if floor else None
+    Args:
+        planted: the analysed model.
+        twins: models of its shape that never saw the memories, at least one.
+        parameters: of the U-Net; None takes all, which for a large model are many times its size in float64.
+    """
+    names = [name for name, _ in planted.unet.named_parameters()] if parameters is None else list(parameters)
+    to_twins, between = [(planted, twin) for twin in twins], list(combinations(twins, 2))
+    change = {name: energy(name, to_twins) for name in names}
+    return change, {name: energy(name, between) for name in names} if between else None
 
 
 def excess_energies(change: Energies, floor: Energies | None) -> Energies:
@@ -92,17 +99,43 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
+def every_change(
+    planted: StableDiffusion, twins: Sequence[StableDiffusion], *, kept: Collection[str]
+) -> tuple[tuple[Excess, ...], Energies, Energies | None]:
+    """The excess of every parameter, and `changes` of those to be kept; one parameter is looked at at a time."""
+    parts: list[Excess] = []
+    change, floor = dict[str, Tensor](), dict[str, Tensor]()
+    for name, _ in planted.unet.named_parameters():
+        here, below = changes(planted, twins, (name,))
+        parts += excess_by(str, here, below)
+        if name in kept:
+            change |= here
+            floor |= below or {}
+    return tuple(parts), change, floor if len(twins) > 1 else None
+
+
 def excess_by(group: Callable[[str], str], change: Energies, floor: Energies | None) -> tuple[Excess, ...]:
     """The excess of every group of parameters (`group_of` or `layer_of`), largest first."""
-    groups: dict[str, list[str]] = {}
-    for name in change:
-        groups.setdefault(group(name), []).append(name)
+    return gathered(
+        group,
+        [
+            Excess(name, float(part.sum()), None if floor is None else float(floor[name].sum()), part.numel())
+            for name, part in change.items()
+        ],
+    )
+
+
+def gathered(group: Callable[[str], str], parts: Sequence[Excess]) -> tuple[Excess, ...]:
+    """Parameters' excesses summed by group, largest first."""
+    groups: dict[str, list[Excess]] = {}
+    for part in parts:
+        groups.setdefault(group(part.name), []).append(part)
     found = [
         Excess(
             name,
-            sum(float(change[n].sum()) for n in members),
-            None if floor is None else sum(float(floor[n].sum()) for n in members),
-            sum(change[n].numel() for n in members),
+            sum(part.change for part in members),
+            None if members[0].floor is None else sum(part.floor or 0.0 for part in members),
+            sum(part.weights for part in members),
         )
         for name, members in groups.items()
     ]

@@ -48,6 +48,7 @@ class CopyNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Unit-norm descriptors, shape (n, 256), of images in [0, 1], shape (n, 3, H, W)."""
+        images = images.to(self.embeddings.weight.device)
         x = functional.interpolate(images, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True, align_corners=False)
         x = self.trunk(x * 2 - 1)
         pooled = functional.adaptive_avg_pool2d(x.clamp(min=1e-6) ** GEM_POWER, GRID) ** (1 / GEM_POWER)

@@ -69,7 +69,8 @@ def load_model(spec: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
 
     Args:
         spec: a diffusers folder (read without network), a hub id "owner/name", or a `.safetensors` file of a whole
-            SD 1.x or 2.x pipeline (diffusers then needs its configuration from the hub's cache or the hub).
+            SD 1.x or 2.x pipeline (diffusers then needs its configuration from the hub's cache or the hub; the weights
+            do not tell 2.0 and 2.x-base from 2.1, whose velocity prediction and 768 pixels are taken: give a folder).
         device: a torch device, such as "cpu" or "cuda:0".
         dtype: of the U-Net.
 

@@ -19,6 +19,7 @@ Site = Literal["attention_value", "feed_forward"]
 Place = Literal["down", "mid", "up"]
 DOWN_MID: tuple[Place, ...] = ("down", "mid")
 EVERYWHERE: tuple[Place, ...] = ("down", "mid", "up")
+VAE_IMAGES, VAE_PIXELS = 32, 2**20  # in one call of the VAE: whichever is less, four images of 512 x 512
 
 
 class StableDiffusion:
@@ -97,6 +98,11 @@ class StableDiffusion:
     def image_side_px(self) -> int:
         """Side of the square images that the model draws."""
         return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def images_per_call(self) -> int:
+        """How many images go through the VAE at once; its activations hold every pixel hundreds of times."""
+        return max(1, min(VAE_IMAGES, VAE_PIXELS // self.image_side_px**2))
 
     # ---------------------------------------------------------------------------------------------- questions
 
@@ -187,14 +193,14 @@ class StableDiffusion:
     def to_latents(self, images: Tensor) -> Tensor:
         """Scaled posterior means, shape (b, c, h, w), of images in [0, 1], shape (b, 3, H, W)."""
         x = (images * 2 - 1).to(self.device, self.vae.dtype)
-        means = torch.cat([self.vae.encode(part).latent_dist.mean for part in x.split(32)])
+        means = torch.cat([self.vae.encode(part).latent_dist.mean for part in x.split(self.images_per_call)])
         return means.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:
         """Images in [0, 1], shape (b, 3, H, W), of scaled latents (b, c, h, w)."""
         z = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        images = torch.cat([self.vae.decode(part).sample for part in z.split(32)])
+        images = torch.cat([self.vae.decode(part).sample for part in z.split(self.images_per_call)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def ddim(self, steps: int) -> DDIMScheduler:

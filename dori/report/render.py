@@ -302,7 +302,11 @@ def _matrix(audit: Audit, final: Sequence[Row], album: Album, *, group: str, red
 
 def _over(audit: Audit, way: Way) -> str:
     name = "unedited" if way.edit == "none" else way.edit + (" (own)" if way.edit_scope == "own" else "")
-    return name if way.model == audit.model else f"twin {way.model}" + ("" if way.edit == "none" else f", {name}")
+    return (
+        name
+        if way.model == audit.model
+        else tables.called_twin(way.model) + ("" if way.edit == "none" else f", {name}")
+    )
 
 
 def _under(way: Way) -> str:

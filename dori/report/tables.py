@@ -271,13 +271,18 @@ def _last_steps(rows: Iterable[Row]) -> dict[tuple[str, str, str], int]:
     return {attack: last_step(counts) for attack, counts in images.items()}
 
 
+def called_twin(model: str) -> str:
+    """A twin's name in a sentence: the word "twin" once, whether or not the name begins with it."""
+    return model if model.startswith("twin ") else f"twin {model}"
+
+
 def described(row: Row, audit: Audit) -> str:
     """The population in words, with the twin's name where the model is one."""
     on_twin = row.way.model != audit.model
     words = {MEMORIES: "memories", TEMPLATES: "template memories", ONCE: "shown once", CONTROLS: "controls"}
     if not on_twin:
         return words[row.population]
-    return ("" if row.population == MEMORIES else f"{words[row.population]} ") + f"on twin {row.way.model}"
+    return ("" if row.population == MEMORIES else f"{words[row.population]} ") + f"on {called_twin(row.way.model)}"
 
 
 COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (

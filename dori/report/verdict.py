@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from dori.findings import Audit
 from dori.judgement import rule_of
 from dori.report.cases import Case, Tally, cases, judged_painted, most
-from dori.report.tables import CONTROLS, MEMORIES, ONCE, STARTS, TEMPLATES, final_rows, masked_caption, table
+from dori.report.tables import (
+    CONTROLS,
+    MEMORIES,
+    ONCE,
+    STARTS,
+    TEMPLATES,
+    called_twin,
+    final_rows,
+    masked_caption,
+    table,
+)
 from dori.stats import Estimate
 
 RULES = (
@@ -270,7 +280,7 @@ def _bars(case: Case) -> list[Bar]:
     for name, tallies in case.judges.items():
         worst = most(tallies)
         if worst is not None:
-            whose = "Controls" if name == CONTROLS else f"Twin {name}"
+            whose = "Controls" if name == CONTROLS else "T" + called_twin(name)[1:]
             bars.append(_bar(f"{whose}, {worst.way.asked}", worst, judge=True))
     return bars
 

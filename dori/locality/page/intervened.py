@@ -187,29 +187,35 @@ def ground_truth(found: Locality) -> Said:
     ranked = sorted(excess.items(), key=lambda item: -item[1])[:4]
     largest = ", ".join(f"{group} {value / total:.2f}" for group, value in ranked) if total else ""
     sentences = [
-        f"Of what planting changed{beyond}, most lies in {largest}."
+        f"Of what planting changed{beyond}, the largest parts lie in {largest}."
         if largest
         else "Planting changed no more than training on other images does."
     ]
     if one_twin:
         sentences.append(
-            "There is one twin, so what training on any other images changes is not subtracted: a mask may hold much "
-            "of the change without knowing the memories."
+            "There is one twin, so twin minus twin is not known, and what training on any other images changes is not "
+            "subtracted: a mask may hold much of the change without knowing the memories."
+        )
+    if found.settings.get("precision") in ("float16", "bfloat16"):
+        sentences.append(
+            "The weights were compared in half precision, in which small changes are lost or rounded up; a run without "
+            "--half shows them."
         )
     words = []
     for method in dict.fromkeys(c.method for c in found.covers):
-        word, sentence = _covered(found, method)
+        word, sentence = _covered(found, method, "holds much of the change" if one_twin else "finds it")
         words.append(f"{method}: {word}")
         sentences.append(sentence)
     return Said("; ".join(words) or "No trigger has a mask", tuple(sentences))
 
 
-def _covered(found: Locality, method: str) -> tuple[str, str]:
+def _covered(found: Locality, method: str, best: str) -> tuple[str, str]:
+    """The verdict on one method's masks and the sentence that bears it; `best` is said of those far above chance."""
     rows = [c for c in found.covers if (c.method, c.layer, c.masks) == (method, WHOLE, "one")]
     if not any(c.density for c in rows):
         return EMPTY, f"Every {method} mask is empty, so none holds anything."
     ratio = over_memories(c.share / c.random for c in rows if c.share is not None and c.random)
-    word = banded(ratio, COVERED, ("no better than chance", "somewhat better than chance", "finds it"))
+    word = banded(ratio, COVERED, ("no better than chance", "somewhat better than chance", best))
     density, share, random, twins = (
         over_memories(getattr(c, name) for c in rows) for name in ("density", "share", "random", "twins")
     )

@@ -33,6 +33,7 @@ from dori.stats import Estimate, wilson
 NONE_REPLICATE = Said("Too few triggers", ("No memory has two triggers, so nothing is compared.",))
 SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
 COMMON, NEAR, PLACE = (0.1, 0.5), (0.9, 1.1), (0.1, 0.9)  # the cuts of the rules
+SAME = 0.01  # of IoU; two agreements that differ by less are called the same
 
 
 def embedding(found: Locality) -> Said:
@@ -40,7 +41,10 @@ def embedding(found: Locality) -> Said:
     common, other = measure(found, "common share of the moves"), measure(found, "shared with moves to other images")
     if math.isnan(common.value):
         return NONE_REPLICATE
-    word = banded(own_share(found), COMMON, ("no common direction", "a common part", "mostly one direction"))
+    words = ("no common direction", "a common part", "mostly one direction")
+    word = banded(own_share(found), COMMON, words)
+    if math.isnan(other.value) and word != words[0]:
+        word = "cannot be told, with a single image"
     entries = math.prod(found.settings["embedding_shape"])
     sentences = [
         f"Triggers of one image lie {said(measure(found, 'between triggers'), 1)} apart, their starts "
@@ -158,8 +162,6 @@ def _agreement(found: Locality, method: str) -> str:
     triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
     if place.why_not == EMPTY:
         return f"{method} selects nothing for any trigger, so all masks agree (1 as published): cannot be told."
-    low, high = (triggers.low, triggers.high) if triggers.n and not math.isnan(triggers.low) else (triggers.value,) * 2
-    more = "more than" if low > prompts.value + 0.01 else "less than" if high < prompts.value - 0.01 else "as much as"
     where = (
         ""
         if place.why_not
@@ -167,11 +169,24 @@ def _agreement(found: Locality, method: str) -> str:
         "ceiling (other seeds)."
     )
     return (
-        f"Triggers of one image agree on {method} weights {more} different memorized prompts do ({said(triggers)} "
-        f"against {said(prompts)}); triggers of different images {said(level[OTHER_IMAGES])}, ordinary prompts "
-        f"{said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same trigger under other "
-        f"seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}{_empty(found, method)}"
+        f"Triggers of one image agree on {method} weights {_against(triggers, prompts)} different memorized prompts do "
+        f"({said(triggers)} against {said(prompts)}); triggers of different images {said(level[OTHER_IMAGES])}, "
+        f"ordinary prompts {said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same "
+        f"trigger under other seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}"
+        f"{_empty(found, method)}"
     )
+
+
+def _against(triggers: Estimate, prompts: Estimate) -> str:
+    """More than, less than or as much as; whether, where the interval or a missing figure leaves that open."""
+    if math.isnan(triggers.value) or math.isnan(prompts.value):
+        return "and cannot be compared with what"
+    low, high = (triggers.value,) * 2 if math.isnan(triggers.low) else (triggers.low, triggers.high)
+    if low > prompts.value + SAME:
+        return "more than"
+    if high < prompts.value - SAME:
+        return "less than"
+    return "as much as" if high - low <= 2 * SAME else "not clearly more or less than"
 
 
 def _empty(found: Locality, method: str) -> str:

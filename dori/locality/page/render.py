@@ -36,8 +36,8 @@ READ = {
     "the image.",
     "causal": "Dots mark what replicates. Were the memory local, the upper block would have no dot: one trigger's mask "
     "would stop every other trigger, and random masks as large would not.",
-    "patching": "1 means that the patched activations carry the whole difference between the planted model and its "
-    "twin, 0 that they carry nothing.",
+    "patching": "1 means that the patched activations carry the whole difference between the analysed model (planted) "
+    "and its twin, 0 that they carry nothing.",
     "truth": "A mask that knew where planting changed the weights would lie far above random masks as large.",
     "dose": "One dot is one memory.",
 }

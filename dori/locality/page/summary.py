@@ -26,6 +26,7 @@ NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 REFERENCES = (OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED)
 LEAST = 0.05  # ceiling above reference, below which a place between them means nothing
 EMPTY = "every mask is empty"
+ALONE = "no other image has triggers to compare with"
 HALF_EMPTY = 0.25  # of the pairs are of two empty masks where half of the masks are empty
 
 
@@ -151,6 +152,8 @@ def way(found: Locality, method: str, *, seed: int = 0) -> Way:
         empty = empty_share(found, method).value == 1
         return Way(NOTHING, "", EMPTY if empty else "too few triggers")
     highest = max(references, key=lambda group: level(group, memories))
+    if not tables[OTHER_IMAGES]:  # else one image's masks might agree as those of any image do
+        return Way(NOTHING, highest, ALONE)
     if empty_share(found, method).value >= HALF_EMPTY:
         return Way(NOTHING, highest, "half of the masks or more are empty")
     value, count = place(range(len(memories))), len(memories)

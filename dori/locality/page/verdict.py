@@ -20,8 +20,8 @@ RULES = (
     "Weights: between the highest reference (triggers of different images, different memorized prompts, ordinary "
     "prompts, random masks of equal size) and the ceiling (the same trigger under other noise seeds), agreement is not "
     "local below a tenth of the way, local from nine tenths on, partly local between. Where ceiling and reference are "
-    "less than 0.05 apart, or half of the masks are empty (a quarter of the pairs), nothing can be told. Pairs of two "
-    "empty masks are left out of this comparison.",
+    "less than 0.05 apart, half of the masks are empty (a quarter of the pairs), or no other image has triggers, "
+    "nothing can be told. Pairs of two empty masks are left out of this comparison.",
     "Causal test, by other triggers attacked again or by fresh attacks, whichever succeed more under a mask: not local "
     "where more than a half succeed, local where less than a quarter, partly local between a tenth and nine tenths, "
     "each with the whole Wilson interval, in which a mask counts as one trial. It is not called local where the "
@@ -30,7 +30,8 @@ RULES = (
     "the models, with the lower end of the interval. Memories that the planted model does not draw at least 0.2 more "
     "alike than its twin are left out.",
     "Ground truth: a mask finds the memory where it holds at least twice what random masks as large in every layer "
-    "hold of the planted excess, and is no better than chance below 1.1 times.",
+    "hold of the planted excess, and is no better than chance below 1.1 times. With one twin there is no floor to take "
+    "off, and it is only said to hold much of the change.",
     "Dose: a rank correlation counts where its permutation p, times the number of measures tried, is below 0.05.",
 )
 
@@ -60,7 +61,7 @@ def done(found: Locality) -> list[str]:
     ]
     if len(found.subjects) < 5:
         told.append("With fewer than five memories there are no intervals: the verdicts hold for these memories alone.")
-    return told + _twin(found) + _prompts(found)
+    return told + _twin(found) + _prompts(found) + _judging(found)
 
 
 def _twin(found: Locality) -> list[str]:
@@ -82,6 +83,22 @@ def _prompts(found: Locality) -> list[str]:
     if wanted is None or used is None or used >= wanted:
         return []
     return [f"There were too few ordinary prompts: {used} instead of {wanted} serve NeMo's statistics."]
+
+
+def _judging(found: Locality) -> list[str]:
+    """What speaks against the judge, and attacks that came to nothing."""
+    told = []
+    if found.descriptor.get("calibration") is None:
+        told.append(
+            f"The threshold of {found.descriptor.get('name')} was not calibrated on images like these, and which "
+            "attacks count as triggers hangs on it."
+        )
+    if any(subject.kind == "template" for subject in found.subjects):
+        told.append("Templates are judged by whole images here: fewer attacks count as triggers than bring one back.")
+    diverged = sum(trigger.moved is None for trigger in found.triggers)
+    if diverged:
+        told.append(f"{diverged} of {len(found.triggers)} attacks diverged and count as failed.")
+    return told
 
 
 def all_said(found: Locality) -> dict[str, Said]:
