@@ -7,7 +7,7 @@ from dori.attack.dori import Dori
 from dori.mitigate.nemo import Nemo
 from dori.mitigate.wanda import Wanda
 from dori.model.stable_diffusion import EVERYWHERE, Place
-from dori.sampling import named_seed
+from dori.sampling import GUIDANCE_SCALE, named_seed
 
 Start = Literal["prompt", "gaussian", "foreign"]
 
@@ -92,7 +92,7 @@ def quick() -> Plan:
         "quick",
         seeds=4,
         sampling_steps=12,
-        guidance_scale=3.0,
+        guidance_scale=GUIDANCE_SCALE,
         attack=Dori(steps=50, snapshots=(0, 10, 25, 50)),
         starts=Starts(memories=("prompt",), controls=("prompt",), twins=("prompt",), own=()),
         nemo=Nemo(max_refinement_passes=60),
@@ -118,7 +118,7 @@ def paper() -> Plan:
         "paper",
         curve_seeds=4,
         sampling_steps=12,
-        guidance_scale=3.0,
+        guidance_scale=GUIDANCE_SCALE,
         attack=Dori(steps=50, snapshots=(0, 1, 10, 25, 50)),
         long_steps=(100, 150),
         long_images=24,

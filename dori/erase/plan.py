@@ -17,6 +17,7 @@ from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
 from dori.erase.tuning import Tuner
 from dori.mitigate.wanda import Wanda
+from dori.sampling import GUIDANCE_SCALE
 
 LARGE = 100_000_000
 TESTBED_SCALE = 20.0  # 2e-4 instead of 1e-5: the rate of the trial in testbed.md
@@ -104,7 +105,7 @@ def quick() -> Plan:
         memories=8,
         controls=8,
         adversarial=AdversarialErasure(rounds=5, steps_per_round=25, attack=Dori(steps=25)),
-        surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=3.0),
+        surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=GUIDANCE_SCALE),
         protocol=protocol,
         tables=dataclasses.replace(
             protocol,
@@ -134,7 +135,7 @@ def full() -> Plan:
             check_every=2,
             tuner=Tuner(ema_decay=0.98),
         ),
-        surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=3.0),
+        surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=GUIDANCE_SCALE),
         tables=Protocol(roundings=(), harmless_steps=0),
     )
 

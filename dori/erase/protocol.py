@@ -6,7 +6,7 @@ from dori.attack.dori import Dori
 from dori.audit.plan import Start
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.relearn import Relearning
-from dori.sampling import named_seed
+from dori.sampling import GUIDANCE_SCALE, named_seed
 
 EVERY: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
 
@@ -40,7 +40,7 @@ class Protocol:
 
     seeds: int = 4
     sampling_steps: int = 25
-    guidance_scale: float = 3.0
+    guidance_scale: float = GUIDANCE_SCALE
     attack: Dori = field(default_factory=lambda: Dori(steps=150, snapshots=(0, 10, 25, 50, 100, 150)))
     starts: tuple[Start, ...] = EVERY
     restarts: int = 1

@@ -19,7 +19,7 @@ from dori.erase.pairs import Forget
 from dori.erase.starts import starting_points
 from dori.metrics.similarity import Descriptor
 from dori.model.stable_diffusion import StableDiffusion
-from dori.sampling import initial_noise, named_seed, sample
+from dori.sampling import GUIDANCE_SCALE, initial_noise, named_seed, sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +39,7 @@ class Watch:
     descriptor: Descriptor
     cases: tuple[Case, ...]
     sampling_steps: int = 25
-    guidance_scale: float = 3.0
+    guidance_scale: float = GUIDANCE_SCALE
     seeds: int = 2
     attack: Dori = field(default_factory=Dori)
     starts: tuple[Start, ...] = ("prompt", "gaussian")

@@ -6,7 +6,7 @@ from dori.attack.dori import Dori
 from dori.audit import plan as auditing
 from dori.mitigate.nemo import Nemo
 from dori.mitigate.wanda import Wanda
-from dori.sampling import named_seed
+from dori.sampling import GUIDANCE_SCALE, named_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Plan:
     twin_attacks: int = 20
     seeds: int = 5
     sampling_steps: int = 25
-    guidance_scale: float = 3.0
+    guidance_scale: float = GUIDANCE_SCALE
     perplexity: float = 30.0
     line_pairs: int = 30
     line_shares: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
