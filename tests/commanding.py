@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dori.cli import main
+from dori.erase.write import save_model
 from dori.memory import Memory, write_memories
 from dori.model.stable_diffusion import StableDiffusion
 
@@ -34,3 +35,10 @@ def write_folder(folder: Path, texts: Sequence[str | None], *, seed: int) -> Non
     generator = torch.Generator().manual_seed(seed)
     memories = [Memory(f"{folder.name}-{i}", text, Path("x")) for i, text in enumerate(texts)]
     write_memories(folder, [(memory, torch.rand(3, 16, 16, generator=generator)) for memory in memories])
+
+
+def save_changed(model: StableDiffusion, weight: torch.Tensor, folder: Path) -> None:
+    """Change a weight of the model by a tenth, and write the model to `folder`."""
+    with torch.no_grad():
+        weight.mul_(1.1)
+    save_model(model, folder, source="tiny")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import published
 import pytest
 import torch
 from conftest import tiny_parts
@@ -17,7 +18,7 @@ from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.pairs import denoising_losses, noised
 from dori.erase.rounding import half, int8, rounded
 from dori.erase.tuning import Tuner, chosen, tuning
-from dori.erase.write import UNET, save_model, unet_names
+from dori.erase.write import save_model, unet_names
 from dori.errors import DoriError
 from dori.model.load import load_model, model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
@@ -133,51 +134,9 @@ def test_a_full_disk_leaves_no_half_a_model(tiny: StableDiffusion, tmp_path: Pat
     assert not list(tmp_path.glob("*out*"))
 
 
-def published_names(model: StableDiffusion) -> dict[str, str]:
-    """The single-file name of each U-Net weight of the tiny model, written down by SD's own layout."""
-    prefixes = {
-        "conv_in.": "input_blocks.0.0.",
-        "time_embedding.linear_1.": "time_embed.0.",
-        "time_embedding.linear_2.": "time_embed.2.",
-        "conv_norm_out.": "out.0.",
-        "conv_out.": "out.2.",
-        "down_blocks.0.resnets.0.": "input_blocks.1.0.",
-        "down_blocks.0.attentions.0.": "input_blocks.1.1.",
-        "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
-        "down_blocks.1.resnets.0.": "input_blocks.3.0.",
-        "mid_block.resnets.0.": "middle_block.0.",
-        "mid_block.attentions.0.": "middle_block.1.",
-        "mid_block.resnets.1.": "middle_block.2.",
-        "up_blocks.0.resnets.0.": "output_blocks.0.0.",
-        "up_blocks.0.resnets.1.": "output_blocks.1.0.",
-        "up_blocks.0.upsamplers.0.conv.": "output_blocks.1.1.conv.",
-        "up_blocks.1.resnets.0.": "output_blocks.2.0.",
-        "up_blocks.1.attentions.0.": "output_blocks.2.1.",
-        "up_blocks.1.resnets.1.": "output_blocks.3.0.",
-        "up_blocks.1.attentions.1.": "output_blocks.3.1.",
-    }
-    inner = {
-        "norm1.": "in_layers.0.",
-        "conv1.": "in_layers.2.",
-        "time_emb_proj.": "emb_layers.1.",
-        "norm2.": "out_layers.0.",
-        "conv2.": "out_layers.3.",
-        "conv_shortcut.": "skip_connection.",
-    }
-    found = {}
-    for name, _ in model.unet.named_parameters():
-        old, new = next((old, new) for old, new in prefixes.items() if name.startswith(old))
-        rest = name.removeprefix(old)
-        if ".resnets." in name:
-            part = next(part for part in inner if rest.startswith(part))
-            rest = inner[part] + rest.removeprefix(part)
-        found[UNET + new + rest] = name
-    return found
-
-
 def test_a_single_file_keeps_its_layout(tiny: StableDiffusion, tmp_path: Path) -> None:
-    names = published_names(tiny)
     parameters = dict(tiny.unet.named_parameters())
+    names = published.unet_names(parameters)
     tensors = {key: parameters[name].detach().half().contiguous() for key, name in names.items()}
     tensors["first_stage_model.x"] = torch.ones(2)
     save_file(tensors, tmp_path / "in.safetensors", metadata={"author": "someone"})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commanding import reading_sentences, status, write_folder
+from commanding import reading_sentences, save_changed, status, write_folder
 from test_erase_command import PLAN
 
 from dori.erase.plan import PRESETS
@@ -27,12 +27,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     model = reading_sentences(folder / "words")
     save_model(model, folder / "model", source="tiny")
-    with torch.no_grad():
-        model.unet.conv_in.weight.mul_(1.1)
-    save_model(model, folder / "twin", source="tiny")
-    with torch.no_grad():
-        model.vae.quant_conv.weight.mul_(1.1)
-    save_model(model, folder / "other-vae", source="tiny")
+    save_changed(model, model.unet.conv_in.weight, folder / "twin")
+    save_changed(model, model.vae.quant_conv.weight, folder / "other-vae")
     for seed, (name, count) in enumerate([("memories", 2), ("controls", 2), ("retain", 12), ("few", 7)]):
         write_folder(folder / name, [f"{name} word {i}" for i in range(count)], seed=seed)
     write_folder(folder / "bare", [None, None], seed=8)

@@ -18,6 +18,7 @@ import torch
 from commanding import write_folder
 from conftest import CONTEXT, tiny_parts
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from published import renamed, unet_names
 from safetensors.torch import load_file, save_file
 from test_load import TEXT, UNET, VAE, edit_json, save_tiny
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -102,14 +103,6 @@ def save_second(folder: Path) -> Path:
 
 # ------------------------------------------------------------------ names of the original Stable Diffusion code
 
-RESNET = {
-    ".norm1": ".in_layers.0",
-    ".conv1": ".in_layers.2",
-    ".time_emb_proj": ".emb_layers.1",
-    ".norm2": ".out_layers.0",
-    ".conv2": ".out_layers.3",
-    ".conv_shortcut": ".skip_connection",
-}
 AUTOENCODER = {
     "down_blocks.0.resnets": "down.0.block",
     "down_blocks.1.resnets": "down.1.block",
@@ -141,48 +134,10 @@ OPEN_CLIP = {
 }
 
 
-def unet_places(layers: int) -> dict[str, str]:
-    """Where the parts of the tiny U-Net, with so many layers a block, stand in the original's numbering."""
-    places = {
-        "conv_in": "input_blocks.0.0",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-        "down_blocks.0.downsamplers.0.conv": f"input_blocks.{layers + 1}.0.op",
-        "up_blocks.0.upsamplers.0.conv": f"output_blocks.{layers}.1.conv",
-    }
-    for block in range(2):
-        for layer in range(layers):
-            place = f"input_blocks.{1 + block * (layers + 1) + layer}"
-            places[f"down_blocks.{block}.resnets.{layer}"] = f"{place}.0"
-            places[f"down_blocks.{block}.attentions.{layer}"] = f"{place}.1"
-        for layer in range(layers + 1):
-            place = f"output_blocks.{block * (layers + 1) + layer}"
-            places[f"up_blocks.{block}.resnets.{layer}"] = f"{place}.0"
-            places[f"up_blocks.{block}.attentions.{layer}"] = f"{place}.1"
-    return places
-
-
-def renamed(name: str, names: Mapping[str, str]) -> str:
-    """A name in which every part is called as the original calls it."""
-    for ours, theirs in names.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
 def single_file(folder: Path, *, layers: int = 1, second: bool = False) -> dict[str, torch.Tensor]:
     """A tiny model's weights under the names of the original code of SD 1.x, or of SD 2.x with its OpenCLIP."""
-    places, found = unet_places(layers), {}
-    for name, value in load_file(folder / UNET).items():
-        prefix = max((ours for ours in places if name.startswith(f"{ours}.")), key=len)
-        rest = name.removeprefix(prefix)
-        if "resnets" in prefix:
-            rest = renamed(rest, {f"{ours}.": f"{theirs}." for ours, theirs in RESNET.items()})
-        found[f"model.diffusion_model.{places[prefix]}{rest}"] = value
+    unet = load_file(folder / UNET)
+    found = {theirs: unet[ours] for theirs, ours in unet_names(unet, layers=layers).items()}
     dotted = {f"{ours}.": f"{theirs}." for ours, theirs in AUTOENCODER.items()}
     for name, value in load_file(folder / VAE).items():
         found[f"first_stage_model.{renamed(name, dotted)}"] = value

@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from commanding import reading_sentences, status, write_folder
+from commanding import reading_sentences, save_changed, status, write_folder
 from test_locality_run import PLAN
 
 from dori.erase.write import save_model
@@ -20,15 +19,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     model = reading_sentences(folder / "words")
     save_model(model, folder / "model", source="tiny")
-    with torch.no_grad():
-        model.unet.conv_in.weight.mul_(1.1)
-    save_model(model, folder / "other", source="tiny")
-    with torch.no_grad():
-        model.unet.conv_in.weight.mul_(1.1)
-    save_model(model, folder / "third", source="tiny")
-    with torch.no_grad():
-        model.vae.quant_conv.weight.mul_(1.1)
-    save_model(model, folder / "other-vae", source="tiny")
+    save_changed(model, model.unet.conv_in.weight, folder / "other")
+    save_changed(model, model.unet.conv_in.weight, folder / "third")
+    save_changed(model, model.vae.quant_conv.weight, folder / "other-vae")
     write_folder(folder / "memories", ["a dog", "a cat", None], seed=0)
     write_folder(folder / "bare", [None, None], seed=1)
     write_folder(folder / "one", ["a dog"], seed=2)

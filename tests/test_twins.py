@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commanding import reading_sentences, status, write_folder
+from commanding import reading_sentences, save_changed, status, write_folder
 from conftest import tiny_parts
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from test_audit import BRIEF
@@ -75,9 +75,7 @@ def test_an_audit_attacks_the_twins_that_a_user_gives(
     monkeypatch.setitem(PRESETS, "quick", lambda: dataclasses.replace(BRIEF, seeds=1))
     model = reading_sentences(tmp_path / "words")
     save_model(model, tmp_path / "model", source="tiny")
-    with torch.no_grad():
-        model.unet.conv_in.weight.mul_(1.1)
-    save_model(model, tmp_path / "twin", source="tiny")
+    save_changed(model, model.unet.conv_in.weight, tmp_path / "twin")
     write_folder(tmp_path / "memories", ["a dog", None], seed=0)
     capsys.readouterr()  # what the libraries say when they save
     command = ["audit", str(tmp_path / "model"), "--memories", str(tmp_path / "memories")]

@@ -70,7 +70,7 @@ def bench_at(tmp_path: Path) -> Callable[..., Bench]:
 
 @pytest.fixture
 def knows_frog_and_panda() -> objects.ObjectNetwork:
-    """A classifier that sees a frog and an panda in every image."""
+    """A classifier that sees a frog and a panda in every image."""
     network = objects.new_network(0)
     with torch.no_grad():
         network.head.weight.zero_()
