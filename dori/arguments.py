@@ -38,6 +38,13 @@ def _factor(text: str) -> float:
     return value
 
 
+def _deviations(text: str) -> float:
+    value = float(text)
+    if not abs(value) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no number of standard deviations; give one from -100 to 100")
+    return value
+
+
 def _cosine(text: str) -> float:
     value = float(text)
     if not -1 <= value <= 1:
@@ -125,6 +132,18 @@ def _audit(audit: argparse.ArgumentParser) -> None:
         help="audit under this edit too, a file that Dori wrote; may be repeated",
     )
     audit.add_argument("--nemo", choices=("paper", "as_released"), default="paper", help="NeMo's variant")
+    audit.add_argument(
+        "--nemo-tau",
+        type=_deviations,
+        metavar="STDS",
+        help="NeMo's threshold, in standard deviations above the mean of ordinary prompts (default 1, as published); "
+        "a lower one hides more",
+    )
+    audit.add_argument(
+        "--nemo-unrefined",
+        action="store_true",
+        help="block NeMo's whole selection, without searching it for neurons that may go on",
+    )
     audit.add_argument(
         "--clip",
         type=Path,

@@ -104,7 +104,11 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
     from dori.audit.plan import PRESETS
 
     plan = PRESETS[arguments.preset]()
-    nemo = None if plan.nemo is None else dataclasses.replace(plan.nemo, variant=arguments.nemo)
+    nemo = None
+    if plan.nemo is not None:
+        tau = plan.nemo.tau_stds if arguments.nemo_tau is None else arguments.nemo_tau
+        passes = 0 if arguments.nemo_unrefined else plan.nemo.max_refinement_passes
+        nemo = dataclasses.replace(plan.nemo, variant=arguments.nemo, tau_stds=tau, max_refinement_passes=passes)
     return dataclasses.replace(
         plan,
         seed=arguments.seed,

@@ -67,7 +67,7 @@ BRIEF = dataclasses.replace(
     sampling_steps=1,
     attack=Dori(steps=1, batch=1),
     nemo=None,
-    starts=Starts(*[("gaussian",)] * 5),
+    starts=Starts(*[("gaussian",)] * 6),
     wandas=(),
     wanda_sweep=(),
     quality_prompts=0,

@@ -16,7 +16,7 @@ from dori.audit.checks import blind_scores
 from dori.audit.folders import load_clip
 from dori.audit.judge import Case, Judge
 from dori.audit.loop import audit
-from dori.audit.plan import Plan, Starts, paper
+from dori.audit.plan import Plan, Starts, paper, quick
 from dori.audit.schedule import ATTACK, Subjects, audited, ordinary_prompts, planned_cells, planned_cost, planned_rows
 from dori.cost import BACKWARD, Rows, Speed, measured_speed
 from dori.edit import WeightMask, load_edit
@@ -58,21 +58,21 @@ def test_the_paper_preset_takes_five_hours_at_most(tiny: StableDiffusion, tmp_pa
     plan = paper()
     whole = whole_testbed(tiny, tmp_path / "twin")
     rows = planned_cost(whole, plan)
-    # Three edits on 76 + 72 images from the prompt and from noise, foreign starts of the memories alone, the rest once.
-    attacks = 3 * 148 * 2 + 3 * 76 + 64 + 76 + 2 * 76
-    longer = 3 * (24 + 24) + 24  # to 150 steps: of both groups under each edit, and on the twin
+    # 76 + 72 images from the prompt thrice; without an edit from noise too, the memories also from other prompts.
+    attacks = 3 * 148 + 148 + 76 + 64 + 76 + 2 * 76
+    longer = 3 * (8 + 8) + 8  # to 150 steps: of both groups under each edit, and on the twin
     assert rows.attacked == planned_rows(whole, plan)[ATTACK] == (attacks * 50 + longer * 100) * 8
     assert plan.nemo is not None
     rows += Rows(76 * plan.nemo.noises * plan.nemo.max_refinement_passes)  # whatever size the model has
     assert rows.seconds_s(Speed(250, 90)) < 5 * 3600
 
 
-def test_final_attacks_have_ten_seeds_and_their_curves_four(tiny: StableDiffusion, tmp_path: Path) -> None:
+def test_final_attacks_have_ten_seeds_and_their_curves_three(tiny: StableDiffusion, tmp_path: Path) -> None:
     subjects, plan = whole_testbed(tiny, tmp_path / "twin"), paper()
     drawn = planned_cells(subjects, plan)["generation, forward"]
     per_image = 2 * plan.sampling_steps
     assert drawn["images.tiny.none.gaussian.50.verbatim-0"] == plan.chunk * 10 * per_image
-    assert drawn["images.tiny.none.gaussian.0.verbatim-0"] == plan.chunk * 4 * per_image
+    assert drawn["images.tiny.none.gaussian.0.verbatim-0"] == plan.chunk * 3 * per_image
     once = {key.split(".")[2:4][0] + "." + key.split(".")[3] for key in drawn if ".once-" in key}
     assert once == {"none.asked", "none.prompt"}
 
@@ -83,7 +83,7 @@ def test_long_attacks_go_on_from_where_the_usual_ones_end(tiny: StableDiffusion,
         seeds=2,
         curve_seeds=1,
         attack=Dori(steps=2, batch=1, snapshots=(1, 2)),
-        starts=Starts(("prompt", "gaussian"), ("prompt",), (), ("prompt",), ()),
+        starts=Starts(memories=("prompt", "gaussian"), controls=("prompt",), once=(), twins=("prompt",), own=()),
     )
     longer = dataclasses.replace(plan, long_steps=(3, 4), long_images=2)
     subjects = tiny_subjects(tiny, StableDiffusion(**tiny_parts(tmp_path), name="twin"))
@@ -98,6 +98,38 @@ def test_long_attacks_go_on_from_where_the_usual_ones_end(tiny: StableDiffusion,
     }  # the other memory of the two has no prompt
     for key, values in usual.items():
         assert found[key] == pytest.approx(values, abs=1e-4)
+
+
+def test_a_memory_without_a_text_is_asked_even_where_attacks_begin_from_prompts(
+    tiny: StableDiffusion, tmp_path: Path
+) -> None:
+    twin = StableDiffusion(**tiny_parts(tmp_path), name="twin")
+    whole = dataclasses.replace(tiny_subjects(tiny), twins=(twin,))
+    plan = dataclasses.replace(BRIEF, starts=quick().starts)
+
+    def attacked(subjects: Subjects) -> set[tuple[str, ...]]:
+        return {tuple(key.split(".")[1:4:2]) for key in planned_cells(subjects, plan)[ATTACK]}
+
+    titled = dataclasses.replace(whole, memories=tuple(c for c in whole.memories if c.memory.text is not None))
+    assert attacked(titled) == {("tiny", "prompt"), ("twin", "prompt")}
+    everywhere = {(model, start) for model in ("tiny", "twin") for start in ("prompt", "gaussian", "foreign")}
+    assert attacked(whole) == everywhere
+    run = Run(tmp_path / "run", modules=())
+    with run.locked():
+        found = audit(whole, plan=plan, judge=JUDGE, run=run)
+    asked = {(finding.id, finding.start) for finding in found.findings if finding.model == "tiny"}
+    assert {start for one, start in asked if one == "bare image"} == {"gaussian", "foreign"}
+    assert {start for one, start in asked if one == "c0"} == {"", "prompt", "gaussian", "foreign"}
+
+
+def test_under_an_edit_attacks_begin_where_the_plan_says(tiny: StableDiffusion) -> None:
+    plan = dataclasses.replace(PLAN, starts=Starts(controls=("prompt", "gaussian"), edited=("prompt", "foreign")))
+    starts: dict[tuple[str, str], set[str]] = {}
+    for key in planned_cells(tiny_subjects(tiny), plan)[ATTACK]:
+        _, _, edit, start, first = key.split(".", 4)
+        starts.setdefault((edit, first[0]), set()).add(start)
+    assert starts["none", "c"] == {"prompt", "gaussian"} and starts["NeMo", "c"] == {"prompt"}
+    assert starts["none", "m"] == {"prompt", "gaussian", "foreign"} and starts["NeMo", "m"] == {"prompt", "foreign"}
 
 
 def test_time_is_the_rows_over_the_speed() -> None:

@@ -54,7 +54,7 @@ from dori.attack.dori import Dori
 from dori.audit.plan import PRESETS, Plan, Starts
 from dori.cli import main
 PRESETS["quick"] = lambda: Plan(
-    "quick", seeds=1, sampling_steps=1, attack=Dori(steps=1, batch=1), starts=Starts(*[("gaussian",)] * 5), nemo=None,
+    "quick", seeds=1, sampling_steps=1, attack=Dori(steps=1, batch=1), starts=Starts(*[("gaussian",)] * 6), nemo=None,
     wandas=(), calibration_prompts=2, quality_prompts=0,
 )
 audits = {}

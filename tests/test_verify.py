@@ -15,6 +15,7 @@ from dori.attack.dori import Dori
 from dori.audit.judge import Case
 from dori.audit.loop import make_cases
 from dori.audit.plan import quick
+from dori.edit import no_edit
 from dori.errors import DoriError
 from dori.memory import Memory
 from dori.metrics.calibration import PIXEL_CORRELATION
@@ -29,7 +30,7 @@ from dori.testbed.folder import load_testbed
 from dori.testbed.promises import Tried
 from dori.testbed.scenes import caption, kinds, random_scene
 from dori.testbed.subjects import testbed_judge as open_judge
-from dori.testbed.trials import NEMOS, WANDAS, Trial, nemo_trials, wanda_trials
+from dori.testbed.trials import EDITED_SEEDS, JOINT, WANDAS, Trial, nemo_trials, wanda_trials
 from dori.testbed.verify import attack_row, to_text, twin_row, vae_row, zeroed, zeroed_rows
 
 TEXTS = ("frog", "panda", "bus")
@@ -328,10 +329,28 @@ def test_objects_are_asked_only_where_memories_are_hidden(
     knows_frog_and_panda: objects.ObjectNetwork,
 ) -> None:
     edit, prompts = zeroed(tiny, "feed_forward", DOWN_MID), ("frog", "bus")
-    shown = Trial(bench_at(threshold=-2.0), tiny, cases, prompts, knows_frog_and_panda, 1.0)("k", "label", edit)
+    shown = Trial(bench_at(threshold=-2.0), tiny, cases, prompts, knows_frog_and_panda, 1.0)("k", "label", [edit])
     assert (shown.rate.value, shown.objects, shown.reached) == (1.0, None, False)
-    hidden = Trial(bench_at(threshold=2.0), tiny, cases, prompts, knows_frog_and_panda, 0.625)("k", "label", edit)
+    hidden = Trial(bench_at(threshold=2.0), tiny, cases, prompts, knows_frog_and_panda, 0.625)("k", "label", [edit])
     assert (hidden.rate.value, hidden.objects, hidden.reached) == (0.0, pytest.approx(0.8), True)
+
+
+def test_each_memory_and_its_share_of_the_prompts_are_asked_under_its_own_edit(
+    tiny: StableDiffusion,
+    cases: tuple[Case, ...],
+    bench_at: Callable[..., Bench],
+    knows_frog_and_panda: objects.ObjectNetwork,
+) -> None:
+    bench, prompts = bench_at(threshold=2.0), ("frog", "bus", "panda", "bus", "bus")
+    edits = [zeroed(tiny, site, DOWN_MID) for site in ("feed_forward", "attention_value")] + [no_edit()]
+    tried = Trial(bench, tiny, cases, prompts, knows_frog_and_panda, 1.0)("k", "label", edits)
+    assert tried.objects == pytest.approx(2 / 5)
+    rows = tiny.rows
+    for index, (case, edit) in enumerate(zip(cases, edits, strict=True)):
+        bench.asked(f"k {index}", tiny, [case], edit=edit)
+        own = prompts[index::3]
+        bench.images(f"k objects {index}", tiny, tiny.encode(own), made_from=list(own), edit=edit, seeds=EDITED_SEEDS)
+    assert tiny.rows == rows  # all of it was drawn before, and under the same edits
 
 
 def test_nemo_stops_at_the_first_setting_that_works_and_wanda_is_swept_whole(
@@ -343,9 +362,9 @@ def test_nemo_stops_at_the_first_setting_that_works_and_wanda_is_swept_whole(
     trial = Trial(bench_at(threshold=2.0), tiny, cases[:2], ("frog",), knows_frog_and_panda, 1.0)
     ordinary = ["a", "b", "c"]
     tried, said = nemo_trials(trial, ordinary)
-    assert [one.name for one in tried] == [NEMOS[0][0]] and tried[0].reached and "neurons in the union" in said
+    assert [one.name for one in tried] == [f"NeMo, {JOINT}"] and tried[0].reached and "in the union" in said
     swept = wanda_trials(trial)
-    assert len({one.name for one in swept}) == len(swept) == len(WANDAS)
+    assert len({one.name for one in swept}) == len(swept) == 2 * len(WANDAS)
     rows = tiny.rows
     assert wanda_trials(trial) == swept and nemo_trials(trial, ordinary) == (tried, said)
     assert tiny.rows == rows

@@ -123,8 +123,13 @@ def wanda_name(wanda: Wanda) -> str:
 
 
 def nemo_name(nemo: Nemo) -> str:
-    """How tables name a NeMo setting."""
-    return "NeMo" if nemo.variant == "paper" else "NeMo (as released)"
+    """How tables name a NeMo setting, such as "NeMo (tau -2 std, unrefined)"."""
+    differs = [
+        *(["as released"] if nemo.variant == "as_released" else []),
+        *([f"tau {nemo.tau_stds:+g} std"] if nemo.tau_stds != 1 else []),
+        *(["unrefined"] if nemo.max_refinement_passes == 0 else []),
+    ]
+    return f"NeMo ({', '.join(differs)})" if differs else "NeMo"
 
 
 def edit_names(plan: Plan, *, prompted: int, given: Sequence[str] = ()) -> Names:

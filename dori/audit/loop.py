@@ -245,7 +245,7 @@ def audit(
             model or bears the name of another one, or no space is left in the folder.
     """
     whole, subjects, others = subjects, planned.audited(subjects, plan), tuple(edit.name for edit in given)
-    model, run.device = subjects.model, subjects.model.device.type
+    plan, model, run.device = planned.asking(subjects, plan), subjects.model, subjects.model.device.type
     prompts = planned.ordinary_prompts(whole, plan)
     model.check_prompts([*prompts.foreign, *prompts.quality])  # now, not after hours of attacks
     if prompts.short:

@@ -65,6 +65,32 @@ def audited(subjects: Subjects, plan: Plan) -> Subjects:
     )
 
 
+def asking(subjects: Subjects, plan: Plan) -> Plan:
+    """The plan, or one that asks for a memory without a text as well.
+
+    Where one has none and attacks begin from prompts alone, those on everything else begin from Gaussian embeddings
+    and other prompts too, so that controls and twins are asked in the same way.
+    """
+    if all(case.memory.text is not None for case in subjects.memories):
+        return plan
+    starts = plan.starts
+
+    def more(own: tuple[Start, ...]) -> tuple[Start, ...]:
+        return (*own, "gaussian", "foreign") if set(own) == {"prompt"} else own
+
+    return replace(
+        plan,
+        starts=replace(
+            starts,
+            memories=more(starts.memories),
+            controls=more(starts.controls),
+            edited=more(starts.edited),
+            once=more(starts.once),
+            twins=more(starts.twins),
+        ),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Prompts:
     """Ordinary prompts by use; those of quality serve nothing else, so that no edit is tuned on what judges it.
@@ -175,9 +201,9 @@ def settings(subjects: Subjects, plan: Plan, names: Names) -> list[Setting]:
     memories = tuple(case for case in subjects.memories if case not in once)
     found = [Setting(model, "none", "", once, starts.once)]
     for edit in (*names.joint, *names.asked_only):
-        attacked, scope = edit in names.joint, "" if edit == "none" else "joint"
+        scope, taken = "" if edit == "none" else "joint", starts.edited if edit in names.joint else ()
         found += [
-            Setting(model, edit, scope, cases, own if attacked else ())
+            Setting(model, edit, scope, cases, tuple(s for s in own if edit == "none" or s in taken))
             for cases, own in ((memories, starts.memories), (subjects.controls, starts.controls))
         ]
     prompted = [case for case in memories if case.memory.text is not None]
@@ -252,7 +278,9 @@ def planned_cells(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dic
         plan: the plan.
         given: names of edits given from outside.
     """
-    prompts, subjects = ordinary_prompts(whole, plan), audited(whole, plan)
+    subjects = audited(whole, plan)
+    plan = asking(subjects, plan)
+    prompts = ordinary_prompts(whole, plan)
     ids = list(memory_prompts(subjects))
     names = edit_names(plan, prompted=len(ids), given=given)
     cells: dict[str, dict[str, int]] = {

@@ -45,9 +45,9 @@ class CopyRecipe:
         seed: of everything drawn.
     """
 
-    groups: int = 2000
+    groups: int = 4000
     batch_groups: int = 12
-    steps: int = 3000
+    steps: int = 4500
     lr: float = 2e-3
     temperature: float = 0.05
     entropy_weight: float = 30.0

@@ -33,7 +33,7 @@ class NeMoCalibration:
     Args:
         mean, std: for each value layer the mean and unbiased standard deviation of its activations, shape (d_l,).
         scores: each prompt's largest similarity between noises, shape (n,).
-        tau: threshold of memorization, mean + 1 std of `scores`.
+        tau: threshold of memorization, mean + `Nemo.tau_stds` std of `scores`.
         details: the settings of the score, the number of prompts, the seed; JSON-able.
     """
 
@@ -158,6 +158,8 @@ class Nemo:
         theta_min: the selection gives up when the threshold has sunk to this value, which is not itself tried.
         theta_step: how far the threshold sinks after each failure, while one more neuron of each layer with the
             largest activations joins.
+        tau_stds: the threshold tau lies so many standard deviations above the mean score of ordinary prompts. The
+            paper also tries -1 and 2 (its tau .288 and .498); a lower one asks the search to hide more.
         noises: number of initial noises.
         ddim_steps: steps of the DDIM grid whose first timestep the score uses.
         variant, similarity, window: see `NoiseDifference`.
@@ -170,6 +172,7 @@ class Nemo:
     theta_start: float = 5.0
     theta_min: float = 1.0
     theta_step: float = 0.25
+    tau_stds: float = 1.0
     noises: int = 10
     ddim_steps: int = 50
     variant: Variant = "paper"
@@ -209,8 +212,8 @@ class Nemo:
             {name: a.mean(0) for name, a in activations.items()},
             {name: a.std(0) for name, a in activations.items()},
             stacked,
-            float(stacked.double().mean() + stacked.double().std()),
-            {"score": self._score_settings(model), "prompts": len(embeddings), "seed": seed},
+            float(stacked.double().mean() + self.tau_stds * stacked.double().std()),
+            {"score": self._score_settings(model), "tau_stds": self.tau_stds, "prompts": len(embeddings), "seed": seed},
         )
 
     def __call__(
@@ -328,10 +331,11 @@ class Nemo:
         return self._difference().settings(model) | {"noises": self.noises}
 
     def _check(self, model: StableDiffusion, calibration: NeMoCalibration, layers: Mapping[str, nn.Linear]) -> None:
-        wanted, given = self._score_settings(model), calibration.details.get("score")
+        wanted = {"score": self._score_settings(model), "tau_stds": self.tau_stds}
+        given = {name: calibration.details.get(name) for name in wanted}
         if given != wanted:
             raise DoriError(
-                f"NeMo's calibration was made with the score {given} and is used with {wanted}; "
+                f"NeMo's calibration was made with {given} and is used with {wanted}; "
                 "calibrate again with these settings"
             )
         widths = {name: (layer.out_features,) for name, layer in layers.items()}

@@ -28,7 +28,7 @@ from dori.testbed.folder import TWINS, load_testbed
 from dori.testbed.promises import Row, Similarities, to_text
 from dori.testbed.scenes import drawn_kinds
 from dori.testbed.subjects import DESCRIPTOR, ordinary_pairs
-from dori.testbed.trials import EDITED_SEEDS, NEMOS, WANDAS, Trial, nemo_trials, prompted, wanda_trials
+from dori.testbed.trials import EDITED_SEEDS, Trial, nemo_trials, prompted, trial_costs, wanda_trials
 
 __all__ = ["to_text", "verify"]
 
@@ -92,9 +92,7 @@ def _planned(bench: Bench, material: Material) -> dict[str, int]:
     }
     counts |= {twin: len(material.verbatim) for twin in TWINS if _open(twin)}
     counts |= {_zeroed_name(site, group): len(material.strong) for site in ZEROED for group in GROUPS}
-    counts |= {f"wanda-{index}": len(material.swept) for index in range(len(WANDAS))}
-    counts[NEMOS[0][0]] = len(material.swept)
-    costs: dict[str, int] = {}
+    costs = trial_costs(bench, len(material.swept))
     for name, count in counts.items():
         costs |= bench.costs(name, count)
     attack = bench.plan.attack
@@ -263,7 +261,7 @@ def _mitigation_rows(
     prompts = material.prompts[:EDITED_PROMPTS]
     unedited = objects.finds(network, ordinary[: len(prompts), :EDITED_SEEDS], prompted(prompts)).float().mean()
     trial = Trial(bench, model, material.swept, prompts, network, float(unedited))
-    detail = f"one joint edit for {len(trial.cases)} memories of the two highest doses"
+    detail = f"{len(trial.cases)} memories of the two highest doses"
     tried, found = nemo_trials(trial, material.calibration)
     return [
         promises.mitigation_row("MR under NeMo", tried, detail=f"{detail}; {found}"),

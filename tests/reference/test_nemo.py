@@ -382,6 +382,8 @@ def test_calibration_equals_prompt_by_prompt_statistics(tiny: StableDiffusion, v
         scores.append(max(float(difference(deltas[i][None], deltas[j][None])) for i in range(3) for j in range(i)))
     assert calibration.scores.tolist() == pytest.approx(scores, abs=1e-4)
     assert calibration.tau == pytest.approx(np.mean(scores) + np.std(scores, ddof=1), abs=1e-4)
+    lower = dataclasses.replace(nemo, tau_stds=-2.0).calibrate(tiny, tiny.encode(prompts), seed=2)
+    assert lower.tau == pytest.approx(np.mean(scores) - 2 * np.std(scores, ddof=1), abs=1e-4)
     for name, layer in tiny.layers("attention_value").items():
         rows = [
             [np.mean([abs(float(token @ w)) for token in tiny.encode([p])[0]]) for w in layer.weight] for p in prompts
@@ -415,6 +417,7 @@ def test_calibration_of_other_settings_or_layers_is_refused(tiny: StableDiffusio
     prompt = tiny.encode(["memo"])
     for other in (
         Nemo(noises=4),
+        Nemo(noises=3, tau_stds=-1.0),
         Nemo(noises=3, variant="as_released"),
         Nemo(noises=3, ddim_steps=25),
         Nemo(noises=3, similarity="prompt_difference"),
