@@ -193,9 +193,9 @@ class Bench:
     def _watch(self, method: AdversarialErasure) -> Watch | None:
         if not self.plan.watch_seeds or not (method.check_every or method.safe_every > 1):
             return None
-        p, attack = self.plan.protocol, Dori(rows_per_call=self.plan.adversarial.attack.rows_per_call)
+        p = self.plan.protocol
         return Watch(
-            self.judge.descriptor, self._cases, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds, attack
+            self.judge.descriptor, self._cases, p.sampling_steps, p.guidance_scale, self.plan.watch_seeds, Dori()
         )
 
     def surrogate_costs(self) -> dict[str, Rows]:

@@ -164,7 +164,7 @@ def fitted(plan: Plan, *, latent_numbers: int, weights: int) -> Plan:
     """The plan with batches cut into calls that a model of this size can hold; figures differ by rounding alone.
 
     The presets are for the testbed, whose latents have 2,048 numbers. Of a model of a hundred million weights and more
-    activations are computed again in the backward pass.
+    activations are computed again in the backward pass. `Dori` cuts its own calls.
 
     Args:
         plan: the plan.
@@ -176,9 +176,6 @@ def fitted(plan: Plan, *, latent_numbers: int, weights: int) -> Plan:
     def rows(usual: int) -> int:
         return max(1, int(usual * share))
 
-    def attack(dori: Dori) -> Dori:
-        return dataclasses.replace(dori, rows_per_call=rows(dori.rows_per_call))
-
     def tuner(usual: Tuner) -> Tuner:
         return dataclasses.replace(
             usual, rows_per_call=rows(usual.rows_per_call), checkpointing=usual.checkpointing or weights >= LARGE
@@ -187,10 +184,6 @@ def fitted(plan: Plan, *, latent_numbers: int, weights: int) -> Plan:
     def judging(p: Protocol) -> Protocol:
         return dataclasses.replace(
             p,
-            attack=attack(p.attack),
-            again=attack(p.again),
-            long=p.long and attack(p.long),
-            restricted=p.restricted and attack(p.restricted),
             latent=p.latent and dataclasses.replace(p.latent, rows_per_call=rows(p.latent.rows_per_call)),
             relearning=p.relearning and dataclasses.replace(p.relearning, tuner=tuner(p.relearning.tuner)),
         )
@@ -198,7 +191,7 @@ def fitted(plan: Plan, *, latent_numbers: int, weights: int) -> Plan:
     a = plan.adversarial
     return dataclasses.replace(
         plan,
-        adversarial=dataclasses.replace(a, attack=attack(a.attack), tuner=tuner(a.tuner)),
+        adversarial=dataclasses.replace(a, tuner=tuner(a.tuner)),
         protocol=judging(plan.protocol),
         tables=judging(plan.tables),
     )
