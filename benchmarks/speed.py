@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from dori.allocator import keep_freed_memory
 from dori.attack.dori import Dori
 from dori.attack.starts import gaussian
 from dori.model.stable_diffusion import StableDiffusion
@@ -87,6 +88,14 @@ def sampling(model: StableDiffusion, repeats: int) -> str:
     return line("sampling, 8 seeds and both halves in one call / one by one", ours, single, 8 * 2 * 4)
 
 
+def memory_kept(model: StableDiffusion, repeats: int) -> str:
+    """The bare network with freed memory kept, as in all commands, against glibc's usual allocator; run it first."""
+    step = bare_step(model, 64)
+    usual = seconds(step, repeats)
+    keep_freed_memory()
+    return line("bare step, 64 rows, freed memory kept / given back", seconds(step, repeats), usual, 64)
+
+
 def main() -> None:
     """Run all comparisons."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,7 +105,7 @@ def main() -> None:
     model = load_testbed()
     print(f"testbed, {torch.get_num_threads()} threads, torch {torch.__version__}, medians of {repeats}")
     print(f"{'':<58} {'rows/s':>8} {'baseline':>8} {'ratio':>6}  [smallest, largest]")
-    for part in (attack_against_bare, many_against_one, sampling):
+    for part in (memory_kept, attack_against_bare, many_against_one, sampling):
         print(part(model, repeats))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory of the process: {peak:.0f} MiB")

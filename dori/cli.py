@@ -52,17 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _quiet() -> None:
-    """Progress bars and advice of the libraries would bury ours."""
+def _prepare() -> None:
+    """Settings of the process: progress bars and advice of the libraries would bury ours; and two that save time."""
     import diffusers
     import torch
     import transformers
+
+    from dori.allocator import keep_freed_memory
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_flush_denormal(True)
+    keep_freed_memory()
 
 
 def _audit(arguments: argparse.Namespace) -> int:
@@ -74,7 +77,7 @@ def _audit(arguments: argparse.Namespace) -> int:
                 "without --memories the testbed is audited on its own images, beside its own twins, in float32 on the "
                 "CPU; leave out --controls, --ordinary, --twin, --device and --half, or give --memories FOLDER"
             )
-    _quiet()  # first: some advice comes while the libraries are imported
+    _prepare()  # first: some advice comes while the libraries are imported
     from dori.audit.loop import audit
     from dori.compare import worst_mr
     from dori.report.render import render
@@ -196,7 +199,7 @@ def _locality(arguments: argparse.Namespace) -> int:
                 "without --memories the testbed is analysed with its own images, beside its own twins, in float32 on "
                 "the CPU; leave out --ordinary, --twin, --device and --half, or give --memories FOLDER"
             )
-    _quiet()
+    _prepare()
     import dataclasses
 
     from dori.cost import measured_speed
@@ -243,7 +246,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _erase(arguments: argparse.Namespace) -> int:
-    _quiet()
+    _prepare()
     from dori.erase.command import Request, erase
 
     lines = erase(
@@ -281,7 +284,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _testbed(arguments: argparse.Namespace) -> int:
-    _quiet()
+    _prepare()
     if arguments.verb == "export":
         from dori.testbed.subjects import export_folders
 
