@@ -209,18 +209,27 @@ def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
 @pytest.mark.parametrize(
     ("between", "outward", "word"),
     [
-        (40, 8, "are connected by straight lines"),
-        (8, 8, "are not connected"),
-        (40, 40, "lines say nothing"),
-        (26, 22, "cannot be told"),
+        ((20, 24, 22, 18, 24, 20), (4, 2, 6, 4, 0, 4), "are connected by straight lines"),
+        ((4, 2, 6, 4, 0, 4), (4, 2, 6, 4, 0, 4), "are not connected"),
+        ((20, 24, 22, 18, 24, 20), (20, 24, 22, 18, 24, 20), "lines say nothing"),
+        # Pooled, 84 of 144 points against 36 would be certain; but half of the memories do the one, half the other.
+        ((24, 24, 24, 4, 4, 4), (20, 8, 8, 0, 0, 0), "cannot be told"),
+        ((20, 24), (4, 2), "are connected by straight lines"),  # too few memories for an interval: the values decide
     ],
 )
-def test_lines_are_judged_by_intervals(between: int, outward: int, word: str) -> None:
-    found = records(1)
-    wins = {"line between triggers": between, "line to an ordinary prompt": outward}
-    probes = [dataclasses.replace(p, successes=wins.get(p.kind, p.successes), n=48) for p in found.probes]
+def test_lines_are_judged_over_memories(between: tuple[int, ...], outward: tuple[int, ...], word: str) -> None:
+    found = records(len(between))
+    wins = {
+        (f"m{k}", kind): count
+        for kind, counts in (("line between triggers", between), ("line to an ordinary prompt", outward))
+        for k, count in enumerate(counts)
+    }
+    probes = [dataclasses.replace(p, successes=wins.get((p.memory, p.kind), p.successes)) for p in found.probes]
     sentences = observed.embedding(dataclasses.replace(found, probes=tuple(probes))).sentences
-    assert any(f"{between} of 48 points replicate" in sentence and word in sentence for sentence in sentences)
+    (sentence,) = [one for one in sentences if one.startswith("Half way between")]
+    assert sentence.startswith(f"Half way between two triggers {sum(between) / 24 / len(between):.2f}")
+    assert ("[" in sentence) == (len(between) > 4) and f"of {24 * len(between)} points" in sentence
+    assert word in sentence
 
 
 def test_the_ball_is_as_large_as_half_of_its_directions_replicate() -> None:

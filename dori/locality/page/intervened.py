@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from dori.locality.causal import CrossTest, cross_test, enough
-from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, over_memories, said
+from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, ends, over_memories, said
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
 from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, WHOLE, Cross, Joined, Locality
 from dori.stats import Estimate, wilson
@@ -152,7 +152,7 @@ def patching(found: Locality) -> Said:
             f"A single layer's activations {words} most in {best} ({said(single[best])} of the gap between the models, "
             f"the largest of {len(single)} layers tried); {kinds}."
         )
-        carrying = [name for name, value in shares.items() if _least(value) >= HALF]
+        carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
         carried.append(f"{direction}: {', '.join(carrying) or 'none of the tried sets'}")
     if not sentences:
         return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
@@ -167,10 +167,6 @@ def patch_shares(found: Locality, direction: str) -> Mapping[str, Estimate]:
     return {
         name: over_memories(p.share for p in rows if p.layers == name) for name in dict.fromkeys(p.layers for p in rows)
     }
-
-
-def _least(estimate: Estimate) -> float:
-    return estimate.value if math.isnan(estimate.low) else estimate.low
 
 
 # ------------------------------------------------------------------------------------------------ ground truth, dose

@@ -9,8 +9,10 @@ from dori.locality.page.summary import (
     activity_ratio,
     banded,
     empty_share,
+    ends,
     measure,
     methods,
+    over_memories,
     overlap,
     own_share,
     said,
@@ -28,7 +30,7 @@ from dori.locality.records import (
     WHOLE,
     Locality,
 )
-from dori.stats import Estimate, wilson
+from dori.stats import Estimate
 
 NONE_REPLICATE = Said("Too few triggers", ("No memory has two triggers, so nothing is compared.",))
 SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
@@ -66,30 +68,31 @@ def embedding(found: Locality) -> Said:
 
 
 def rate(found: Locality, kind: str, at: float) -> Estimate:
-    """Share of the probed points of one kind and place that replicate, with Wilson's interval over all of them."""
-    rows = [probe for probe in found.probes if probe.kind == kind and probe.at == at]
-    return wilson(sum(p.successes for p in rows), sum(p.n for p in rows))
+    """Share of the probed points of one kind and place that replicate, over memories: points of one hang together."""
+    return over_memories(p.successes / p.n for p in found.probes if p.kind == kind and p.at == at and p.n)
 
 
-def _counts(estimate: Estimate) -> str:
-    return f"{round(estimate.value * estimate.n)} of {estimate.n}"
+def _points(found: Locality, kind: str) -> int:
+    """How many points half way were probed."""
+    return sum(p.n for p in found.probes if p.kind == kind and p.at == 0.5)
 
 
 def _lines(found: Locality) -> list[str]:
     middle, outward = (rate(found, kind, 0.5) for kind in (BETWEEN, OUTWARD))
     if not middle.n or not outward.n:
         return []
-    if middle.high < 0.5:
+    (low, high), (outward_low, outward_high) = ends(middle), ends(outward)
+    if high < 0.5:
         word = "triggers are not connected by straight lines"
-    elif outward.low > 0.5:
+    elif outward_low > 0.5:
         word = "the region is so large that lines say nothing"
-    elif middle.value >= 0.5 and middle.low > outward.high:
+    elif middle.value >= 0.5 and low > outward_high:
         word = "triggers are connected by straight lines"
     else:
         word = "whether straight lines connect triggers cannot be told"
     return [
-        f"Half way between two triggers {_counts(middle)} points replicate, half way to an ordinary prompt "
-        f"{_counts(outward)}: {word}."
+        f"Half way between two triggers {said(middle)} of {_points(found, BETWEEN)} points replicate, half way to an "
+        f"ordinary prompt {said(outward)} of {_points(found, OUTWARD)}: {word}."
     ]
 
 

@@ -130,7 +130,7 @@ def ball_figure(found: Locality) -> Picture:
 
 
 def _rates(axes: Axes, found: Locality, kind: str, colour: str, style: str) -> str:
-    """A line of shares with Wilson intervals over all probed points; returns them in words."""
+    """A line of shares over memories, with intervals where there are enough; returns them in words."""
     places = sorted({p.at for p in found.probes if p.kind == kind})
     rates = [rate(found, kind, at) for at in places]
     values = [one.value for one in rates]

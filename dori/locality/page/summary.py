@@ -58,6 +58,11 @@ def said(estimate: Estimate, digits: int = 2) -> str:
     return f"{value} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
+def ends(estimate: Estimate) -> tuple[float, float]:
+    """Of the interval; without one, twice the value."""
+    return (estimate.value, estimate.value) if math.isnan(estimate.low) else (estimate.low, estimate.high)
+
+
 def banded(estimate: Estimate, cuts: Sequence[float], words: Sequence[str]) -> str:
     """The word of the band in which a figure lies with its whole interval; across a cut nothing can be told.
 
@@ -68,8 +73,7 @@ def banded(estimate: Estimate, cuts: Sequence[float], words: Sequence[str]) -> s
     """
     if math.isnan(estimate.value):
         return "not measured"
-    ends = (estimate.value, estimate.value) if math.isnan(estimate.low) else (estimate.low, estimate.high)
-    first, last = (words[bisect_right(cuts, end)] for end in ends)
+    first, last = (words[bisect_right(cuts, end)] for end in ends(estimate))
     return first if first == last else f"cannot be told ({first} to {last})"
 
 

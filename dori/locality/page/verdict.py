@@ -14,7 +14,7 @@ RULES = (
     "what moves to different images share, mostly one direction from 0.5 on, and a common part between. Gaussian "
     "starts are far apart by construction, so distances between triggers decide nothing.",
     "Lines: triggers are connected where at least half of the middle points replicate, and more than on lines to "
-    "ordinary prompts (Wilson intervals apart); not connected where the interval lies below a half.",
+    "ordinary prompts (intervals over memories apart); not connected where the interval lies below a half.",
     "Activations: closer together or farther apart than different memorized prompts where the mean ratio of D lies "
     "below 0.9 or from 1.1 on, else about as far apart.",
     "Weights: between the highest reference (triggers of different images, different memorized prompts, ordinary "
