@@ -157,6 +157,9 @@ def _audit(audit: argparse.ArgumentParser) -> None:
 def _report(report: argparse.ArgumentParser) -> None:
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--redact", action="store_true", help="blur the training images")
+    report.add_argument(
+        "--strip", type=Path, metavar="PNG", help="write one picture of a few memories too, of an audit (PNG)"
+    )
 
 
 def _locality(locality: argparse.ArgumentParser) -> None:

@@ -230,10 +230,14 @@ def _report(arguments: argparse.Namespace) -> int:
     from dori.locality.page.render import render as render_locality
     from dori.locality.records import read_locality
     from dori.report.render import render
-    from dori.run import write_text
+    from dori.report.strip import strip
+    from dori.run import write_bytes, write_text
 
     folder, redact = arguments.run, arguments.redact
     located = (folder / "locality.json").exists()
+    if arguments.strip is not None:
+        write_bytes(arguments.strip, strip(read_audit(folder / "audit.json"), folder, redact=redact))
+        print(f"picture: {arguments.strip}")
     if located:
         target = folder / "locality.html"
         write_text(target, render_locality(read_locality(folder / "locality.json"), folder, redact=redact))

@@ -27,7 +27,16 @@ class Album:
     folder: Path
 
     def uri(self, picture: str, *, blurred: bool) -> str:
-        """A JPEG of at most 128 px a side (central square) as a data URI; "" where there is no such file.
+        """`image` as a JPEG in a data URI; "" where there is no such file."""
+        image = self.image(picture, blurred=blurred)
+        if image is None:
+            return ""
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90, subsampling=0)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+    def image(self, picture: str, *, blurred: bool) -> Image.Image | None:
+        """An image of at most 128 px a side (central square); None where there is no such file.
 
         Args:
             picture: path relative to the folder, with forward slashes; "" for none.
@@ -38,16 +47,14 @@ class Album:
         """
         path = self._inside(picture)
         if path is None or not path.exists():
-            return ""
+            return None
         side = REDACTED_CELLS if blurred else min(SIDE_PX, *size(path))
         pixels = load_image(path, side).permute(1, 2, 0).numpy()
         image = Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))
         if blurred:
             image = image.resize((REDACTED_PX, REDACTED_PX), Image.Resampling.BICUBIC)
             image = image.filter(ImageFilter.GaussianBlur(REDACTED_PX / REDACTED_CELLS))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=90, subsampling=0)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+        return image
 
     def _inside(self, picture: str) -> Path | None:
         if not picture:
