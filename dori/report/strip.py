@@ -81,10 +81,9 @@ def _ways(audit: Audit) -> list[Way]:
 
 
 def _title(audit: Audit, way: Way) -> str:
-    under = (
-        tables.called_twin(way.model) if way.model != audit.model else "unedited" if way.edit == "none" else way.edit
-    )
-    return f"{under}\n{f'DoRI, {way.steps} steps' if way.start else 'prompt'}"
+    under = "a twin" if way.model != audit.model else "unedited" if way.edit == "none" else way.edit
+    asked = f"DoRI, {way.steps} steps" if way.start else "prompt"
+    return f"{textwrap.shorten(under, 16, placeholder=' …')}\n{asked}"
 
 
 def _spread(memories: Sequence[Subject], count: int) -> list[Subject]:
