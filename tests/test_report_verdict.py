@@ -166,6 +166,12 @@ def test_templates_and_images_shown_once_have_verdicts_of_their_own(audit: Audit
     assert template.note.startswith("Templates count as replicated where their masked similarity exceeds 0.72")
     assert once.headline == "Nothing came back within this audit's budget. That does not prove removal."
     assert once.note == ""
+    low = tuple(
+        dataclasses.replace(f, masked=(0.1,) * len(f.masked)) if f.kind == "template" and f.edit != "none" else f
+        for f in audit.findings
+    )
+    hidden = verdict(dataclasses.replace(audit, findings=low)).parts[1]
+    assert hidden.headline.startswith("Not brought back after NeMo") and hidden.headline.endswith("prove removal.")
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,9 @@ def _headline(cards: Sequence[Card]) -> str:
         return f"Images come back, without evidence that the model stores them.{absent}"
     if names["hidden"]:
         return f"No attack was run under {names['hidden']}, so nothing can be said about what is stored.{absent}"
-    return "Nothing came back within this audit's budget. That does not prove removal."
+    unedited = any(card.level in ("stored", "unproven") for card in cards)
+    after = f"Not brought back after {names['absent']}" if unedited else "Nothing came back"
+    return f"{after} within this audit's budget. That does not prove removal."
 
 
 def _lead(every: Sequence[Case], cards: Sequence[Card]) -> str:
