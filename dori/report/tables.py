@@ -276,13 +276,14 @@ def called_twin(model: str) -> str:
     return model if model.startswith("twin ") else f"twin {model}"
 
 
-def described(row: Row, audit: Audit) -> str:
-    """The population in words, with the twin's name where the model is one."""
-    on_twin = row.way.model != audit.model
-    words = {MEMORIES: "memories", TEMPLATES: "template memories", ONCE: "shown once", CONTROLS: "controls"}
-    if not on_twin:
-        return words[row.population]
-    return ("" if row.population == MEMORIES else f"{words[row.population]} ") + f"on {called_twin(row.way.model)}"
+def described(row: Row, audit: Audit, *, one: bool = False) -> str:
+    """The population in words, with the twin's name where the model is one; `one` for the singular."""
+    many = {MEMORIES: "memories", TEMPLATES: "template memories", ONCE: "shown once", CONTROLS: "controls"}
+    single = {MEMORIES: "memory", TEMPLATES: "template memory", ONCE: "shown once", CONTROLS: "control"}
+    words = (single if one else many)[row.population]
+    if row.way.model == audit.model:
+        return words
+    return ("" if row.population == MEMORIES else f"{words} ") + f"on {called_twin(row.way.model)}"
 
 
 COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
@@ -315,10 +316,8 @@ def cells(rows: Sequence[Row], audit: Audit) -> tuple[tuple[str, ...], list[tupl
 
 
 def _whose(row: Row, audit: Audit) -> str:
-    one = row.replication.memories == 1 and row.way.model == audit.model
-    words = described(row, audit)
-    words = words.replace("memories", "memory").replace("controls", "control") if one else words
-    return f"{row.replication.memories} {words}"
+    count = row.replication.memories
+    return f"{count} {described(row, audit, one=count == 1)}"
 
 
 def to_markdown(rows: Sequence[Row], audit: Audit) -> str:
