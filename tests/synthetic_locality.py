@@ -87,6 +87,7 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
         settings={
             "preset": "full",
             "causal": {"memories": 1},
+            "patch_seeds": 2,
             "maps": {one: {"explained": [0.5, 0.25], "perplexity": 3.3, "seed": 7} for one in ids},
             "embedding_shape": [4, 8],
             "layers": {"attention_value": VALUES, "feed_forward": FEED},

@@ -95,6 +95,10 @@ def test_a_run_without_triggers_has_a_page_that_says_so(tmp_path: Path) -> None:
     assert "No memory has two triggers, so nothing can be said about where it lives." in html
     assert html.count("Too few triggers") == 3 and "0 of 8 from N(0, I)" in html
     assert verdict.all_said(bare)["causal"].title == "Not run"
+    assert "needs a twin" in verdict.all_said(bare)["patching"].sentences[0]
+    quick = dataclasses.replace(bare, settings={**bare.settings, "preset": "quick", "causal": None, "patch_seeds": 0})
+    for part in ("causal", "patching"):
+        assert verdict.all_said(quick)[part].sentences == ("The preset quick leaves it out; --preset full has it.",)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -204,6 +208,10 @@ def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
     )
     title = observed.embedding(dataclasses.replace(alone, measures=much)).title
     assert title == "The moves of triggers: cannot be told, with a single image"
+
+
+def test_no_figure_is_minus_zero() -> None:
+    assert said(Estimate(-0.001, -0.004, 0.2, 9)) == "0.00 [0.00, 0.20]" and said(over_memories([])) == "not measured"
 
 
 @pytest.mark.parametrize(

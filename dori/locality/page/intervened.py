@@ -45,9 +45,14 @@ def causal(found: Locality) -> Said:
 
 
 def _why_not(found: Locality) -> str:
-    if found.settings.get("causal") is None:
-        return f"The preset {found.settings.get('preset')} leaves it out; --preset full has it."
-    return "No memory that it was planned for has two triggers."
+    return _left_out(found, "causal") or "No memory that it was planned for has two triggers."
+
+
+def _left_out(found: Locality, setting: str) -> str:
+    """A sentence if the plan has no such analysis, else empty."""
+    if found.settings.get(setting):
+        return ""
+    return f"The preset {found.settings.get('preset')} leaves it out; --preset full has it."
 
 
 def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
@@ -139,7 +144,7 @@ def _price(rows: list[Joined], bare: list[Joined]) -> str:
 def patching(found: Locality) -> Said:
     """The layers that carry most, and kinds of layers together."""
     if not found.patches:
-        return Said("Not run", ("It needs a model that never saw the memories, and a memory's prompt.",))
+        return Said("Not run", (_left_out(found, "patch_seeds") or "It needs a twin, and a memory's prompt.",))
     sentences, carried = [], []
     for direction, words in ((SUFFICIENT, "put into the twin bring"), (NECESSARY, "taken from the twin remove")):
         shares = patch_shares(found, direction)

@@ -20,6 +20,7 @@ from dori.locality.records import (
     Activity,
     Locality,
 )
+from dori.report.tables import number
 from dori.stats import Estimate, bootstrap
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
@@ -52,10 +53,8 @@ def said(estimate: Estimate, digits: int = 2) -> str:
     """A figure in a sentence: with its interval where there is one."""
     if math.isnan(estimate.value):
         return "not measured"
-    value = f"{estimate.value:.{digits}f}"
-    if math.isnan(estimate.low):
-        return value
-    return f"{value} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    value, low, high = (number(one, digits) for one in (estimate.value, estimate.low, estimate.high))
+    return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
 
 
 def ends(estimate: Estimate) -> tuple[float, float]:
