@@ -235,16 +235,18 @@ def _report(arguments: argparse.Namespace) -> int:
 
     folder, redact = arguments.run, arguments.redact
     located = (folder / "locality.json").exists()
-    if arguments.strip is not None:
-        write_bytes(arguments.strip, strip(read_audit(folder / "audit.json"), folder, redact=redact))
+    wanted = not located or arguments.strip is not None or (folder / "audit.json").exists()
+    audit = read_audit(folder / "audit.json") if wanted else None
+    if audit is not None and arguments.strip is not None:
+        write_bytes(arguments.strip, strip(audit, folder, redact=redact))
         print(f"picture: {arguments.strip}")
     if located:
         target = folder / "locality.html"
         write_text(target, render_locality(read_locality(folder / "locality.json"), folder, redact=redact))
         print(f"page: {target}")
-    if not located or (folder / "audit.json").exists():
+    if audit is not None:
         target = folder / "report.html"
-        write_text(target, render(read_audit(folder / "audit.json"), folder, redact=redact))
+        write_text(target, render(audit, folder, redact=redact))
         print(f"report: {target}")
     return 0
 

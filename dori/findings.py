@@ -73,7 +73,11 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class EditInfo:
-    """An edit in the audit: `size` zeroed weights; `details` of the method (thresholds, densities, scores)."""
+    """An edit in the audit: `size` changed weights; `details` of the method (thresholds, densities, scores).
+
+    Of scope "own" one record stands for the edits of all memories: `size` is their median (the lower one of an even
+    count), `details["sizes"]` each memory's.
+    """
 
     name: str
     scope: str

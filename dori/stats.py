@@ -199,3 +199,10 @@ def median_and_deviation(values: ArrayLike) -> tuple[float, float]:
         return math.nan, math.nan
     median = float(np.median(array))
     return median, float(np.median(np.abs(array - median)))
+
+
+def choose(count: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `count` items, evenly spread over their order, first and last included."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [round(k * (count - 1) / max(1, limit - 1)) for k in range(limit)]

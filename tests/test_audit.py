@@ -22,7 +22,7 @@ from dori.attack.dori import Dori
 from dori.audit.checks import with_distrust
 from dori.audit.folders import folder_subjects
 from dori.audit.judge import Case, Judge, finite_images, judged
-from dori.audit.loop import Subjects, audit, choose, make_cases
+from dori.audit.loop import Subjects, audit, make_cases
 from dori.audit.plan import Plan, Starts
 from dori.audit.schedule import EDITS, planned_rows
 from dori.errors import DoriError
@@ -35,6 +35,7 @@ from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run
 from dori.sampling import named_seed
+from dori.stats import choose
 from dori.testbed.subjects import DESCRIPTOR
 
 ROOT = Path(__file__).parent.parent
@@ -384,7 +385,13 @@ def test_a_control_that_replicates_is_a_reason_to_distrust(whole: Whole) -> None
     attacked = with_similarity(
         clean, 0.9, when=lambda f: f.group == "control" and f.start == "foreign" and f.steps == 2 and f.edit == "none"
     )
-    assert [reason[:2] for reason in reasons(attacked, "attacks on controls succeeded")] == ["1 "]
+    assert [reason[:5] for reason in reasons(attacked, "attacks on controls succeeded")] == ["1 of "]
+    for edit in ("none", "NeMo", "Wanda 20 %"):
+        under = with_similarity(
+            clean, 0.9, when=lambda f, e=edit: f.group == "control" and f.steps == 2 and f.edit == e
+        )
+        said = reasons(under, "attacks on controls succeeded")
+        assert len(said) == 1 and (f"under {edit}" in said[0]) == (edit != "none")
     from_prompt = with_similarity(clean, 0.9, when=lambda f: f.group == "control" and not f.start)
     assert len(reasons(from_prompt, "comes back from its own prompt")) == 1
     memory = with_similarity(clean, 0.9, when=lambda f: f.group == "memory" and f.model == "tiny")

@@ -15,7 +15,7 @@ from dori.attack.dori import Dori
 from dori.audit.checks import blind_scores
 from dori.audit.folders import load_clip
 from dori.audit.judge import Case, Judge
-from dori.audit.loop import audit
+from dori.audit.loop import audit, make_cases
 from dori.audit.plan import Plan, Starts, paper, quick
 from dori.audit.schedule import ATTACK, Subjects, audited, ordinary_prompts, planned_cells, planned_cost, planned_rows
 from dori.cost import BACKWARD, Rows, Speed, measured_speed
@@ -112,6 +112,8 @@ def test_a_memory_without_a_text_is_asked_even_where_attacks_begin_from_prompts(
 
     titled = dataclasses.replace(whole, memories=tuple(c for c in whole.memories if c.memory.text is not None))
     assert attacked(titled) == {("tiny", "prompt"), ("twin", "prompt")}
+    bare = make_cases(tiny, [Memory("c1", None, Path("c1.png"), "control")], whole.controls[0].image[None], "control")
+    assert attacked(dataclasses.replace(titled, controls=bare)) == attacked(whole)
     everywhere = {(model, start) for model in ("tiny", "twin") for start in ("prompt", "gaussian", "foreign")}
     assert attacked(whole) == everywhere
     run = Run(tmp_path / "run", modules=())
@@ -306,6 +308,9 @@ def test_every_computed_edit_is_a_file_and_can_be_given(tiny: StableDiffusion, t
     assert Counter(edit.name for edit in edits.values()) == {"Wanda 20 %": 3, "random weights": 1}
     joint = next(edit for path, edit in edits.items() if edit.name == "Wanda 20 %" and ".m" not in path.name)
     renamed = dataclasses.replace(joint, name="Wanda 20 % (a.safetensors)")
+    own = {info.name: info for info in first.edits if info.scope == "own"}["Wanda 20 %"]
+    sizes = {path.name.split(".")[1]: edit.size for path, edit in edits.items() if ".m" in path.name}
+    assert own.details["sizes"] == sizes and len(sizes) == 2 and own.size == min(sizes.values())
 
     run = Run(tmp_path / "b", modules=())
     with run.locked():

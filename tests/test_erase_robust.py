@@ -67,10 +67,7 @@ def run(given: Path, out: Path, *arguments: str, memories: str = "memories", ret
         ({"retain": "leaking"}, "'retain-3' shows memory 'memories-1', which it would teach"),
         ({"retain": "twice", "controls": "controls"}, "'retain-3' shows control 'controls-1', which it would teach"),
         ({"retain": "alike"}, "'retain-3' shows memory 'memories-1', which it would teach (similarity 0.9"),
-        (
-            {"retain": "alike"},
-            "is a copy), and 1 more copies are among them ('retain-5'); leave it out of one",
-        ),
+        ({"retain": "alike"}, "is a copy), and 1 more copies are among them ('retain-5'); leave it out of one"),
         ({"controls": "renamed"}, "control 'control-0' shows the image of memory 'memories-0'"),
         ({"twin": "model"}, "has the weights of"),
         ({"twin": "other-vae"}, "has another VAE than"),

@@ -276,6 +276,15 @@ def test_dose_response_counts_each_dose(audit: Audit) -> None:
     ]
 
 
+def test_images_seen_once_without_a_stated_dose_are_the_lowest_point(audit: Audit) -> None:
+    bare = dataclasses.replace(
+        audit, findings=tuple(dataclasses.replace(f, dose=None) if f.kind == "once" else f for f in audit.findings)
+    )
+    points = dose_response(bare, [tables.table(bare)[0].way])
+    assert [(p.dose, p.rate.n) for p in points] == [(0.0, 1), (0.0625, 2), (0.25, 3), (1.0, 3)]
+    assert "0.00 where seen once" in dose_rate_figure(points).alt
+
+
 def test_checks_fail_without_controls_twins_seeds_or_calibration(audit: Audit) -> None:
     assert all(check.passed for check in checks(audit))
     bare = dataclasses.replace(

@@ -90,12 +90,15 @@ def _about_controls(audit: Audit) -> list[str]:
         return [*reasons, f"There are no controls: {alone}"]
     if len(controls) < FEW:
         reasons.append(f"Only {len(controls)} controls were audited: that they do not break is weak evidence.")
-    broken = _replicated(_final(audit, "control", audit.model, "none"), rule)
-    if broken:
-        reasons.append(
-            f"{broken} attacks on controls succeeded too: at this budget the attack can draw images that "
-            "the model never saw."
-        )
+    for edit in ("none", *(edit.name for edit in audit.edits if edit.name != "none" and edit.scope == "joint")):
+        rows = _final(audit, "control", audit.model, edit)
+        broken = _replicated(rows, rule)
+        if broken:
+            under = "" if edit == "none" else f" under {edit}"
+            reasons.append(
+                f"{broken} of {len(rows)} attacks on controls succeeded{under} too: at this budget the attack can "
+                "draw images that the model never saw."
+            )
     asked = [f for f in audit.findings if f.group == "control" and f.model == audit.model and not f.start]
     if _replicated(asked, rule):
         reasons.append(

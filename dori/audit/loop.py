@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dori.audit.edits import Edits, Names, edit_names, make_edits
 from dori.audit.judge import Case, Judge, draw, judged, pixels_sha256
 from dori.audit.plan import Plan
 from dori.audit.quality import ordinary_quality
-from dori.audit.schedule import Ask, Prompts, Setting, Subjects, choose
+from dori.audit.schedule import Ask, Prompts, Setting, Subjects
 from dori.cost import Rows
 from dori.edit import Edit
 from dori.errors import DoriError
@@ -37,7 +38,7 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run, canonical_sha256, cell_key, write_bytes
 from dori.sampling import named_seed
 
-__all__ = ["Subjects", "audit", "choose", "make_cases"]
+__all__ = ["Subjects", "audit", "make_cases"]
 NO_CLIP = (
     "No CLIP was given (--clip FOLDER): alignment of image and prompt was not measured, and quality only by the "
     "copy descriptor's features."
@@ -329,10 +330,7 @@ def _assemble(loop: _Loop, whole: Subjects, *, edits: Edits, quality: tuple[Qual
         provenance=loop.run.provenance(),
         cost=loop.cost,
         subjects=tuple(shown),
-        edits=tuple(
-            EditInfo(name, "" if name == "none" else "joint", edit.size, edit.details)
-            for name, edit in edits.joint.items()
-        ),
+        edits=_edit_infos(edits),
         findings=tuple(loop.findings),
         quality=quality,
         blind=loop.blind(whole),
@@ -341,6 +339,18 @@ def _assemble(loop: _Loop, whole: Subjects, *, edits: Edits, quality: tuple[Qual
     found = checks.with_distrust(unfinished, diverged=loop.diverged)
     more = ([loop.prompts.short] if loop.prompts.short else []) + ([NO_CLIP] if loop.judge.clip is None else [])
     return dataclasses.replace(found, distrust=(*found.distrust, *more))
+
+
+def _edit_infos(edits: Edits) -> tuple[EditInfo, ...]:
+    """One record a joint edit, then one for all own edits of a method."""
+    joint = [
+        EditInfo(name, "" if name == "none" else "joint", edit.size, edit.details) for name, edit in edits.joint.items()
+    ]
+    own = []
+    for name, table in edits.own.items():
+        sizes = {memory: edit.size for memory, edit in table.items()}
+        own.append(EditInfo(name, "own", median_low(sizes.values()), {"sizes": sizes}))
+    return (*joint, *own)
 
 
 def _settings(loop: _Loop, whole: Subjects) -> dict[str, object]:

@@ -123,7 +123,9 @@ def paper() -> Plan:
         attack=Dori(steps=50, snapshots=(0, 1, 10, 25, 50)),
         long_steps=(100, 150),
         long_images=8,
-        starts=Starts(controls=("prompt", "gaussian"), edited=("prompt",), twins=("prompt",)),
+        starts=Starts(
+            memories=("prompt", "gaussian"), controls=("prompt", "gaussian"), edited=("prompt",), twins=("prompt",)
+        ),
         nemo=Nemo(max_refinement_passes=100),
         wandas=(tenth,),
         attack_random=False,

@@ -14,6 +14,7 @@ from dori.cost import Rows, drawn
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
+from dori.stats import choose
 
 # Stages of the cost, as reports name them.
 EDITS, ATTACK, DRAWN, QUALITY = (
@@ -47,13 +48,6 @@ class Subjects:
     twins: tuple[StableDiffusion, ...] = ()
 
 
-def choose(count: int, limit: int | None) -> list[int]:
-    """Indices of at most `limit` of `count` items, evenly spread over their order, first and last included."""
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [round(k * (count - 1) / max(1, limit - 1)) for k in range(limit)]
-
-
 def audited(subjects: Subjects, plan: Plan) -> Subjects:
     """The subjects with the images that the plan takes; of those seen once, some only if the others do not suffice."""
     often = [case for case in subjects.memories if case.memory.kind != "once"]
@@ -66,12 +60,12 @@ def audited(subjects: Subjects, plan: Plan) -> Subjects:
 
 
 def asking(subjects: Subjects, plan: Plan) -> Plan:
-    """The plan, or one that asks for a memory without a text as well.
+    """The plan, or one that asks for an image without a text as well.
 
-    Where one has none and attacks begin from prompts alone, those on everything else begin from Gaussian embeddings
-    and other prompts too, so that controls and twins are asked in the same way.
+    Where a memory or a control has none and attacks begin from prompts alone, those on everything else begin from
+    Gaussian embeddings and other prompts too, so that memories, controls and twins are asked in the same way.
     """
-    if all(case.memory.text is not None for case in subjects.memories):
+    if all(case.memory.text is not None for case in (*subjects.memories, *subjects.controls)):
         return plan
     starts = plan.starts
 

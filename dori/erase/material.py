@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dori.audit.folders import folder_subjects
 from dori.audit.judge import Case, Judge, pixels_sha256
-from dori.audit.schedule import Subjects, choose
+from dori.audit.schedule import Subjects
 from dori.erase.decide import deciding_pairs, limit
 from dori.erase.pairs import Pairs
 from dori.erase.plan import Plan
@@ -25,6 +25,7 @@ from dori.metrics.similarity import Descriptor
 from dori.model.stable_diffusion import StableDiffusion
 from dori.prompts import ordinary_prompts
 from dori.run import canonical_sha256
+from dori.stats import choose
 
 Split = Literal["all", "tune", "test"]
 Planted = Literal["planted", "early"]

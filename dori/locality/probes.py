@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dori.audit.judge import Case
-from dori.audit.loop import choose
 from dori.locality.bench import Bench, Source
 from dori.locality.embeddings import line, pair_distances, sphere
 from dori.locality.records import Probe
 from dori.locality.triggers import Found, similarities
 from dori.run import cell_key
 from dori.sampling import named_seed
+from dori.stats import choose
 
 BETWEEN, OUTWARD, BALL = "line between triggers", "line to an ordinary prompt", "ball"
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from dori.audit.judge import Case
-from dori.audit.loop import Subjects, choose
+from dori.audit.loop import Subjects
 from dori.errors import DoriError
 from dori.locality.bench import Source, encoded
 from dori.locality.costs import Sizes
 from dori.locality.patching import patch_layers
 from dori.locality.plan import Plan
 from dori.locality.records import ENOUGH
+from dori.stats import choose
 
 
 @dataclass(frozen=True, slots=True, eq=False)

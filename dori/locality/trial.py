@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dori.audit.judge import Case
-from dori.audit.loop import choose
 from dori.audit.quality import ordinary_quality
 from dori.edit import WeightMask, no_edit
 from dori.findings import Quality
@@ -24,6 +23,7 @@ from dori.locality.triggers import gaussian_source
 from dori.mitigate.random_mask import random_neurons, random_weights
 from dori.run import cell_key
 from dori.sampling import named_seed
+from dori.stats import choose
 
 
 @dataclass(frozen=True, slots=True, eq=False)

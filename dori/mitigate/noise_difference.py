@@ -180,8 +180,20 @@ class NoiseDifference:
         return self.scaled(with_prompt, without)
 
     def scaled(self, prediction: Tensor, other: Tensor) -> Tensor:
-        """Min-max scaling of `prediction - other` to [0, 1], by row or by a row's channels; see `LEAST_SPAN`."""
+        """Min-max scaling of `prediction - other` to [0, 1], by row or by a row's channels; see `LEAST_SPAN`.
+
+        Where nothing is heard all is 0, so that two silent differences have similarity 1: a network that answers
+        nothing answers every noise alike.
+
+        Raises:
+            DoriError: a prediction is not finite.
+        """
         delta, dims = prediction - other, (1, 2, 3) if self.variant == "paper" else (2, 3)
+        if not torch.isfinite(delta).all():
+            raise DoriError(
+                "the U-Net predicted noise that is not finite, so noise differences cannot be compared; "
+                "check the model's weights, and run it in float32 if it is in half precision"
+            )
         low, high = delta.amin(dims, keepdim=True), delta.amax(dims, keepdim=True)
         share = max(LEAST_SPAN, 16 * torch.finfo(prediction.dtype).eps)
         heard = high - low > share * prediction.abs().amax((1, 2, 3), keepdim=True)

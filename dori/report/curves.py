@@ -15,6 +15,7 @@ from dori.judgement import last_step, rule_of
 from dori.report.tables import (
     CONTROLS,
     MEMORIES,
+    ONCE,
     TEMPLATES,
     Row,
     Way,
@@ -54,9 +55,15 @@ class Separation:
     others: int
 
 
+SEEN_ONCE = 0.0  # stands below every relative dose
+
+
 @dataclass(frozen=True, slots=True)
 class DosePoint:
-    """The memories of one duplication count under one way of asking."""
+    """The memories of one duplication count under one way of asking.
+
+    `dose` is `SEEN_ONCE` for images shown a single time whose relative dose is not stated.
+    """
 
     way: Way
     dose: float
@@ -196,8 +203,9 @@ def dose_response(audit: Audit, ways: Iterable[Way]) -> tuple[DosePoint, ...]:
     for way in dict.fromkeys(ways):
         by_dose: dict[float, list[float]] = defaultdict(list)
         for finding in audit.findings:
-            if finding.dose is not None and way_of(finding) == way and _has_dose(finding):
-                by_dose[finding.dose].append(rule.median(finding))
+            dose = _dose(finding)
+            if dose is not None and way_of(finding) == way:
+                by_dose[dose].append(rule.median(finding))
         for dose in sorted(by_dose):
             values = np.array(by_dose[dose])
             middle = float(np.median(values))
@@ -213,5 +221,9 @@ def dose_response(audit: Audit, ways: Iterable[Way]) -> tuple[DosePoint, ...]:
     return tuple(points)
 
 
-def _has_dose(finding: Finding) -> bool:
-    return population_of(finding) in (MEMORIES, "once")
+def _dose(finding: Finding) -> float | None:
+    """None where the finding has no place in the figure."""
+    population = population_of(finding)
+    if population == ONCE and finding.dose is None:
+        return SEEN_ONCE
+    return finding.dose if population in (MEMORIES, ONCE) else None

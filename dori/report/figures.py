@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dori.report.curves import Curve, DosePoint, of_all
+from dori.report.curves import SEEN_ONCE, Curve, DosePoint, of_all
 from dori.report.drawing import (
     BLUE,
     GREEN,
@@ -133,9 +133,9 @@ def _dose(
             )
             told.append(
                 f"{way.asked}: "
-                + ", ".join(f"{number(e.value)} at dose {p.dose:g}" for e, p in zip(estimates, mine, strict=True))
+                + ", ".join(f"{number(e.value)} {_at_dose(p.dose)}" for e, p in zip(estimates, mine, strict=True))
             )
-        axes.set_xticks(range(len(doses)), [f"{dose:g}" for dose in doses])
+        axes.set_xticks(range(len(doses)), ["once" if dose == SEEN_ONCE else f"{dose:g}" for dose in doses])
         axes.set_xlim(-0.5, len(doses) - 0.5)
         if threshold is None:
             axes.set_ylim(-0.03, 1.03)
@@ -143,6 +143,10 @@ def _dose(
             _threshold(axes, threshold)
         legend_above(axes)
         return picture(figure, f"{label} against duplication count. {'; '.join(told)}.")
+
+
+def _at_dose(dose: float) -> str:
+    return "where seen once" if dose == SEEN_ONCE else f"at dose {dose:g}"
 
 
 def short(way: Way) -> str:

@@ -2,19 +2,21 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from PIL.Image import Image
 
 from dori.errors import DoriError
-from dori.findings import Audit, Finding, Subject
+from dori.findings import Audit, Finding
 from dori.judgement import rule_of
 from dori.report import tables
 from dori.report.drawing import GREY, VERMILION, drawing
 from dori.report.pictures import Album
 from dori.report.render import may_show
 from dori.report.tables import Way
+from dori.stats import choose
 
 LINES = 5
 SIDE = 0.95  # inches of each picture
@@ -41,7 +43,8 @@ def strip(audit: Audit, folder: Path, *, lines: int = LINES, redact: bool = Fals
     ways = _ways(audit)
     memories = [one for one in audit.subjects if one.group == "memory" and one.kind == "verbatim"]
     drawn = [one for one in memories if (asked := found.get((one.id, ways[0]))) and rule.came_back(asked)]
-    shown = _spread(drawn or memories, lines)
+    candidates = drawn or memories
+    shown = [candidates[place] for place in choose(len(candidates), lines)]
     if not shown:
         raise DoriError("a strip shows verbatim memories, and this audit has none; open its report instead")
     titles = ["training image", *(_title(audit, way) for way in ways)]
@@ -55,17 +58,20 @@ def strip(audit: Audit, folder: Path, *, lines: int = LINES, redact: bool = Fals
                 for one in cells
             ]
             for axes, (picture, blurred, back) in zip(line, pictures, strict=True):
-                image = album.image(picture, blurred=blurred)
-                axes.set(xticks=[], yticks=[])
-                axes.grid(False)
-                axes.spines[:].set(visible=True, color=VERMILION if back else GREY, linewidth=2.5 if back else 0.5)
-                if image is not None:
-                    axes.imshow(np.asarray(image))
+                _draw(axes, album.image(picture, blurred=blurred), framed=back)
         for axes, title in zip(grid[0], titles, strict=True):
             axes.set_title(title, fontsize=8)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     return file.getvalue()
+
+
+def _draw(axes: Axes, image: Image | None, *, framed: bool) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set(visible=True, color=VERMILION if framed else GREY, linewidth=2.5 if framed else 0.5)
+    if image is not None:
+        axes.imshow(np.asarray(image))
 
 
 def _ways(audit: Audit) -> list[Way]:
@@ -84,8 +90,3 @@ def _title(audit: Audit, way: Way) -> str:
     under = "a twin" if way.model != audit.model else "unedited" if way.edit == "none" else way.edit
     asked = f"DoRI, {way.steps} steps" if way.start else "prompt"
     return f"{textwrap.shorten(under, 16, placeholder=' …')}\n{asked}"
-
-
-def _spread(memories: Sequence[Subject], count: int) -> list[Subject]:
-    places = np.linspace(0, len(memories) - 1, min(count, len(memories))).round().astype(int)
-    return [memories[place] for place in places] if memories else []

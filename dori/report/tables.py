@@ -23,6 +23,12 @@ from dori.stats import Estimate, median_and_deviation
 
 MEMORIES, TEMPLATES, ONCE, CONTROLS = "memories", "templates", "once", "controls"
 POPULATIONS = (MEMORIES, TEMPLATES, ONCE, CONTROLS)
+WORDS = {
+    MEMORIES: ("memory", "memories"),
+    TEMPLATES: ("template memory", "template memories"),
+    ONCE: ("shown once", "shown once"),
+    CONTROLS: ("control", "controls"),
+}
 STARTS = {"prompt": "its own prompt", "gaussian": "Gaussian noise", "foreign": "a foreign prompt"}
 
 
@@ -278,9 +284,7 @@ def called_twin(model: str) -> str:
 
 def described(row: Row, audit: Audit, *, one: bool = False) -> str:
     """The population in words, with the twin's name where the model is one; `one` for the singular."""
-    many = {MEMORIES: "memories", TEMPLATES: "template memories", ONCE: "shown once", CONTROLS: "controls"}
-    single = {MEMORIES: "memory", TEMPLATES: "template memory", ONCE: "shown once", CONTROLS: "control"}
-    words = (single if one else many)[row.population]
+    words = WORDS[row.population][0 if one else 1]
     if row.way.model == audit.model:
         return words
     return ("" if row.population == MEMORIES else f"{words} ") + f"on {called_twin(row.way.model)}"

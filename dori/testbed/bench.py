@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dori.audit.judge import Case, Judge, draw, finite_images, judged
-from dori.audit.loop import choose, make_cases
+from dori.audit.loop import make_cases
 from dori.audit.plan import Plan
 from dori.edit import Edit, no_edit
 from dori.metrics.similarity import Descriptor, cosine
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run, cell_key
+from dori.stats import choose
 from dori.testbed.promises import Similarities
 from dori.testbed.slots import Kind
 from dori.testbed.subjects import ordinary_pairs, slot_memories

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dori.audit.edits import edit_cells, make_edits, nemo_name, wanda_name
+from dori.audit.edits import Edits, edit_cells, make_edits, nemo_name, wanda_name
 from dori.audit.judge import Case
+from dori.audit.plan import Plan
 from dori.edit import Edit, union
 from dori.metrics.replication import replication
 from dori.mitigate.nemo import Nemo
@@ -89,6 +90,16 @@ def trial_costs(bench: Bench, memories: int) -> dict[str, int]:
     return costs
 
 
+def _made(trial: Trial, name: str, plan: Plan, texts: Mapping[str, str], ordinary: Sequence[str]) -> Edits:
+    """The edits of a plan for these prompts, in a folder of their own."""
+    bench, model = trial.bench, trial.model
+    run = Run(bench.run.folder / name, say=bench.run.say, modules=bench.run.modules)
+    run.plan(f"verify, {name}", edit_cells(model, plan, list(texts), len(ordinary)))
+    return make_edits(
+        model, plan, run, base={"model": model_fingerprint(model)}, prompts=texts, ordinary=list(ordinary)
+    )
+
+
 def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], str]:
     """NeMo's settings in order until one works, and what its last search found, in words."""
     tried: list[Tried] = []
@@ -96,18 +107,8 @@ def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], 
     for index, nemo in enumerate(NEMOS):
         label = nemo_name(nemo)
         # A folder for each setting: the cells of NeMo's edits bear the memories' names alone.
-        run = Run(trial.bench.run.folder / f"nemo-{index}", say=trial.bench.run.say, modules=trial.bench.run.modules)
         plan = replace(trial.bench.plan, nemo=nemo, wandas=())
-        run.plan(f"verify, {label}", edit_cells(trial.model, plan, list(trial.texts), len(calibration)))
-        edits = make_edits(
-            trial.model,
-            plan,
-            run,
-            base={"model": model_fingerprint(trial.model)},
-            prompts=trial.texts,
-            ordinary=calibration,
-        )
-        own = list(edits.own[label].values())
+        own = list(_made(trial, f"nemo-{index}", plan, trial.texts, calibration).own[label].values())
         joint = union(label, own)
         details = [edit.details for edit in own]
         sizes = [sum(map(len, d["neurons"].values())) for d in details]
@@ -126,11 +127,7 @@ def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], 
 
 def _wandas(trial: Trial, name: str, texts: Mapping[str, str]) -> list[Edit]:
     """The joint edit of these memories under every setting; its cells lie in a folder of their own."""
-    run = Run(trial.bench.run.folder / name, say=trial.bench.run.say, modules=trial.bench.run.modules)
-    plan = replace(trial.bench.plan, nemo=None, wandas=WANDAS)
-    edits = make_edits(
-        trial.model, plan, run, base={"model": model_fingerprint(trial.model)}, prompts=texts, ordinary=()
-    )
+    edits = _made(trial, name, replace(trial.bench.plan, nemo=None, wandas=WANDAS), texts, ())
     return [edits.joint[wanda_name(wanda)] for wanda in WANDAS]
 
 

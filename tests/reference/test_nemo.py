@@ -148,6 +148,9 @@ def test_differences_follow_the_definition_row_by_row(tiny: StableDiffusion, var
     assert torch.equal(difference.scaled(same, same), torch.zeros_like(same))
     assert torch.equal(difference.scaled(same + 1e-4 * torch.rand(same.shape), same), torch.zeros_like(same))
     assert float(difference.scaled(same + 1e-2 * torch.rand(same.shape), same).max()) == 1
+    assert float(difference(torch.zeros_like(same), torch.zeros_like(same))) == pytest.approx(1)  # silence is alike
+    with pytest.raises(DoriError, match="not finite"):
+        difference.scaled(same * float("inf"), same)
 
 
 def test_each_noise_gets_its_largest_similarity_with_another_one() -> None:

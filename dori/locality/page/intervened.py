@@ -39,13 +39,9 @@ def causal(found: Locality) -> Said:
             words.setdefault(cross.method, []).append(word)
             sentences += [sentence, *_joined(found, cross)]
     if not sentences:
-        return Said("Not run", (_why_not(found),))
+        return Said("Not run", (_left_out(found, "causal") or "No memory that it was planned for has two triggers.",))
     title = "; ".join(f"{method}: {' / '.join(dict.fromkeys(said_))}" for method, said_ in words.items())
     return Said(title, tuple(sentences))
-
-
-def _why_not(found: Locality) -> str:
-    return _left_out(found, "causal") or "No memory that it was planned for has two triggers."
 
 
 def _left_out(found: Locality, setting: str) -> str:

@@ -184,7 +184,7 @@ def _against(triggers: Estimate, prompts: Estimate) -> str:
     """More than, less than or as much as; whether, where the interval or a missing figure leaves that open."""
     if math.isnan(triggers.value) or math.isnan(prompts.value):
         return "and cannot be compared with what"
-    low, high = (triggers.value,) * 2 if math.isnan(triggers.low) else (triggers.low, triggers.high)
+    low, high = ends(triggers)
     if low > prompts.value + SAME:
         return "more than"
     if high < prompts.value - SAME:
