@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run
 from dori.sampling import named_seed
-from dori.stats import choose
 from dori.testbed.subjects import DESCRIPTOR
 
 ROOT = Path(__file__).parent.parent
@@ -450,17 +448,6 @@ def test_judging_blames_only_the_row_that_diverged() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- subjects
-
-
-@pytest.mark.parametrize(("count", "limit"), [(0, None), (5, None), (5, 9), (10, 4), (240, 8), (7, 1), (2, 2)])
-def test_chosen_items_are_spread_and_different(count: int, limit: int | None) -> None:
-    chosen = choose(count, limit)
-    assert len(chosen) == len(set(chosen)) == (count if limit is None else min(count, limit))
-    assert chosen == sorted(chosen)
-    if len(chosen) > 1:
-        assert chosen[0] == 0 and chosen[-1] == count - 1
-        gaps = {b - a for a, b in pairwise(chosen)}
-        assert max(gaps) - min(gaps) <= 1
 
 
 def test_a_text_too_long_is_refused_before_anything_is_computed(tiny: StableDiffusion, tmp_path: Path) -> None:

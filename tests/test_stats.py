@@ -1,6 +1,7 @@
 """Promises of dori.stats, against closed forms, brute force and simulation."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -136,3 +137,14 @@ def test_tpr_at_fpr_counts_ties_with_the_threshold_as_misses() -> None:
 def test_median_and_deviation_by_hand() -> None:
     assert stats.median_and_deviation([1, 2, 4, 9]) == (3.0, 1.5)  # deviations 2, 1, 1, 6
     assert math.isnan(stats.median_and_deviation([])[0])
+
+
+@pytest.mark.parametrize(("count", "limit"), [(0, None), (5, None), (5, 9), (10, 4), (240, 8), (7, 1), (2, 2)])
+def test_chosen_items_are_spread_and_different(count: int, limit: int | None) -> None:
+    chosen = stats.choose(count, limit)
+    assert len(chosen) == len(set(chosen)) == (count if limit is None else min(count, limit))
+    assert chosen == sorted(chosen)
+    if len(chosen) > 1:
+        assert chosen[0] == 0 and chosen[-1] == count - 1
+        gaps = {b - a for a, b in pairwise(chosen)}
+        assert max(gaps) - min(gaps) <= 1

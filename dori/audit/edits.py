@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dori.audit.plan import Plan
 from dori.edit import Edit, WeightMask, no_edit, union
+from dori.findings import EditInfo
 from dori.mitigate.nemo import Nemo, NeMoCalibration
 from dori.mitigate.random_mask import random_neurons, random_weights
 from dori.mitigate.wanda import Wanda, mask_from_norms
@@ -49,6 +51,18 @@ class Edits:
     joint: dict[str, Edit]
     own: dict[str, dict[str, WeightMask]]
     rows: int
+
+    def infos(self) -> tuple[EditInfo, ...]:
+        """One record a joint edit, then one for all own edits of a method."""
+        joint = [
+            EditInfo(name, "" if name == "none" else "joint", edit.size, edit.details)
+            for name, edit in self.joint.items()
+        ]
+        own = []
+        for name, table in self.own.items():
+            sizes = {memory: edit.size for memory, edit in table.items()}
+            own.append(EditInfo(name, "own", median_low(sizes.values()), {"sizes": sizes}))
+        return (*joint, *own)
 
     def save(self, folder: Path, *, but: Collection[str]) -> None:
         """Write every edit as `<name>.safetensors` or `<name>.<memory>.safetensors`, except those named in `but`.

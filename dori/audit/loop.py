@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median_low
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from dori.audit.schedule import Ask, Prompts, Setting, Subjects
 from dori.cost import Rows
 from dori.edit import Edit
 from dori.errors import DoriError
-from dori.findings import Audit, EditInfo, Finding, Quality, Subject
+from dori.findings import Audit, Finding, Quality, Subject
 from dori.image_file import png_bytes
 from dori.memory import Memory
 from dori.metrics.diversity import pairwise_similarity
@@ -330,7 +329,7 @@ def _assemble(loop: _Loop, whole: Subjects, *, edits: Edits, quality: tuple[Qual
         provenance=loop.run.provenance(),
         cost=loop.cost,
         subjects=tuple(shown),
-        edits=_edit_infos(edits),
+        edits=edits.infos(),
         findings=tuple(loop.findings),
         quality=quality,
         blind=loop.blind(whole),
@@ -339,18 +338,6 @@ def _assemble(loop: _Loop, whole: Subjects, *, edits: Edits, quality: tuple[Qual
     found = checks.with_distrust(unfinished, diverged=loop.diverged)
     more = ([loop.prompts.short] if loop.prompts.short else []) + ([NO_CLIP] if loop.judge.clip is None else [])
     return dataclasses.replace(found, distrust=(*found.distrust, *more))
-
-
-def _edit_infos(edits: Edits) -> tuple[EditInfo, ...]:
-    """One record a joint edit, then one for all own edits of a method."""
-    joint = [
-        EditInfo(name, "" if name == "none" else "joint", edit.size, edit.details) for name, edit in edits.joint.items()
-    ]
-    own = []
-    for name, table in edits.own.items():
-        sizes = {memory: edit.size for memory, edit in table.items()}
-        own.append(EditInfo(name, "own", median_low(sizes.values()), {"sizes": sizes}))
-    return (*joint, *own)
 
 
 def _settings(loop: _Loop, whole: Subjects) -> dict[str, object]:
