@@ -38,6 +38,13 @@ def _factor(text: str) -> float:
     return value
 
 
+def _guidance(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no guidance scale; give a number from 1 (none) to 100")
+    return value
+
+
 def _deviations(text: str) -> float:
     value = float(text)
     if not abs(value) <= 100:
@@ -93,10 +100,21 @@ def _running(command: argparse.ArgumentParser, *presets: str) -> None:
     command.add_argument("--preset", choices=presets, default=presets[0])
     command.add_argument("--seed", type=int, default=0, help="root of all random streams (default 0)")
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default cpu)")
+    command.add_argument(
+        "--sampling-steps",
+        type=_count,
+        metavar="N",
+        help="DDIM steps of each generation (default 50, as published; the testbed's are the preset's)",
+    )
+    command.add_argument(
+        "--guidance-scale",
+        type=_guidance,
+        metavar="SCALE",
+        help="classifier-free guidance of each generation (default 7, as published; the testbed's is 3)",
+    )
 
 
 def _judging(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--half", action="store_true", help="run the U-Net in half precision")
     command.add_argument("--sscd", type=Path, metavar="FILE", help="SSCD weights made by `dori sscd convert`")
     command.add_argument(
         "--sscd-preprocessing", default="skew_320", metavar="NAME", help="skew_320 (default), small_288 or crop_224"
@@ -107,6 +125,19 @@ def _judging(command: argparse.ArgumentParser) -> None:
         metavar="COSINE",
         help="similarity that counts as a copy (default: the descriptor's)",
     )
+
+
+def _clip(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="a CLIP as transformers saves it, for alignment and quality (the testbed has its own)",
+    )
+
+
+def _shown(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--half", action="store_true", help="run the U-Net in half precision")
     command.add_argument("--redact", action="store_true", help="blur the training images")
 
 
@@ -144,13 +175,9 @@ def _audit(audit: argparse.ArgumentParser) -> None:
         action="store_true",
         help="block NeMo's whole selection, without searching it for neurons that may go on",
     )
-    audit.add_argument(
-        "--clip",
-        type=Path,
-        metavar="FOLDER",
-        help="a CLIP as transformers saves it, for alignment and quality (the testbed has its own)",
-    )
+    _clip(audit)
     _judging(audit)
+    _shown(audit)
     audit.add_argument("--fail-above", type=_share, metavar="MR", help="exit with 1 if any MR of memories is higher")
 
 
@@ -168,6 +195,7 @@ def _locality(locality: argparse.ArgumentParser) -> None:
     _twins(locality)
     _running(locality, "quick", "full")
     _judging(locality)
+    _shown(locality)
     locality.set_defaults(controls=None, clip=None)
 
 
@@ -177,6 +205,8 @@ def _erase(erase: argparse.ArgumentParser) -> None:
     erase.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
     _twins(erase)
     _running(erase, "quick", "full")
+    _clip(erase)
+    _judging(erase)
     erase.add_argument("--eraser", choices=ERASERS, default=DEFAULT)
     erase.add_argument(
         "--table",

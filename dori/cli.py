@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dori.audit.loop import Subjects
     from dori.audit.plan import Plan
     from dori.edit import Edit
+    from dori.locality.plan import Plan as LocalityPlan
+    from dori.sampling import Sampling
 
 # What a run computes with, beside what these import.
 AUDITING = ("dori.audit.folders", "dori.testbed.subjects", "dori.metrics.sscd")
@@ -106,8 +108,8 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
 
     from dori.audit.plan import PRESETS
 
-    plan = PRESETS[arguments.preset]()
-    nemo = None
+    plan, nemo = PRESETS[arguments.preset](), None
+    sampling = _sampling(arguments, plan)
     if plan.nemo is not None:
         tau = plan.nemo.tau_stds if arguments.nemo_tau is None else arguments.nemo_tau
         passes = 0 if arguments.nemo_unrefined else plan.nemo.max_refinement_passes
@@ -115,9 +117,23 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
     return dataclasses.replace(
         plan,
         seed=arguments.seed,
+        sampling_steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
         nemo=nemo,
         memories=arguments.limit_memories or plan.memories,
         controls=arguments.limit_controls or plan.controls,
+    )
+
+
+def _sampling(arguments: argparse.Namespace, plan: "Plan | LocalityPlan") -> "Sampling":
+    """The sampling that the arguments ask for; a preset holds the testbed's."""
+    from dori.sampling import Sampling, sampling_of
+
+    return sampling_of(
+        Sampling(plan.sampling_steps, plan.guidance_scale),
+        testbed=arguments.model == "testbed",
+        steps=arguments.sampling_steps,
+        guidance_scale=arguments.guidance_scale,
     )
 
 
@@ -154,8 +170,6 @@ def _over(rate: float, limit: float | None) -> int:
 
 def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Judge]":
     """The model, the images and the judge that the arguments name."""
-    import dataclasses
-
     if arguments.model == "testbed" and arguments.memories is None:
         from dori.testbed.subjects import testbed_judge, testbed_subjects
 
@@ -172,22 +186,16 @@ def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Ju
             device=arguments.device,
             half=arguments.half,
         )
-    if arguments.clip is not None:
-        from dori.audit.folders import load_clip
+    from dori.audit.folders import judge_with
 
-        judge = load_clip(judge, arguments.clip, device=arguments.device)
-    if arguments.sscd is not None:
-        from dori.metrics.sscd import load_sscd
-
-        judge = dataclasses.replace(
-            judge,
-            descriptor=load_sscd(arguments.sscd, preprocessing=arguments.sscd_preprocessing, device=arguments.device),
-        )
-    if arguments.threshold is not None:
-        judge = dataclasses.replace(
-            judge, descriptor=dataclasses.replace(judge.descriptor, threshold=arguments.threshold, calibration=None)
-        )
-    return subjects, judge
+    return subjects, judge_with(
+        judge,
+        clip=arguments.clip,
+        sscd=arguments.sscd,
+        sscd_preprocessing=arguments.sscd_preprocessing,
+        threshold=arguments.threshold,
+        device=arguments.device,
+    )
 
 
 def _locality(arguments: argparse.Namespace) -> int:
@@ -215,7 +223,11 @@ def _locality(arguments: argparse.Namespace) -> int:
         write_text(arguments.out / "locality.json", found.to_json())
         write_text(arguments.out / "locality.html", render(found, arguments.out, redact=arguments.redact))
 
-    plan = dataclasses.replace(PRESETS[arguments.preset](), seed=arguments.seed)
+    plan = PRESETS[arguments.preset]()
+    sampling = _sampling(arguments, plan)
+    plan = dataclasses.replace(
+        plan, seed=arguments.seed, sampling_steps=sampling.steps, guidance_scale=sampling.guidance_scale
+    )
     run = Run(arguments.out, say=say, modules=LOCATING)
     with run.locked():
         subjects, judge = _audited(arguments, plan.judging())
@@ -271,6 +283,12 @@ def _erase(arguments: argparse.Namespace) -> int:
             rate_scale=arguments.rate_scale,
             seed=arguments.seed,
             device=arguments.device,
+            sampling_steps=arguments.sampling_steps,
+            guidance_scale=arguments.guidance_scale,
+            clip=arguments.clip,
+            sscd=arguments.sscd,
+            sscd_preprocessing=arguments.sscd_preprocessing,
+            threshold=arguments.threshold,
             save_model=arguments.save_model,
         ),
         say,

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler
@@ -10,6 +11,23 @@ from torch import Tensor
 from dori.model.stable_diffusion import StableDiffusion
 
 GUIDANCE_SCALE = 3.0  # of the presets: the testbed's copies are closest at 2 to 3, its objects clearer above
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How images are drawn: DDIM steps, and the scale of classifier-free guidance (1: none)."""
+
+    steps: int
+    guidance_scale: float
+
+
+PUBLISHED = Sampling(50, 7.0)  # of evaluations on Stable Diffusion (methods.md 1)
+
+
+def sampling_of(preset: Sampling, *, testbed: bool, steps: int | None, guidance_scale: float | None) -> Sampling:
+    """What was asked for; else the preset's, which is the testbed's, or for another model the published one."""
+    default = preset if testbed else PUBLISHED
+    return Sampling(steps or default.steps, default.guidance_scale if guidance_scale is None else guidance_scale)
 
 
 def named_seed(*parts: object) -> int:

@@ -327,7 +327,7 @@ def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
     from dori.cli import _plan
 
     def plan(*more: str) -> Plan:
-        return _plan(parser().parse_args(["audit", "m", "--out", "x", *more]))
+        return _plan(parser().parse_args(["audit", "testbed", "--out", "x", *more]))
 
     assert plan() == quick() and plan("--preset", "paper") == paper()
     changed = plan("--preset", "paper", "--limit-memories", "20", "--nemo", "as_released", "--seed", "3")
@@ -339,6 +339,21 @@ def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
     harder = plan("--nemo-tau", "-2", "--nemo-unrefined").nemo
     assert harder is not None and (harder.tau_stds, harder.max_refinement_passes) == (-2, 0)
     assert nemo_name(harder) == "NeMo (tau -2 std, unrefined)"
+
+
+def test_other_models_are_drawn_from_as_published_unless_the_user_says_otherwise() -> None:
+    from dori.arguments import parser
+    from dori.audit.plan import quick
+    from dori.cli import _plan
+
+    def sampling(model: str, *more: str) -> tuple[int, float]:
+        plan = _plan(parser().parse_args(["audit", model, "--out", "x", *more]))
+        return plan.sampling_steps, plan.guidance_scale
+
+    assert sampling("testbed") == (quick().sampling_steps, quick().guidance_scale) != sampling("m")
+    assert sampling("m") == (50, 7.0)
+    for model in ("m", "testbed"):
+        assert sampling(model, "--sampling-steps", "20", "--guidance-scale", "1") == (20, 1.0)
 
 
 def test_what_is_audited_and_what_it_costs_is_said_before(

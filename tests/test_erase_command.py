@@ -369,7 +369,10 @@ def test_a_request_becomes_a_plan() -> None:
     assert plan.adversarial.tuner.learning_rate == pytest.approx(2e-4)
     early = Request("testbed-early", Path("x"))
     assert early.own_images and early.plan() == Request("testbed", Path("x")).plan()
-    assert Request("m", Path("x"), memories=Path("a"), retain=Path("b")).plan().adversarial.tuner.learning_rate == 1e-5
+    theirs = Request("m", Path("x"), memories=Path("a"), retain=Path("b"), sampling_steps=30).plan()
+    assert theirs.adversarial.tuner.learning_rate == 1e-5
+    drawing = (theirs.protocol, theirs.tables, theirs.surrogates)
+    assert {(part.sampling_steps, part.guidance_scale) for part in drawing} == {(30, 7.0)}
 
 
 def test_an_erasure_that_was_killed_between_rounds_goes_on(tiny: StableDiffusion, tmp_path: Path) -> None:

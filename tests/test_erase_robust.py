@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commanding import reading_sentences, save_changed, status, write_folder
+from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
 from test_erase_command import PLAN
 
 from dori.erase.plan import PRESETS
@@ -54,7 +54,7 @@ def _small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(given: Path, out: Path, *arguments: str, memories: str = "memories", retain: str = "retain") -> list[str]:
     """The arguments of an erasure of the given model."""
     folders = ["--memories", str(given / memories), "--retain", str(given / retain)]
-    return ["erase", str(given / "model"), *folders, "--out", str(out), *arguments]
+    return ["erase", str(given / "model"), *folders, "--out", str(out), *FEW_STEPS, *arguments]
 
 
 @pytest.mark.parametrize(

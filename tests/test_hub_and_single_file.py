@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from commanding import write_folder
+from commanding import FEW_STEPS, write_folder
 from conftest import CONTEXT, tiny_parts
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from published import renamed, unet_names
@@ -203,7 +203,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     write_folder(root / "memories", ["ab", None], seed=0)
     write_folder(root / "ordinary", ["cd", "ef", "gh"], seed=1)
     audits = {
-        spec: ["audit", spec, "--memories", str(root / "memories"), "--ordinary", str(root / "ordinary")]
+        spec: ["audit", spec, "--memories", str(root / "memories"), "--ordinary", str(root / "ordinary"), *FEW_STEPS]
         for spec in ("owner/tiny", "owner/absent")
     }
     asked = {

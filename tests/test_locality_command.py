@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commanding import reading_sentences, save_changed, status, write_folder
+from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
 from test_locality_run import PLAN
 
 from dori.erase.write import save_model
@@ -38,7 +38,7 @@ def _small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(given: Path, out: Path, *more: str, model: str = "model", memories: str = "memories") -> list[str]:
     """The arguments of a run on one of the given models."""
-    return ["locality", str(given / model), "--memories", str(given / memories), "--out", str(out), *more]
+    return ["locality", str(given / model), "--memories", str(given / memories), "--out", str(out), *FEW_STEPS, *more]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commanding import reading_sentences, save_changed, status, write_folder
+from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
 from conftest import tiny_parts
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from test_audit import BRIEF
@@ -78,7 +78,7 @@ def test_an_audit_attacks_the_twins_that_a_user_gives(
     save_changed(model, model.unet.conv_in.weight, tmp_path / "twin")
     write_folder(tmp_path / "memories", ["a dog", None], seed=0)
     capsys.readouterr()  # what the libraries say when they save
-    command = ["audit", str(tmp_path / "model"), "--memories", str(tmp_path / "memories")]
+    command = ["audit", str(tmp_path / "model"), "--memories", str(tmp_path / "memories"), *FEW_STEPS]
     code, _, said = status([*command, "--twin", str(tmp_path / "model"), "--out", str(tmp_path / "no")], capsys)
     assert code == 2 and "has the weights of" in said and len(said.strip().splitlines()) == 1
     code, _, said = status([*command, "--twin", str(tmp_path / "twin"), "--out", str(tmp_path / "run")], capsys)

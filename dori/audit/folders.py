@@ -16,6 +16,7 @@ from dori.image_file import size
 from dori.memory import Memory, load_images, read_memories
 from dori.metrics.alignment import OPENAI_MEAN, OPENAI_STD, Colour
 from dori.metrics.copy_descriptor import load_copy_descriptor
+from dori.metrics.sscd import load_sscd
 from dori.model.load import LIBRARY_ERRORS, load_model
 from dori.model.twins import load_twins
 from dori.prompts import ordinary_prompts
@@ -63,6 +64,24 @@ def folder_subjects(
         load_copy_descriptor(DESCRIPTOR, device=device), calibration=None, masked_calibration=None
     )
     return subjects, Judge(descriptor)
+
+
+def judge_with(
+    judge: Judge, *, clip: Path | None, sscd: Path | None, sscd_preprocessing: str, threshold: float | None, device: str
+) -> Judge:
+    """The judge with what a user gives instead: a CLIP, SSCD's weights, a threshold.
+
+    Raises:
+        DoriError: one of them cannot be read.
+    """
+    if clip is not None:
+        judge = load_clip(judge, clip, device=device)
+    descriptor = judge.descriptor
+    if sscd is not None:
+        descriptor = load_sscd(sscd, preprocessing=sscd_preprocessing, device=device)
+    if threshold is not None:
+        descriptor = dataclasses.replace(descriptor, threshold=threshold, calibration=None)
+    return dataclasses.replace(judge, descriptor=descriptor)
 
 
 def load_clip(judge: Judge, folder: Path, *, device: str = "cpu") -> Judge:

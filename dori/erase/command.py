@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dori.audit.folders import judge_with
 from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.loop import audit
 from dori.audit.schedule import planned_cost
@@ -31,6 +32,7 @@ from dori.errors import DoriError
 from dori.model.load import model_fingerprint
 from dori.report.render import render as report
 from dori.run import Run, canonical_sha256, write_json, write_text
+from dori.sampling import Sampling, sampling_of
 
 Say = Callable[[str], None]
 # Models whose own images can be erased, and their checkpoints.
@@ -72,6 +74,12 @@ class Request:
     rate_scale: float | None = None
     seed: int = 0
     device: str = "cpu"
+    sampling_steps: int | None = None
+    guidance_scale: float | None = None
+    clip: Path | None = None
+    sscd: Path | None = None
+    sscd_preprocessing: str = "skew_320"
+    threshold: float | None = None
     save_model: Path | None = None
 
     def __post_init__(self) -> None:
@@ -110,7 +118,16 @@ class Request:
 
     def plan(self) -> Plan:
         """The preset with what the request changes."""
-        plan = scaled(PRESETS[self.preset](), self.rate_scale or (TESTBED_SCALE if self.model in TESTBEDS else 1.0))
+        testbed = self.model in TESTBEDS
+        plan = scaled(PRESETS[self.preset](), self.rate_scale or (TESTBED_SCALE if testbed else 1.0))
+        plan = plan.drawn_by(
+            sampling_of(
+                Sampling(plan.protocol.sampling_steps, plan.protocol.guidance_scale),
+                testbed=testbed,
+                steps=self.sampling_steps,
+                guidance_scale=self.guidance_scale,
+            )
+        )
         plan = dataclasses.replace(
             plan,
             seed=self.seed,
@@ -167,6 +184,8 @@ def _claim(request: Request, own: Bench) -> None:
         "limit": request.limit,
         "rate scale": request.rate_scale,
         "seed": request.seed,
+        "sampling": [own.plan.protocol.sampling_steps, own.plan.protocol.guidance_scale],
+        "judge": canonical_sha256(own.judge.record()),
         "model": own.fingerprint,
         "memories": _images(subjects.memories),
         "controls": _images(subjects.controls),
@@ -202,6 +221,19 @@ def audit_rows(own: Bench) -> Rows:
 
 
 def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:
+    material, judge = _material(request, plan, processes)
+    device = material.subjects.model.device
+    return material, judge_with(
+        judge,
+        clip=request.clip,
+        sscd=request.sscd,
+        sscd_preprocessing=request.sscd_preprocessing,
+        threshold=request.threshold,
+        device=str(device),
+    )
+
+
+def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:
     if request.own_images:
         return testbed_material(plan, request.split, checkpoint=TESTBEDS[request.model])
     assert request.memories is not None and request.retain is not None

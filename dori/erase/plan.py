@@ -6,6 +6,7 @@ multiplies all of them by one factor, so that erasers and judges keep their prop
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from dori.attack.dori import Dori
 from dori.audit.plan import Plan as AuditPlan
@@ -17,7 +18,7 @@ from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
 from dori.erase.tuning import Tuner
 from dori.mitigate.wanda import Wanda
-from dori.sampling import GUIDANCE_SCALE
+from dori.sampling import GUIDANCE_SCALE, Sampling
 
 LARGE = 100_000_000
 TESTBED_SCALE = 20.0  # 2e-4 instead of 1e-5: the rate of the trial in testbed.md
@@ -57,6 +58,16 @@ class Plan:
     neighbours: int = 4
     watch_seeds: int = 2
     seed: int = 0
+
+    def drawn_by(self, sampling: Sampling) -> "Plan":
+        """The plan with this sampling of surrogates and of everything that is judged."""
+        chosen: dict[str, Any] = {"sampling_steps": sampling.steps, "guidance_scale": sampling.guidance_scale}
+        return dataclasses.replace(
+            self,
+            surrogates=dataclasses.replace(self.surrogates, **chosen),
+            protocol=dataclasses.replace(self.protocol, **chosen),
+            tables=dataclasses.replace(self.tables, **chosen),
+        )
 
     def audit(self) -> AuditPlan:
         """The audit of before and after: no mitigation, DoRI's published 50 steps."""
