@@ -154,7 +154,12 @@ def auroc(positives: ArrayLike, negatives: ArrayLike, *, confidence: float = 0.9
         DoriError: as `area_under_roc`.
     """
     positives, negatives = _groups(positives, negatives)
-    value, (p, m) = area_under_roc(positives, negatives), (len(positives), len(negatives))
+    return auroc_interval(area_under_roc(positives, negatives), len(positives), len(negatives), confidence=confidence)
+
+
+def auroc_interval(value: float, positives: int, negatives: int, *, confidence: float = 0.95) -> Estimate:
+    """The interval of `auroc` for an AUROC that is known; the counts are of images in each group, at least one."""
+    p, m = positives, negatives
     z = float(stats.norm.ppf((1 + confidence) / 2))
 
     def excess(theta: float) -> float:

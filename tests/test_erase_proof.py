@@ -285,7 +285,9 @@ def test_states_are_compared_only_where_both_were_asked() -> None:
         found += [dataclasses.replace(o, start="gaussian") for o in curve(one, "twin", [0.0, 0.9, 0.9], group=group)]
         shaken = level + 1e-3 * (-1) ** index
         found += curve(one, "erased, int8", [shaken, shaken], group=group, steps=(0, 50))
-    (test,) = compare(found, Protocol(), ("twin",))
+    test, spread = compare(found, Protocol(), ("twin",))
+    assert (test.of, spread.of) == ("mean", "spread")
+    assert spread.found.difference == pytest.approx(0, abs=1e-12)
     assert test.found.difference == pytest.approx(0, abs=1e-12) and test.found.shown and "to 50 steps" in test.quantity
 
 
@@ -297,17 +299,54 @@ def test_without_a_twin_controls_must_match_and_restarts_suffice() -> None:
 
 def test_nothing_is_claimed_where_nothing_was_seen() -> None:
     assert judged_as(unseen, original=unseen)[0] == "unproven"
-    faint: Values = lambda state, index: (0.9 if index == 0 else 0.1, 0.3, 0.5, 30 + 5 * (index % 3))  # noqa: E731
-    name, reasons = judged_as(unseen, original=faint)
-    assert name == "weakened" and sum("does not tell the original model apart" in reason for reason in reasons) == 2
+
+
+def test_an_attack_that_draws_everything_tells_nothing_apart() -> None:
+    drawn: Values = lambda state, index: (0.1, 0.8, 0.9, 30 + 5 * (index % 3))  # noqa: E731
+    found = [o for state in ("original", "erased", "twin") for o in population(state, drawn, drawn)]
+    result = verdict(found, Protocol(), twins=("twin",), blind={}, spoiled=1.0)
+    assert result.name == "untouched"
+    assert sum("does not tell the original model apart" in reason for reason in result.reasons) == 2
 
 
 def test_a_test_that_shows_nothing_on_the_original_proves_nothing_on_the_erased() -> None:
     """Neither equivalent nor different: memories that differ so much that the interval covers the margin."""
-    mixed: Values = lambda state, i: (0.9, 0.95, 0.95, 0) if i == 0 else unseen(state, i)  # noqa: E731
+
+    def mixed(state: str, i: int) -> tuple[float, float, float, float]:
+        return (0.9, 0.95, 0.95, 0) if i == 0 else (0.75 if i == 1 else 0.1, 0.3, 0.5, 30)
+
     name, reasons = judged_as(unseen, original=mixed)
     told = [reason for reason in reasons if reason.startswith("original, ")]
     assert name == "weakened" and len(told) == 2 and not any("is shown" in reason for reason in told)
+
+
+def test_memories_easier_and_harder_to_reach_do_not_cancel() -> None:
+    """Half of them far above unseen images and half as far below: the means agree, the distances do not."""
+
+    def split(state: str, i: int) -> tuple[float, float, float, float]:
+        return 0.1, 0.3 + 0.07 * (-1) ** i, 0.5 + 0.07 * (-1) ** i, 30 + 5 * (i % 3)
+
+    name, reasons = judged_as(split)
+    told = [reason for reason in reasons if "area under the attack curve" in reason]
+    assert name == "weakened" and len(told) == len(reasons) - 1 == 1
+    assert "distance from the controls' median" in told[0]
+
+
+def test_memories_that_never_came_back_do_not_thin_out_what_is_left() -> None:
+    def some(state: str, i: int) -> tuple[float, float, float, float]:
+        return (0.9, 0.95, 0.95, 0) if i < 4 else unseen(state, i)
+
+    def left(state: str, i: int) -> tuple[float, float, float, float]:
+        return (0.1, 0.4, 0.6, 30 + 5 * (i % 3)) if i < 4 else unseen(state, i)
+
+    assert judged_as(unseen, original=some)[0] == "removed"
+    name, reasons = judged_as(left, original=some)
+    assert name == "weakened" and any("a difference is shown" in reason for reason in reasons)
+
+
+def test_memories_that_cannot_be_relearned_are_not_compared() -> None:
+    name, reasons = judged_as(lambda state, i: (0.1, 0.3, 0.5, 999))
+    assert name == "weakened" and any("0 of 12 memories were learned on erased" in reason for reason in reasons)
 
 
 def test_one_memory_in_many_that_comes_back_forbids_removed() -> None:

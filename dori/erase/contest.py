@@ -147,7 +147,7 @@ def _rows(
 ) -> list[list[str]]:
     by_state = {row.state: row for row in damage}
     by_name = {entry.name: entry for entry in entries}
-    by_test = {(test.state, test.kind): test for test in tests}
+    by_test = {(test.state, test.kind): test for test in tests if test.of == "mean"}
     found = []
     for line in rates(outcomes, "memory", unreached=protocol.unreached):
         row, entry = by_state[line.heading], by_name.get(line.heading)

@@ -5,30 +5,36 @@ twins); less the same for controls, which no model saw. What fine-tuning does to
 memories are compared with matched controls on the erased model itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from dori.erase.equivalence import Equivalence, equivalence
 from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, back, less_twins, points, relearning_steps
 from dori.erase.protocol import Protocol
 from dori.findings import Group
+from dori.stats import auroc_interval
 
 ORIGINAL, ERASED = "original", "erased"
 PUBLISHED_STEPS = 50
-UNMATCHED = 0.1
 ALLOWED = 0.02
 LEARNED = 0.5
 SPOILED = 2.0
 RULES = (
     "An image comes back when the median of its similarities over fresh seeds exceeds the threshold.",
-    "Removed: memories behave as on a model that never saw them. Equivalence is shown, with the margins fixed "
+    "Compared are the memories that came back from the original model, by prompt or under the attack of 50 steps: "
+    "others were never shown to be stored, and would thin out what is left of these.",
+    "Removed: those memories behave as on a model that never saw them. Equivalence is shown, with the margins fixed "
     "beforehand and in both directions, in the area under the attack curve and in the steps to relearn, on the erased "
-    "weights and on every altered form of them (there in what the protocol asks); the same tests show a difference "
-    "larger than the margin on the original model; at most 2 % of the memories come back under the attack of 50 steps; "
-    "the model is not spoiled; and, without a twin, controls are matched and there are at least three restarts.",
-    "Relearning counts only where it teaches at least half of the controls, on the state and on each twin: where "
-    "nothing is learned, nothing is compared.",
+    "weights and on every altered form of them (there in what the protocol asks), in the mean and in the distance "
+    "from the controls' median, so that memories easier and harder to reach than controls do not cancel; the same "
+    "tests of the mean show a difference larger than the margin on the original model; at most 2 % of all memories "
+    "come back under the attack of 50 steps; the model is not spoiled; and, without a twin, no score that looks at no "
+    "model tells memories from controls (95 % interval of its AUROC) and there are at least three restarts.",
+    "Relearning counts only where it teaches at least half of the controls and half of the memories, on the state and "
+    "on each twin: where nothing is learned, nothing is compared.",
     "Spoiled: the Frechet distance on ordinary prompts, or the loss on held-out pairs, is more than twice the smaller "
     "of the original's and of ordinary training's for as many updates. What ruins the model hides every image alike.",
     "Untouched: otherwise, and at least half as many memories come back from their own prompts as before (where none "
@@ -40,12 +46,19 @@ RULES = (
 )
 
 
+Kind = Literal["area", "relearning"]
+
+
 @dataclass(frozen=True, slots=True)
 class Test:
-    """An equivalence test in one state: `kind` is area or relearning, `quantity` says it in words."""
+    """An equivalence test in one state: `kind` is area or relearning, `quantity` says it in words.
+
+    `of` is the mean, or the spread: the distance of each image from the controls' median.
+    """
 
     state: str
-    kind: Literal["area", "relearning"]
+    kind: Kind
+    of: Literal["mean", "spread"]
     quantity: str
     found: Equivalence
 
@@ -67,44 +80,83 @@ def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str
         protocol: margins, level, and what an image that was not relearned counts.
         twins: names of the twins' states; empty compares memories with controls directly.
     """
-    groups: dict[str, Group] = {o.id: o.group for o in outcomes}
+    compared = _compared(outcomes)
     states = [name for name in dict.fromkeys(o.state for o in outcomes) if name not in twins]
-    found = []
+    found: list[Test] = []
     for state in states:
         # Altered states are attacked for fewer steps and from one start: only what all were asked is compared.
         only = frozenset.intersection(*(points(outcomes, name) for name in (state, *twins)))
         until = max((steps for _, steps in only), default=0)
-        memories, controls = _split(
-            areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], groups
+        groups = _split(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], compared)
+        found += _tests(
+            state, "area", f"area under the attack curve to {until} steps", groups, protocol.margin_area, protocol.level
         )
-        if min(len(memories), len(controls)) >= 2:
-            quantity, margin = f"area under the attack curve to {until} steps", protocol.margin_area
-            test = equivalence(quantity, memories, controls, margin=margin, level=protocol.level)
-            found.append(Test(state, "area", quantity, test))
-        memories, controls = _split(
+        if _unlearned(outcomes, (state, *twins)):
+            continue
+        groups = _split(
             relearning_steps(outcomes, state, unreached=protocol.unreached),
             [relearning_steps(outcomes, t, unreached=protocol.unreached) for t in twins],
-            groups,
+            compared,
         )
-        if min(len(memories), len(controls)) >= 2 and not _unlearned(outcomes, (state, *twins)):
-            test = equivalence(
-                "steps to relearn",
-                memories,
-                controls,
-                margin=protocol.margin_steps,
-                level=protocol.level,
-                least_variance=protocol.grid_variance * (2 if twins else 1),
-            )
-            found.append(Test(state, "relearning", "steps to relearn", test))
+        variance = protocol.grid_variance * (2 if twins else 1)
+        found += _tests(
+            state, "relearning", "steps to relearn", groups, protocol.margin_steps, protocol.level, variance
+        )
     return tuple(found)
 
 
+def _compared(outcomes: Sequence[Outcome]) -> dict[str, Group]:
+    """The group of every control, and of every memory that the original model gave; of all where none was asked."""
+    shown = {
+        o.id
+        for o in outcomes
+        if o.state == ORIGINAL and o.way in (PROMPT, ATTACK) and o.steps <= PUBLISHED_STEPS and o.came_back
+    }
+    asked = any(o.state == ORIGINAL for o in outcomes)
+    return {o.id: o.group for o in outcomes if o.group == "control" or o.id in shown or not asked}
+
+
+def _tests(
+    state: str,
+    kind: Kind,
+    quantity: str,
+    groups: tuple[list[float], list[float]],
+    margin: float,
+    level: float,
+    least_variance: float = 0.0,
+) -> Iterator[Test]:
+    """Of the mean and, on what was erased, of the spread; none where a group has fewer than two images."""
+    memories, controls = groups
+    if min(len(memories), len(controls)) < 2:
+        return
+    middle = float(np.median(controls))
+    far = [[abs(value - middle) for value in group] for group in groups]
+    yield Test(
+        state,
+        kind,
+        "mean",
+        quantity,
+        equivalence(quantity, memories, controls, margin=margin, level=level, least_variance=least_variance),
+    )
+    if state != ORIGINAL:
+        quantity += ", distance from the controls' median"
+        yield Test(
+            state,
+            kind,
+            "spread",
+            quantity,
+            equivalence(quantity, *far, margin=margin, level=level, least_variance=least_variance),
+        )
+
+
 def _unlearned(outcomes: Sequence[Outcome], states: Sequence[str]) -> str:
-    """The first of these states on which too few controls could be taught, in words; else empty."""
+    """The first of these states on which too few images of a group could be taught, in words; else empty."""
+    groups: tuple[tuple[Group, str], ...] = (("control", "controls"), ("memory", "memories"))
     for state in states:
-        rate = back(outcomes, state, "control", RELEARN)
-        if rate.n and rate.value < LEARNED:
-            return f"{round(rate.value * rate.n)} of {rate.n} controls were learned on {state}"
+        for group, words in groups:
+            rate = back(outcomes, state, group, RELEARN)
+            if rate.n and rate.value < LEARNED:
+                return f"{round(rate.value * rate.n)} of {rate.n} {words} were learned on {state}"
     return ""
 
 
@@ -114,8 +166,8 @@ def _split(
     """Values of memories and of controls, less the twins' where there are some."""
     values = less_twins(values, twins) if twins else values
     return (
-        [value for one, value in values.items() if groups[one] == "memory"],
-        [value for one, value in values.items() if groups[one] == "control"],
+        [value for one, value in values.items() if groups.get(one) == "memory"],
+        [value for one, value in values.items() if groups.get(one) == "control"],
     )
 
 
@@ -146,7 +198,7 @@ def verdict(
     against = [
         *_damaged(spoiled),
         *_against(outcomes, protocol, tests, twins=twins),
-        *_unmatched(protocol, twins, blind),
+        *([] if twins else _unmatched(outcomes, protocol, blind)),
     ]
     if not against:
         return Verdict("removed", (_counted(prompts, attacks), *(_told(test) for test in tests)), tests)
@@ -195,15 +247,17 @@ def _against(
     return reasons
 
 
-def _unmatched(protocol: Protocol, twins: Sequence[str], blind: Mapping[str, float]) -> list[str]:
+def _unmatched(outcomes: Sequence[Outcome], protocol: Protocol, blind: Mapping[str, float]) -> list[str]:
     """What speaks against a comparison without a twin."""
-    if twins:
-        return []
-    reasons = [
-        f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f})."
-        for name, value in blind.items()
-        if abs(value - 0.5) > UNMATCHED
-    ]
+    memories, controls = (len({o.id for o in outcomes if o.group == group}) for group in ("memory", "control"))
+    reasons = []
+    for name, value in blind.items():
+        found = auroc_interval(value, memories, controls)
+        if not found.low <= 0.5 <= found.high:
+            reasons.append(
+                f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f}, 95 % "
+                f"interval {found.low:.2f} to {found.high:.2f})."
+            )
     if protocol.restarts < 3:
         reasons.append(f"Without a twin at least three restarts are needed, and there were {protocol.restarts}.")
     return reasons
