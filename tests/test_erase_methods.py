@@ -255,6 +255,19 @@ def test_uce_rewrites_the_last_words_of_prompts(tiny: StableDiffusion) -> None:
             assert torch.allclose((before[key] + delta) @ token, before[key] @ empty[last], atol=2e-2)
 
 
+def test_uce_moves_the_last_words_whatever_it_preserves(tiny: StableDiffusion) -> None:
+    """Thousands of preserved tokens must not outweigh a few erased ones: at equal scales the weights would stay."""
+    memories, before, empty = forget(tiny), weights(tiny), tiny.encode([""])[0]
+    deltas = Uce()(tiny, memories, retain(tiny), seed=0).deltas
+    left = []
+    for key, delta in deltas.items():
+        for row, text in enumerate(memories.texts):
+            last = len(tiny.tokenizer(text).input_ids) - 2
+            token, goal = memories.embeddings[row, last], before[key] @ empty[last]
+            left.append(float(((before[key] + delta) @ token - goal).norm() / (before[key] @ token - goal).norm()))
+    assert max(left) < 0.7
+
+
 def test_concept_ablation_learns_the_anchors_prediction(tiny: StableDiffusion) -> None:
     memories = forget(tiny, surrogates=1)
     slow = ConceptAblation(steps=24, batch=6, prior_weight=0.0, tuner=Tuner(learning_rate=3e-3))

@@ -83,7 +83,8 @@ class Uce:
         tokens: `last` word alone, as published, or `all` positions but the first.
         ridge: lambda.
         erase_scale: alpha.
-        preserve_scale: beta.
+        preserve_scale: sum of all beta over sum of all alpha / `erase_scale`. At a beta of 1 a few hundred preserved
+            vectors, more than the embedding has dimensions, would leave every weight as it is.
         preserved: ordinary prompts whose tokens, at all positions, are preserved, at most.
     """
 
@@ -128,6 +129,6 @@ class Uce:
                 *(x.to(layer.weight.device) for x in (erase, anchor, preserve)),
                 ridge=self.ridge,
                 erase_scale=self.erase_scale,
-                preserve_scale=self.preserve_scale,
+                preserve_scale=self.preserve_scale * len(erase) / max(1, len(preserve)),
             )
         return difference("UCE", model, base, changed, making(self, seed=seed, rows=0, updates=0))
