@@ -142,6 +142,15 @@ def test_nothing_is_told_of_weights_without_triggers_of_another_image() -> None:
     assert "of the way" not in observed.weights(alone).sentences[0]
 
 
+def test_a_verdict_on_sets_that_the_cap_cut_short_says_so() -> None:
+    found = records(levels=LEVELS | {TRIGGERS: 0.8})
+    rows = tuple(dataclasses.replace(o, method="NeMo") for o in found.overlaps if o.method == "Wanda")
+    for converged, more in ((0.9, ""), (0.1, " (of sets that the search's cap cut short)")):
+        searches = tuple(dataclasses.replace(one, converged=converged) for one in found.searches)
+        one = dataclasses.replace(found, overlaps=rows, searches=searches)
+        assert observed.weight_word(one, "NeMo") == f"local{more}"
+
+
 def test_agreements_are_called_the_same_only_where_that_is_known() -> None:
     prompts = Estimate(0.22, math.nan, math.nan, 1)
     for triggers, words in (

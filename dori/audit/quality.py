@@ -53,19 +53,23 @@ def drawn_and_described(
     return found if aligned is None else found | {"alignment": aligned.cpu()}
 
 
-REFERENCE = "quality.reference"
 HELD_OUT, UNEDITED = "held-out ordinary images", "the unedited model's images of the same prompts under other seeds"
 
 
-def _key(edit: str) -> str:
-    return cell_key("quality", edit)
+def quality_key(stage: str, edit: str) -> str:
+    """The cell of one edit's generations."""
+    return cell_key(stage, edit)
 
 
-def quality_cells(edits: Sequence[str], prompts: int, held_out: Tensor | None) -> dict[str, int]:
+def _reference_key(stage: str) -> str:
+    return f"{stage}.reference"
+
+
+def quality_cells(edits: Sequence[str], prompts: int, *, held_out: bool, stage: str = "quality") -> dict[str, int]:
     """Every cell of the quality table with the images that it draws."""
     if prompts < 2:
         return {}
-    return {REFERENCE: prompts if held_out is None else 0} | {_key(edit): prompts for edit in edits}
+    return {_reference_key(stage): 0 if held_out else prompts} | {quality_key(stage, edit): prompts for edit in edits}
 
 
 def ordinary_quality(
@@ -78,6 +82,7 @@ def ordinary_quality(
     edits: Sequence[Edit],
     prompts: Sequence[str],
     held_out: Tensor | None,
+    stage: str = "quality",
 ) -> tuple[Quality, ...]:
     """The quality row of every edit; without two prompts there is none.
 
@@ -93,10 +98,13 @@ def ordinary_quality(
         edits: begins with the one that changes nothing.
         prompts: ordinary prompts.
         held_out: images in [0, 1], shape (m, 3, H, W), or None.
+        stage: begins the names of the cells; analyses that share a folder need different ones.
     """
     if len(prompts) < 2:
         return ()
-    reference, found = _cells(model, plan, judge, run, base=base, edits=edits, prompts=prompts, held_out=held_out)
+    reference, found = _cells(
+        model, plan, judge, run, base=base, edits=edits, prompts=prompts, held_out=held_out, stage=stage
+    )
     unedited = found[0]["descriptors"]
     rows: list[Quality] = []
     for edit, own in zip(edits, found, strict=True):
@@ -129,6 +137,7 @@ def _cells(
     edits: Sequence[Edit],
     prompts: Sequence[str],
     held_out: Tensor | None,
+    stage: str,
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """What the rows are made of: the reference, and the generations under every edit, described."""
     shared: dict[str, object] = {
@@ -152,12 +161,12 @@ def _cells(
 
     if held_out is not None:
         pixels = {"images": pixels_sha256(held_out)}
-        reference = run.once_tensors(REFERENCE, shared | pixels, lambda: _described(judge, held_out))
+        reference = run.once_tensors(_reference_key(stage), shared | pixels, lambda: _described(judge, held_out))
     else:
-        reference = run.once_tensors(REFERENCE, shared, lambda: draw("quality reference"))
+        reference = run.once_tensors(_reference_key(stage), shared, lambda: draw("quality reference"))
     found = []
     for edit in edits:
         with edit.applied(model):
             inputs = shared | {"edit": edit.fingerprint}
-            found.append(run.once_tensors(_key(edit.name), inputs, lambda: draw("quality")))
+            found.append(run.once_tensors(quality_key(stage, edit.name), inputs, lambda: draw("quality")))
     return reference, found

@@ -284,7 +284,7 @@ def planned_cells(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dic
         QUALITY: {
             key: drawn_rows(plan, images)
             for key, images in quality_cells(
-                (*names.joint, *names.asked_only), len(prompts.quality), subjects.held_out
+                (*names.joint, *names.asked_only), len(prompts.quality), held_out=subjects.held_out is not None
             ).items()
         },
     }

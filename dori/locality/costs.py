@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dori.audit.quality import REFERENCE, quality_cells
+from dori.audit.quality import quality_cells, quality_key
 from dori.cost import Rows, Speed, drawn, forecast
 from dori.locality.activations import activation_rows
 from dori.locality.causal import union_sizes
@@ -16,6 +16,7 @@ from dori.locality.records import NO_MASK, RANDOM, TRIGGERS
 from dori.mitigate.nemo import Nemo
 from dori.run import cell_key
 
+QUALITY = "locality-quality"  # an audit in the same folder has cells of its own
 if TYPE_CHECKING:
     from dori.locality.plan import Plan
 
@@ -82,8 +83,8 @@ def planned(plan: "Plan", sizes: Sizes, methods: tuple[str, ...]) -> dict[str, d
         shared |= dict(_set(plan, methods, group, count))
     shared["activations.gaussian-starts"] = Rows(forward=_activations(plan, min(plan.gaussian, plan.set_size)))
     if plan.causal is not None and sizes.quality > 1:
-        whole = quality_cells(["none"], sizes.quality, None)
-        shared |= {key: drawing(plan, 0 if key == REFERENCE and sizes.held_out else n) for key, n in whole.items()}
+        whole = quality_cells(["none"], sizes.quality, held_out=sizes.held_out, stage=QUALITY)
+        shared |= {key: drawing(plan, images) for key, images in whole.items()}
     cells = {"": shared}
     for index, (memory, has_text) in enumerate(sizes.memories):
         cells[memory] = dict(_memory(plan, sizes, methods, memory, has_text))
@@ -168,9 +169,8 @@ def _causal(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str) -
         for number in union_sizes(causal.triggers):
             for masks in (TRIGGERS, RANDOM) if causal.random else (TRIGGERS,):
                 yield cell_key("joined", memory, method, masks, str(number)), united
-            for key, images in quality_cells([f"{memory} {method} x {number}"], sizes.quality, None).items():
-                if key != REFERENCE:
-                    yield key, drawing(plan, images)
+            if sizes.quality > 1:
+                yield quality_key(QUALITY, f"{memory} {method} x {number}"), drawing(plan, sizes.quality)
 
 
 def causal_methods(methods: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from dori.edit import WeightMask, no_edit
 from dori.findings import Quality
 from dori.locality.bench import Bench, Source
 from dori.locality.causal import joined
-from dori.locality.costs import crossing, drawing
+from dori.locality.costs import QUALITY, crossing, drawing
 from dori.locality.plan import Causal
 from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, Cross, Joined, known
 from dori.locality.triggers import gaussian_source
@@ -149,6 +149,7 @@ class Trial:
             prompts=self.prompts,
             base={"model": bench.fingerprint, "judge": bench.judged_by},
             held_out=self.held_out,
+            stage=QUALITY,
         )
 
 

@@ -35,6 +35,7 @@ from dori.stats import Estimate
 NONE_REPLICATE = Said("Too few triggers", ("No memory has two triggers, so nothing is compared.",))
 SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
 COMMON, NEAR, PLACE = (0.1, 0.5), (0.9, 1.1), (0.1, 0.9)  # the cuts of the rules
+CONVERGED = 0.5  # share of the searches; below, a verdict says that they were cut short
 SAME = 0.01  # of IoU; two agreements that differ by less are called the same
 
 
@@ -154,7 +155,14 @@ def weight_word(found: Locality, method: str) -> str:
     place = way(found, method)
     if place.why_not:
         return f"cannot be told, {place.why_not}"
-    return banded(place.estimate, PLACE, ("not local", "partly local", "local"))
+    word = banded(place.estimate, PLACE, ("not local", "partly local", "local"))
+    return f"{word} (of sets that the search's cap cut short)" if method == "NeMo" and _cut_short(found) else word
+
+
+def _cut_short(found: Locality) -> bool:
+    """Whether most of NeMo's searches from triggers met the cap, so that their sets are little more than selected."""
+    rows = [one.converged for one in found.searches if one.group == TRIGGERS]
+    return bool(rows) and sum(rows) / len(rows) < CONVERGED
 
 
 def _agreement(found: Locality, method: str) -> str:

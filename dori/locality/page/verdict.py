@@ -21,7 +21,8 @@ RULES = (
     "prompts, random masks of equal size) and the ceiling (the same trigger under other noise seeds), agreement is not "
     "local below a tenth of the way, local from nine tenths on, partly local between. Where ceiling and reference are "
     "less than 0.05 apart, half of the masks are empty (a quarter of the pairs), or no other image has triggers, "
-    "nothing can be told. Pairs of two empty masks are left out of this comparison.",
+    "nothing can be told. Pairs of two empty masks are left out of this comparison. Where less than "
+    "half of NeMo's searches ended before their cap, the verdict says that it speaks of sets cut short.",
     "Causal test, by other triggers attacked again or by fresh attacks, whichever succeed more under a mask: not local "
     "where more than a half succeed, local where less than a quarter, partly local between a tenth and nine tenths, "
     "each with the whole Wilson interval, in which a mask counts as one trial. It is not called local where the "
