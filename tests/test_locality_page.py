@@ -69,7 +69,9 @@ def test_the_report_command_draws_the_page_again_from_the_records_alone(
     code, out, _ = status(["report", str(tmp_path), "--redact"], capsys)
     assert code == 0 and (tmp_path / "locality.html").read_text() == redacted
     assert out == f"page: {tmp_path / 'locality.html'}\n" and not (tmp_path / "report.html").exists()
+    assert "report.html" not in redacted
     (tmp_path / "audit.json").write_text("{}")
+    assert '<a href="report.html">' in page(records(), tmp_path)
     code, _, said = status(["report", str(tmp_path)], capsys)
     assert code == 2 and "audit.json has another schema" in said
 

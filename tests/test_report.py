@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -393,6 +394,12 @@ def test_pictures_outside_the_folder_are_refused(tmp_path: Path, path: str) -> N
     (folder / "link.png").symlink_to(tmp_path / "a.png")
     with pytest.raises(DoriError, match="outside the run's folder"):
         Album(folder).uri(path, blurred=False)
+
+
+def test_a_locality_page_beside_is_linked(hostile: Audit, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "locality.json").write_text("{}")
+    assert "locality.html" not in render(hostile, folder) and 'href="locality.html"' in render(hostile, tmp_path)
 
 
 def test_figures_are_reproducible_and_undated(audit: Audit) -> None:

@@ -1,7 +1,7 @@
 """An audit as one self-contained HTML file: no script, no outside request, every text escaped.
 
-`render` is a pure function of the audit's records and of the pictures in the run's folder, so the same run gives the
-same bytes, and a report can be drawn again at any time without a model.
+`render` is a pure function of the audit's records and of the run's folder (its pictures, and whether a locality page
+stands beside), so the same run gives the same bytes, and a report can be drawn again at any time without a model.
 """
 
 import math
@@ -58,6 +58,7 @@ def render(audit: Audit, folder: Path, *, redact: bool = False) -> str:
         filters={"spoken": spoken, "number": number, "stacked": _stacked},
         audit=audit,
         redact=redact,
+        located=(folder / "locality.json").exists(),
         verdict=verdict(audit),
         checks=checks(audit),
         threshold=_thresholds(audit),

@@ -80,6 +80,7 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         "locality/page/template.html",
         found=found,
         redact=redact,
+        audited=(folder / "audit.json").exists(),
         headline=verdict.headline(found),
         done=verdict.done(found),
         rules=verdict.RULES,
