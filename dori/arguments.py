@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dori import __version__
-from dori.erase import DEFAULT, ERASERS
+from dori.erase import DEFAULT, ERASERS, TABLES
 from dori.testbed import CHECKPOINTS
 
 AUDIT_HELP = """\
@@ -210,8 +210,9 @@ def _erase(erase: argparse.ArgumentParser) -> None:
     erase.add_argument("--eraser", choices=ERASERS, default=DEFAULT)
     erase.add_argument(
         "--table",
-        choices=("erasers", "ablations"),
-        help="instead of one erasure: every eraser, or every arm of the ablation, under every attack",
+        choices=TABLES,
+        help="instead of one erasure: every eraser, every arm of the ablation, or the frontier of removal against "
+        "damage, under every attack",
     )
     erase.add_argument(
         "--split",

@@ -128,6 +128,8 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
     made = own_surrogates(tmp_path / "a", given)
     assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
+    erased, ordinarily = (record["damage"][row]["frechet"] for row in (1, 2))
+    assert f"lies {abs(100 * (erased / ordinarily - 1)):.1f} % " in page
     for image in (*given.subjects.memories, *given.subjects.controls):
         assert image.memory.text not in re.sub(r"<[^>]*>", "", page).split()
 
@@ -349,6 +351,7 @@ def test_neighbours_differ_from_a_caption_in_one_word() -> None:
         (["somewhere"], "give --memories FOLDER and --retain"),
         (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
         (["testbed", "--table", "ablations", "--eraser", "uce"], "leave out --eraser or --table"),
+        (["testbed", "--table", "frontier", "--eraser", "uce"], "--table frontier has its own erasers"),
         (["testbed", "--save-model", "."], "exists"),
         (["testbed", "--save-model", "RUN"], "will hold the run itself"),
     ],

@@ -4,12 +4,12 @@ A pure function of `proof.json`: no model, no script, no outside request, every 
 prompt, only ids and hashes. Frame and style are the audit report's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dori.erase.outcomes import Outcome
 from dori.erase.rates import DASH, Line, rates, ways
-from dori.erase.verdict import RULES
+from dori.erase.verdict import ERASED, ORDINARY, RULES
 from dori.report.nested import sheet
 from dori.report.page import page
 
@@ -50,6 +50,7 @@ def render(record: Mapping[str, Any]) -> str:
         lines={group: rates(outcomes, group, unreached=unreached) for group in ("memory", "control")},
         tests=[_test(one) for one in record["verdict"]["tests"]],
         damage=[_damage(one) for one in record["damage"]],
+        scale=_scale(record["damage"]),
         eraser=sheet(record["eraser"]["settings"]),
         protocol=sheet(record["protocol"]),
         descriptor=sheet(record["descriptor"]),
@@ -88,6 +89,18 @@ def _damage(row: Mapping[str, Any]) -> Line:
         "neighbour_to_original",
     )
     return Line(row["state"], tuple(DASH if row[name] is None else f"{row[name]:.4g}" for name in names))
+
+
+def _scale(damage: Sequence[Mapping[str, Any]]) -> str:
+    """The erased model's Frechet distance beside that of ordinary training, the scale of "no damage"."""
+    found = {row["state"]: row["frechet"] for row in damage}
+    if not found.get(ORDINARY) or ERASED not in found:
+        return ""
+    change = 100 * (found[ERASED] / found[ORDINARY] - 1)
+    return (
+        f"On ordinary prompts the erased model's Frechet distance lies {abs(change):.1f} % "
+        f"{'above' if change >= 0 else 'below'} that of ordinary training for as many updates."
+    )
 
 
 def _split(record: Mapping[str, Any]) -> str:

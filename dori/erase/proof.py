@@ -22,12 +22,11 @@ from dori.erase.erasers import Eraser, eraser, ordinary
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.plan import Plan
 from dori.erase.protocol import Protocol
-from dori.erase.verdict import ERASED, ORIGINAL, verdict
+from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, verdict
 from dori.findings import Group
 from dori.model.load import model_fingerprint
 from dori.run import cell_key
 
-ORDINARY = "ordinary training"
 HARMLESS = "harmless"
 
 

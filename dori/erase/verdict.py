@@ -17,7 +17,7 @@ from dori.erase.protocol import Protocol
 from dori.findings import Group
 from dori.stats import auroc_interval
 
-ORIGINAL, ERASED = "original", "erased"
+ORIGINAL, ERASED, ORDINARY = "original", "erased", "ordinary training"
 PUBLISHED_STEPS = 50
 ALLOWED = 0.02
 LEARNED = 0.5
