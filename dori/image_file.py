@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dori.errors import DoriError
@@ -23,17 +23,21 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PIXELS = 50_000_000
 FILE_BYTES = 200_000_000
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, OverflowError, LookupError, TypeError, struct.error, zlib.error)
 
 
 def size(path: Path) -> tuple[int, int]:
-    """Width and height by the file's header; no pixel is decoded.
+    """Width and height of the upright image by the file's header; no pixel is decoded.
 
     Raises:
         DoriError: no such file, another format, or more than 50 megapixels.
     """
     with _opened(path) as image:
-        return image.size
+        # Pillow decodes a PNG to look for what stands behind its pixels.
+        known = image.format != "PNG" or "exif" in image.info
+        lying = known and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+        return (image.height, image.width) if lying else image.size
 
 
 def load_image(path: Path, side_px: int) -> Tensor:

@@ -45,7 +45,7 @@ class Memory:
         kind: verbatim (the whole image repeats), template (part of it varies), once (shown one time), control
             (never shown) or ordinary (any other training image).
         dose: how often it was shown, in any unit, at least 0, if known.
-        varying_box: left, top, right, bottom in pixels of the file: the part of a template that varies.
+        varying_box: left, top, right, bottom in pixels of the upright image: the part of a template that varies.
 
     Raises:
         DoriError: an empty id, an unknown kind, a dose or a box that is none.

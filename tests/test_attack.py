@@ -164,6 +164,9 @@ def test_restarts_keep_the_run_with_the_lowest_loss(tiny: StableDiffusion) -> No
     for i in range(2):
         winner = min(runs, key=lambda run: run.losses[i].mean().item())
         assert torch.equal(best.embeddings[i], winner.embeddings[i])
+    broken = [torch.full_like(starts, float("nan")), starts]
+    kept = restarts(attack, tiny, targets, broken, seeds=[1, 2], last=3)
+    assert torch.isfinite(kept.losses).all() and torch.isfinite(kept.embeddings).all()
 
 
 def test_foreign_starts_are_embeddings_of_the_given_prompts(tiny: StableDiffusion) -> None:

@@ -46,6 +46,12 @@ def test_an_image_of_the_right_size_comes_back_exactly(tmp_path: Path) -> None:
     for name in ("a.png", "b.webp"):
         assert torch.equal(load_image(tmp_path / name, 16), expected)
         assert size(tmp_path / name) == (16, 16)
+    for sideways, expected_size in ((1, (16, 8)), (6, (8, 16)), (8, (8, 16))):
+        exif = Image.Exif()
+        exif[274] = sideways
+        for suffix in ("jpg", "png"):
+            Image.fromarray(noise(8, 16)).save(tmp_path / f"turned.{suffix}", exif=exif)
+            assert size(tmp_path / f"turned.{suffix}") == expected_size
     (tmp_path / "c.png").write_bytes(png_bytes(expected))
     assert torch.equal(load_image(tmp_path / "c.png", 16), expected)
 

@@ -194,7 +194,8 @@ def restarts(
     runs = [
         attack(model, targets, start, seeds=[seed + 1_000_003 * k for seed in seeds]) for k, start in enumerate(starts)
     ]
-    best = torch.stack([run.losses[:, -last:].mean(1) for run in runs]).argmin(0)  # (n,)
+    means = torch.stack([run.losses[:, -last:].mean(1) for run in runs])
+    best = means.nan_to_num(nan=float("inf")).argmin(0)  # (n,); a run that diverged is the last choice
     index = torch.arange(len(targets))
 
     def chosen(tensors: list[Tensor]) -> Tensor:
