@@ -345,5 +345,6 @@ def _testbed(arguments: argparse.Namespace) -> int:
 def _sscd(arguments: argparse.Namespace) -> int:
     from dori.metrics.sscd import convert
 
-    print(f"sha256 {convert(arguments.source, arguments.target, name=arguments.name)}  {arguments.target}")
+    print(f"sha256 {convert(arguments.source, arguments.target, name=arguments.name)}  {arguments.source}")
+    print(f"SSCD weights: {arguments.target}")
     return 0
