@@ -241,17 +241,25 @@ def _report(arguments: argparse.Namespace) -> int:
     from dori.findings import read_audit
     from dori.locality.page.render import render as render_locality
     from dori.locality.records import read_locality
+    from dori.report.figures import overview
     from dori.report.render import render
     from dori.report.strip import strip
+    from dori.report.tables import main_rows, to_markdown
     from dori.run import write_bytes, write_text
 
     folder, redact = arguments.run, arguments.redact
     located = (folder / "locality.json").exists()
-    wanted = not located or arguments.strip is not None or (folder / "audit.json").exists()
-    audit = read_audit(folder / "audit.json") if wanted else None
+    asked = any(target is not None for target in (arguments.strip, arguments.curves, arguments.table))
+    audit = read_audit(folder / "audit.json") if asked or not located or (folder / "audit.json").exists() else None
     if audit is not None and arguments.strip is not None:
         write_bytes(arguments.strip, strip(audit, folder, redact=redact))
         print(f"picture: {arguments.strip}")
+    if audit is not None and arguments.curves is not None:
+        write_bytes(arguments.curves, overview(audit))
+        print(f"picture: {arguments.curves}")
+    if audit is not None and arguments.table is not None:
+        write_text(arguments.table, to_markdown(main_rows(audit), audit))
+        print(f"table: {arguments.table}")
     if located:
         target = folder / "locality.html"
         write_text(target, render_locality(read_locality(folder / "locality.json"), folder, redact=redact))

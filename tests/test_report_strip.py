@@ -12,7 +12,9 @@ from synthetic_audit import synthetic_audit
 
 from dori.cli import main
 from dori.errors import DoriError
+from dori.report.figures import overview
 from dori.report.strip import strip
+from dori.report.tables import main_rows, to_markdown
 
 RED = np.array([0xD5, 0x5E, 0x00])
 
@@ -61,7 +63,24 @@ def test_an_audit_without_verbatim_memories_has_no_strip(tmp_path: Path) -> None
 def test_the_command_writes_the_picture_beside_the_report(tmp_path: Path) -> None:
     audit = synthetic_audit(tmp_path)
     (tmp_path / "audit.json").write_text(audit.to_json())
+    files = {name: tmp_path / name for name in ("strip.png", "curves.png", "table.md")}
+    options = [f"--{name.split('.')[0]}={path}" for name, path in files.items()]
     with pytest.raises(SystemExit) as ended:
-        main(["report", str(tmp_path), "--strip", str(tmp_path / "strip.png")])
+        main(["report", str(tmp_path), *options])
     assert ended.value.code == 0 and (tmp_path / "report.html").exists()
-    assert (tmp_path / "strip.png").read_bytes() == strip(audit, tmp_path)
+    assert files["strip.png"].read_bytes() == strip(audit, tmp_path)
+    assert files["curves.png"].read_bytes() == overview(audit)
+    rows = main_rows(audit)
+    assert {row.population for row in rows} == {"memories", "controls"} and "own" not in {
+        r.way.edit_scope for r in rows
+    }
+    assert files["table.md"].read_text() == to_markdown(rows, audit)
+
+
+def test_attack_curves_have_a_panel_an_attacked_edit(tmp_path: Path) -> None:
+    """Panels of 3.4 x 3.2 inches at 110 dots: the unedited model, NeMo and Wanda; the random edits were only asked."""
+    audit = synthetic_audit(tmp_path)
+    assert abs(Image.open(io.BytesIO(overview(audit))).width - 3 * 374) <= 3
+    asked = tuple(one for one in audit.findings if not one.start)
+    with pytest.raises(DoriError, match="nothing to draw"):
+        overview(dataclasses.replace(audit, findings=asked))

@@ -1,11 +1,14 @@
 """The report's figures: attack curves, dose and response."""
 
+import io
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dori.report.curves import SEEN_ONCE, Curve, DosePoint, of_all
+from dori.errors import DoriError
+from dori.findings import Audit
+from dori.report.curves import SEEN_ONCE, Curve, DosePoint, curves, of_all
 from dori.report.drawing import (
     BLUE,
     GREEN,
@@ -19,40 +22,68 @@ from dori.report.drawing import (
     legend_above,
     picture,
 )
-from dori.report.tables import CONTROLS, STARTS, Way, number
+from dori.report.tables import CONTROLS, MEMORIES, STARTS, Way, number
 from dori.stats import Estimate
 
 STYLES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "--"))
 LABEL = 26
 
 
-def rate_figure(curves: Sequence[Curve]) -> Picture:
+def rate_figure(shown: Sequence[Curve]) -> Picture:
     """MR against attack steps with Wilson bands, one line a population."""
     with drawing() as figure:
-        axes = _axes(figure, "Attack steps", "MR")
-        for curve in curves:
-            colour, marker, line = style(curve)
-            estimates = [row.replication.rate for row in curve.rows]
-            steps = [row.way.steps for row in curve.rows]
-            axes.plot(steps, [e.value for e in estimates], line, marker=marker, color=colour, ms=5, label=_label(curve))
-            axes.fill_between(
-                steps, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.12, lw=0
-            )
-        axes.set_ylim(-0.03, 1.03)
-        legend_above(axes)
+        _draw_rates(_axes(figure, "Attack steps", "MR"), shown)
         told = "; ".join(
             f"{curve.label}: "
             + ", ".join(f"{number(row.replication.rate.value)} at {row.way.steps}" for row in curve.rows)
-            for curve in curves
+            for curve in shown
         )
         return picture(figure, f"Memorization rate against attack steps. {told}.")
 
 
-def similarity_figure(curves: Sequence[Curve], threshold: float) -> Picture:
+def _draw_rates(axes: Axes, drawn: Sequence[Curve]) -> None:
+    for curve in drawn:
+        colour, marker, line = style(curve)
+        estimates = [row.replication.rate for row in curve.rows]
+        steps = [row.way.steps for row in curve.rows]
+        axes.plot(steps, [e.value for e in estimates], line, marker=marker, color=colour, ms=5, label=_label(curve))
+        axes.fill_between(
+            steps, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.12, lw=0
+        )
+    axes.set_ylim(-0.03, 1.03)
+    legend_above(axes)
+
+
+def overview(audit: Audit) -> bytes:
+    """A PNG for a README or a slide: MR against steps of the attack from the prompt, a panel an attacked joint edit.
+
+    Memories beside controls, and beside the memories on the twins where the model is unedited; Wilson bands.
+
+    Raises:
+        DoriError: nothing was attacked from the prompt at two numbers of steps, or there is no threshold.
+    """
+    shown: dict[str, list[Curve]] = {}
+    for curve in curves(audit):
+        if curve.start == "prompt" and curve.edit_scope != "own" and curve.population in (MEMORIES, CONTROLS):
+            shown.setdefault(curve.edit, []).append(curve)
+    if not shown:
+        raise DoriError("no attack from a prompt has a curve in this audit, so there is nothing to draw")
+    with drawing(3.4 * len(shown), 3.2) as figure:
+        for axes, (edit, mine) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+            mine.sort(key=lambda curve: (curve.twin, curve.population == CONTROLS))
+            _draw_rates(axes, mine)
+            axes.set(xlabel="Attack steps", ylabel="MR")
+            axes.set_title("unedited model" if edit == "none" else edit, fontsize=10, fontweight="bold", loc="left")
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return file.getvalue()
+
+
+def similarity_figure(shown: Sequence[Curve], threshold: float) -> Picture:
     """Median similarity +- median absolute deviation against attack steps, with the threshold."""
     with drawing() as figure:
         axes = _axes(figure, "Attack steps", "Median similarity")
-        for curve in curves:
+        for curve in shown:
             colour, marker, line = style(curve)
             steps = [row.way.steps for row in curve.rows]
             middle, width = zip(*((r.similarity.median, r.similarity.deviation) for r in curve.rows), strict=True)
@@ -69,7 +100,7 @@ def similarity_figure(curves: Sequence[Curve], threshold: float) -> Picture:
         legend_above(axes)
         told = "; ".join(
             f"{curve.label}: " + ", ".join(f"{number(row.similarity.median)} at {row.way.steps}" for row in curve.rows)
-            for curve in curves
+            for curve in shown
         )
         return picture(figure, f"Median similarity against attack steps; threshold {number(threshold)}. {told}.")
 

@@ -266,6 +266,15 @@ def final_rows(rows: Sequence[Row], audit: Audit) -> tuple[Row, ...]:
     return tuple(row for row in rows if not row.way.start or row.way.steps == last[_attack(row.way)])
 
 
+def main_rows(audit: Audit) -> tuple[Row, ...]:
+    """The rows of the main table: verbatim memories, controls and twins, without an edit and under joint ones."""
+    return tuple(
+        row
+        for row in final_rows(table(audit), audit)
+        if row.population in (MEMORIES, CONTROLS) and row.way.edit_scope != "own"
+    )
+
+
 def _attack(way: Way) -> tuple[str, str, str]:
     return way.edit, way.edit_scope, way.start
 
