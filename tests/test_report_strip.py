@@ -78,7 +78,7 @@ def test_the_command_writes_the_picture_beside_the_report(tmp_path: Path) -> Non
 
 
 def test_attack_curves_have_a_panel_an_attacked_edit(tmp_path: Path) -> None:
-    """Panels of 3.4 x 3.2 inches at 110 dots: the unedited model, NeMo and Wanda; the random edits were only asked."""
+    """Panels of 3.4 x 3.4 inches at 110 dots: the unedited model, NeMo and Wanda; the random edits were only asked."""
     audit = synthetic_audit(tmp_path)
     assert abs(Image.open(io.BytesIO(overview(audit))).width - 3 * 374) <= 3
     asked = tuple(one for one in audit.findings if not one.start)

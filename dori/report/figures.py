@@ -32,7 +32,9 @@ LABEL = 26
 def rate_figure(shown: Sequence[Curve]) -> Picture:
     """MR against attack steps with Wilson bands, one line a population."""
     with drawing() as figure:
-        _draw_rates(_axes(figure, "Attack steps", "MR"), shown)
+        axes = _axes(figure, "Attack steps", "MR")
+        _draw_rates(axes, shown)
+        legend_above(axes)
         told = "; ".join(
             f"{curve.label}: "
             + ", ".join(f"{number(row.replication.rate.value)} at {row.way.steps}" for row in curve.rows)
@@ -51,7 +53,6 @@ def _draw_rates(axes: Axes, drawn: Sequence[Curve]) -> None:
             steps, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.12, lw=0
         )
     axes.set_ylim(-0.03, 1.03)
-    legend_above(axes)
 
 
 def overview(audit: Audit) -> bytes:
@@ -68,12 +69,16 @@ def overview(audit: Audit) -> bytes:
             shown.setdefault(curve.edit, []).append(curve)
     if not shown:
         raise DoriError("no attack from a prompt has a curve in this audit, so there is nothing to draw")
-    with drawing(3.4 * len(shown), 3.2) as figure:
+    with drawing(3.4 * len(shown), 3.4) as figure:
         for axes, (edit, mine) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
             mine.sort(key=lambda curve: (curve.twin, curve.population == CONTROLS))
             _draw_rates(axes, mine)
             axes.set(xlabel="Attack steps", ylabel="MR")
             axes.set_title("unedited model" if edit == "none" else edit, fontsize=10, fontweight="bold", loc="left")
+        named = {
+            label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     return file.getvalue()

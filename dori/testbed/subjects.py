@@ -65,7 +65,7 @@ def testbed_subjects(plan: Plan) -> Subjects:
     memories, controls = slot_memories(("verbatim", "template", "once")), slot_memories(("control",))
     # Captions repeat, and those that repeat are dropped.
     texts, _ = ordinary_pairs(2 * (plan.calibration_prompts + plan.quality_prompts), seed=0)
-    _, held_out = ordinary_pairs(plan.quality_prompts, seed=1)
+    held_out = ordinary_pairs(plan.quality_prompts, seed=1)[1] if plan.quality_prompts else None
     # Where no twin is shipped, the base stands in: it never saw a memory either, but was trained for fewer steps.
     shipped = [twin for twin in TWINS if _shipped(twin)] or [one for one in ("base",) if _shipped(one)]
     twins = tuple(load_testbed(one) for one in shipped)
