@@ -58,8 +58,8 @@ def test_the_paper_preset_takes_five_hours_at_most(tiny: StableDiffusion, tmp_pa
     plan = paper()
     whole = whole_testbed(tiny, tmp_path / "twin")
     rows = planned_cost(whole, plan)
-    # 76 + 72 images from the prompt thrice; without an edit from noise too, the memories also from other prompts.
-    attacks = 3 * 148 + 148 + 76 + 64 + 76 + 2 * 76
+    # 76 + 72 images from the prompt thrice, and without an edit from noise; once, one twin, own NeMo and Wanda edits.
+    attacks = 3 * 148 + 148 + 64 + 76 + 2 * 76
     longer = 3 * (8 + 8) + 8  # to 150 steps: of both groups under each edit, and on the twin
     assert rows.attacked == planned_rows(whole, plan)[ATTACK] == (attacks * 50 + longer * 100) * 8
     assert plan.nemo is not None

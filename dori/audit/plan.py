@@ -108,9 +108,10 @@ def quick() -> Plan:
 
 
 def paper() -> Plan:
-    """All images, ten seeds, the published 50 attack steps from three starts; NeMo and Wanda at 10 % are attacked.
+    """All images, ten seeds, the published 50 attack steps; NeMo and Wanda at 10 % are attacked.
 
-    Under an edit attacks begin from the prompt. Wanda at 1 % and in all blocks, and the random edits, are asked by
+    Attacks begin from the prompt, and on the unedited model from Gaussian embeddings too, memories and controls alike;
+    those from other prompts are `dori locality`'s. Wanda at 1 % and in all blocks, and the random edits, are asked by
     prompt alone; before the last step, and on the way to 150 steps, three seeds judge. Sampling is cheaper than
     published (12 steps instead of 50, guidance 3 instead of 7).
     """
