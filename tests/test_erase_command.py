@@ -309,6 +309,12 @@ def test_calls_fit_the_model(tiny: StableDiffusion) -> None:
     assert same == plan
 
 
+def test_full_erasures_are_watched_by_the_published_attack(tiny: StableDiffusion, tmp_path: Path) -> None:
+    plan = PRESETS["full"]()
+    watch = bench(tmp_path, material(tiny), plan)._watch(plan.adversarial)
+    assert watch is not None and watch.attack == Dori()
+
+
 def test_a_ruined_model_stands_out() -> None:
     def row(state: str, frechet: float, loss: float | None = 1.0) -> Damage:
         return Damage(state, 2, frechet, 0, None, None, loss, 0, None, None, None, None)
