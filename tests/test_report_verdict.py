@@ -100,6 +100,20 @@ def test_nothing_brought_back_is_not_called_removed(audit: Audit) -> None:
     assert "does not prove removal" in found.cards[1].sentences[-1]
 
 
+@pytest.mark.parametrize(("distance", "spoiled"), [(62.0, False), (64.0, True)])
+def test_an_edit_that_spoils_ordinary_prompts_is_not_praised_for_hiding(
+    audit: Audit, distance: float, spoiled: bool
+) -> None:
+    """Twice the unedited model's 31.4 is the border."""
+    low = [dataclasses.replace(f, similarities=(0.1,)) if f.edit == "NeMo" else f for f in audit.findings]
+    rows = tuple(dataclasses.replace(q, frechet=distance) if q.edit == "NeMo" else q for q in audit.quality)
+    part = verdict(dataclasses.replace(only(audit, *low), quality=rows)).parts[0]
+    plain, card = part.cards
+    assert (card.title == "Not brought back within this budget, but the model is spoiled") == spoiled
+    assert f"from 31.4 to {distance:.1f}" in card.sentences[1] and "Fréchet" not in " ".join(plain.sentences)
+    assert ("NeMo spoils ordinary prompts too" in part.lead) == spoiled
+
+
 # ------------------------------------------------------------------------------------------------ hidden images alone
 
 
