@@ -2,13 +2,15 @@
 
     python benchmarks/speed.py [--repeats 5]
 
-Prints medians and spreads (smallest to largest); nothing here is ever a test. A ratio above 1 means that Dori's path
-is faster than the baseline.
+Prints medians and spreads (smallest to largest), and the peak memory of the process that ran both; nothing here is ever
+a test. A ratio above 1 means that Dori's path is faster than the baseline.
 """
 
 import argparse
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -96,19 +98,31 @@ def memory_kept(model: StableDiffusion, repeats: int) -> str:
     return line("bare step, 64 rows, freed memory kept / given back", seconds(step, repeats), usual, 64)
 
 
+PARTS = {part.__name__: part for part in (memory_kept, attack_against_bare, many_against_one, sampling)}
+
+
+def measure(name: str, repeats: int) -> None:
+    """One comparison in this process, whose peak memory is its own."""
+    torch.set_flush_denormal(True)
+    if name != memory_kept.__name__:
+        keep_freed_memory()
+    print(f"{PARTS[name](load_testbed(), repeats)} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:9.0f}")
+
+
 def main() -> None:
-    """Run all comparisons."""
+    """Run all comparisons, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    torch.set_flush_denormal(True)
-    model = load_testbed()
-    print(f"testbed, {torch.get_num_threads()} threads, torch {torch.__version__}, medians of {repeats}")
-    print(f"{'':<58} {'rows/s':>8} {'baseline':>8} {'ratio':>6}  [smallest, largest]")
-    for part in (memory_kept, attack_against_bare, many_against_one, sampling):
-        print(part(model, repeats))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory of the process: {peak:.0f} MiB")
+    parser.add_argument("--part", choices=PARTS, help="this comparison alone, in this process")
+    arguments = parser.parse_args()
+    if arguments.part is not None:
+        measure(arguments.part, arguments.repeats)
+        return
+    print(f"testbed, {torch.get_num_threads()} threads, torch {torch.__version__}, medians of {arguments.repeats}")
+    print(f"{'':<58} {'rows/s':>8} {'baseline':>8} {'ratio':>6}  [smallest, largest] peak MiB", flush=True)
+    for name in PARTS:
+        command = [sys.executable, __file__, "--part", name, "--repeats", str(arguments.repeats)]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,9 @@ def whole_testbed(model: StableDiffusion, folder: Path) -> Subjects:
 
 
 # --------------------------------------------------------------------------------------------------- what it costs
+
+# What threads may move in the last bits.
+MEASURED: dict[str, Any] = {"similarities": (0.0,), "masked": (), "to_unedited": (), "diversity": None, "alignment": ()}
 
 
 def test_the_paper_preset_takes_five_hours_at_most(tiny: StableDiffusion, tmp_path: Path) -> None:
@@ -224,6 +228,21 @@ def test_rounding_recomputes_nothing(tiny: StableDiffusion, tmp_path: Path) -> N
     again = tiny_audit(nudged, tmp_path, plan)
     handle.remove()
     assert tiny.rows == rows and again.findings == first.findings and again.edits == first.edits
+
+
+def test_threads_move_no_similarity_by_more_than_a_thousandth(tiny: StableDiffusion, tmp_path: Path) -> None:
+    subjects, usual, found = tiny_subjects(tiny), torch.get_num_threads(), []
+    plan = dataclasses.replace(PLAN, attack=dataclasses.replace(PLAN.attack, steps=2), wanda_sweep=())
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(tiny_audit(subjects, tmp_path / str(threads), plan).findings)
+    finally:
+        torch.set_num_threads(usual)
+    assert len(found[0]) == len(found[1]) > 0
+    for one, two in zip(*found, strict=True):
+        assert dataclasses.replace(one, **MEASURED) == dataclasses.replace(two, **MEASURED)
+        assert one.similarities == pytest.approx(two.similarities, abs=1e-3)
 
 
 def test_another_pixel_or_text_is_another_cell(tiny: StableDiffusion, tmp_path: Path) -> None:
