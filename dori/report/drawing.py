@@ -41,6 +41,7 @@ SETTINGS = {
 }
 WIDTH, HEIGHT = 4.3, 3.0  # inches; two stand side by side on a page, one on a telephone
 WRAPPED = 50  # letters of a title's line
+LEGEND = 30  # letters of a label, of which two stand side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,9 @@ def picture(figure: Figure, alt: str) -> Picture:
 
 
 def legend_above(axes: Axes, columns: int = 2) -> None:
-    """Above the panel, so that it never covers a line."""
+    """Above the panel, so that it never covers a line; in one column where two would not fit."""
+    longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
+    columns = 1 if longest > LEGEND else columns
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.03, 1.0),

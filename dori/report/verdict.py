@@ -334,10 +334,11 @@ def _headline(cards: Sequence[Card]) -> str:
         and not (card.level == "hidden" and card.edit.removesuffix(OWN) in attacked)
     ]
     judged = edited or cards
-    names = {
-        level: " and ".join(dict.fromkeys(card.edit.removesuffix(OWN) for card in judged if card.level == level))
-        for level in ("stored", "unproven", "hidden", "absent")
-    }
+    names, said = {}, set[str]()
+    for level in ("stored", "unproven", "hidden", "absent"):  # the gravest card of an edit, joint or own, names it
+        of_level = dict.fromkeys(card.edit.removesuffix(OWN) for card in judged if card.level == level)
+        names[level] = " and ".join(name for name in of_level if name not in said)
+        said |= of_level.keys()
     absent = f" Not brought back within this budget after {names['absent']}." if edited and names["absent"] else ""
     if names["stored"]:
         if edited and names["unproven"]:
