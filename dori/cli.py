@@ -225,9 +225,7 @@ def _locality(arguments: argparse.Namespace) -> int:
 
     plan = PRESETS[arguments.preset]()
     sampling = _sampling(arguments, plan)
-    plan = dataclasses.replace(
-        plan, seed=arguments.seed, sampling_steps=sampling.steps, guidance_scale=sampling.guidance_scale
-    )
+    plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed)
     run = Run(arguments.out, say=say, modules=LOCATING)
     with run.locked():
         subjects, judge = _audited(arguments, plan.judging())

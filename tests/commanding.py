@@ -12,7 +12,7 @@ from dori.erase.write import save_model
 from dori.memory import Memory, write_memories
 from dori.model.stable_diffusion import StableDiffusion
 
-FEW_STEPS = ("--sampling-steps", "1", "--guidance-scale", "3")
+FEW_STEPS = ("--sampling-steps", "2", "--guidance-scale", "3")
 
 
 def status(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

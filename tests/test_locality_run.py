@@ -30,6 +30,7 @@ from dori.mitigate.wanda import Wanda
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run
+from dori.sampling import Sampling
 
 MEMORIES = tuple(
     Memory(f"m{k}", None if k == 2 else "abcde"[k:], Path(f"m{k}.png"), dose=float(2**k)) for k in range(3)
@@ -236,7 +237,7 @@ def test_the_plan_counts_the_rows_that_go_through_the_network(tiny: StableDiffus
 
 def test_the_causal_test_costs_what_was_planned(whole: Whole) -> None:
     planned = by_stage(whole.planned)
-    for stage in ("twin", "patching", "quality"):
+    for stage in ("twin", "patching", "price"):
         spent = sum(rows for name, rows in whole.found.cost.items() if name.startswith(f"{stage}, "))
         assert spent == planned[stage].attacked + planned[stage].forward
     for stage in ("causal", "joined"):  # without the random masks of empty ones
@@ -370,3 +371,11 @@ def test_the_presets_fit_their_time(name: str, limit_s: int) -> None:
         if key.startswith("triggers")
     )
     assert attacks == plan.memories * (1 + plan.gaussian + plan.foreign) * 50 * 8
+
+
+def test_activations_are_read_at_the_same_places_of_any_grid() -> None:
+    plan = PRESETS["full"]()
+    assert plan.activation_steps == (0, 5, 12) and plan.sampling_steps == 25
+    finer, coarse = plan.drawn_by(Sampling(50, 7.0)), plan.drawn_by(Sampling(1, 1.0))
+    assert (finer.activation_steps, finer.sampling_steps, finer.guidance_scale) == ((0, 10, 24), 50, 7.0)
+    assert coarse.activation_steps == (0,)

@@ -218,6 +218,8 @@ def test_an_own_edit_that_was_only_asked_does_not_speak_over_the_attacked_joint_
     attacked, asked = Card("NeMo", "stored", "", (), ()), Card("NeMo" + OWN, "hidden", "", (), ())
     assert _headline([attacked, asked]) == "Still in the model after NeMo."
     assert _headline([asked]).startswith("No attack was run under NeMo")
+    weaker = Card("NeMo" + OWN, "unproven", "", (), ())
+    assert _headline([attacked, weaker]) == "Still in the model after NeMo."  # named once, by its gravest card
 
 
 def test_a_missing_or_weak_masked_threshold_is_a_reason_to_distrust(audit: Audit) -> None:

@@ -16,7 +16,7 @@ from dori.locality.records import NO_MASK, RANDOM, TRIGGERS
 from dori.mitigate.nemo import Nemo
 from dori.run import cell_key
 
-QUALITY = "locality-quality"  # an audit in the same folder has cells of its own
+QUALITY = "price"  # on ordinary prompts; an audit in the same folder has quality cells of its own
 if TYPE_CHECKING:
     from dori.locality.plan import Plan
 

@@ -1,12 +1,12 @@
 """What a locality run does: counts, methods and seeds. Two presets: `quick` and `full`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dori.attack.dori import Dori
 from dori.audit import plan as auditing
 from dori.mitigate.nemo import Nemo
 from dori.mitigate.wanda import Wanda
-from dori.sampling import GUIDANCE_SCALE, named_seed
+from dori.sampling import GUIDANCE_SCALE, Sampling, named_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,16 @@ class Plan:
     def fresh_seeds(self, count: int | None = None) -> list[int]:
         """Generation seeds that no attack has seen; the probes take the first ones."""
         return [named_seed("fresh", self.seed, k) for k in range(self.seeds if count is None else count)]
+
+    def drawn_by(self, sampling: Sampling) -> "Plan":
+        """The plan with this sampling; activations are read at the same places of the finer or coarser grid."""
+        places = (step * sampling.steps // self.sampling_steps for step in self.activation_steps)
+        return replace(
+            self,
+            sampling_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            activation_steps=tuple(dict.fromkeys(places)),
+        )
 
     def judging(self) -> auditing.Plan:
         """The audit's plan for drawing images, for calibration and for quality."""

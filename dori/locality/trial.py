@@ -52,7 +52,7 @@ class Trial:
         """What the same attacks do to the whole model."""
         (quality,) = self._quality([no_edit()]) or (None,)
         drawn = len(self.prompts) * (1 if self.held_out is not None else 2)  # a second time as the reference
-        self.bench.count("quality", drawing(self.bench.plan, drawn if quality else 0))
+        self.bench.count(QUALITY, drawing(self.bench.plan, drawn if quality else 0))
         return self._cross("", NO_MASK, [no_edit()]), self._join("", NO_MASK, 0, no_edit(), quality)
 
     def single(self, method: str, edits: Sequence[WeightMask]) -> list[Cross]:
@@ -66,7 +66,7 @@ class Trial:
         """Fresh attacks under the union of 1, 2, 4, ... masks and under random masks as large; what unions cost."""
         unions = joined(edits, f"{self.case.memory.id} {method}")
         quality = {row.edit: row for row in self._quality([no_edit(), *unions.values()])[1:]}
-        self.bench.count("quality", drawing(self.bench.plan, sum(row.prompts for row in quality.values())))
+        self.bench.count(QUALITY, drawing(self.bench.plan, sum(row.prompts for row in quality.values())))
         records = []
         for number, union in unions.items():
             records.append(self._join(method, TRIGGERS, number, union, quality.get(union.name)))
