@@ -13,6 +13,7 @@ from dori.arguments import parser
 from dori.errors import DoriError
 
 if TYPE_CHECKING:
+    from dori.audit.folders import OwnJudge
     from dori.audit.judge import Judge
     from dori.audit.loop import Subjects
     from dori.audit.plan import Plan
@@ -186,16 +187,13 @@ def _audited(arguments: argparse.Namespace, plan: "Plan") -> "tuple[Subjects, Ju
             device=arguments.device,
             half=arguments.half,
         )
-    from dori.audit.folders import judge_with
+    return subjects, _own_judge(arguments).instead_of(judge, device=arguments.device)
 
-    return subjects, judge_with(
-        judge,
-        clip=arguments.clip,
-        sscd=arguments.sscd,
-        sscd_preprocessing=arguments.sscd_preprocessing,
-        threshold=arguments.threshold,
-        device=arguments.device,
-    )
+
+def _own_judge(arguments: argparse.Namespace) -> "OwnJudge":
+    from dori.audit.folders import OwnJudge
+
+    return OwnJudge(arguments.clip, arguments.sscd, arguments.sscd_preprocessing, arguments.threshold)
 
 
 def _locality(arguments: argparse.Namespace) -> int:
@@ -237,12 +235,10 @@ def _locality(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from dori.findings import read_audit
-    from dori.locality.page.render import render as render_locality
-    from dori.locality.records import read_locality
     from dori.report.figures import overview
     from dori.report.render import render
     from dori.report.strip import strip
-    from dori.report.tables import main_rows, to_markdown
+    from dori.report.tables import final_rows, main_rows, table, to_markdown
     from dori.run import write_bytes, write_text
 
     folder, redact = arguments.run, arguments.redact
@@ -256,9 +252,12 @@ def _report(arguments: argparse.Namespace) -> int:
         write_bytes(arguments.curves, overview(audit))
         print(f"picture: {arguments.curves}")
     if audit is not None and arguments.table is not None:
-        write_text(arguments.table, to_markdown(main_rows(audit), audit))
+        write_text(arguments.table, to_markdown(main_rows(final_rows(table(audit), audit)), audit))
         print(f"table: {arguments.table}")
     if located:
+        from dori.locality.page.render import render as render_locality
+        from dori.locality.records import read_locality
+
         target = folder / "locality.html"
         write_text(target, render_locality(read_locality(folder / "locality.json"), folder, redact=redact))
         print(f"page: {target}")
@@ -291,10 +290,7 @@ def _erase(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             sampling_steps=arguments.sampling_steps,
             guidance_scale=arguments.guidance_scale,
-            clip=arguments.clip,
-            sscd=arguments.sscd,
-            sscd_preprocessing=arguments.sscd_preprocessing,
-            threshold=arguments.threshold,
+            judge=_own_judge(arguments),
             save_model=arguments.save_model,
         ),
         say,

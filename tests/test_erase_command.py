@@ -188,6 +188,8 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: Stable
     if kind == "erasers":
         diverging = Tuner(learning_rate=1e25, part="cross_attention")
         few["esd"] = dataclasses.replace(few["esd"], steps=5, tuner=diverging)
+        # All memories come back; the arms' surrogates could not be told from copies then.
+        own = dataclasses.replace(own, judge=Judge(dataclasses.replace(DESCRIPTOR, threshold=-1.0)))
     planned = contest_costs(own, kind, few)  # type: ignore[arg-type]
     with own.run.locked():
         record = contest(own, kind, few)  # type: ignore[arg-type]
@@ -195,8 +197,11 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: Stable
     failed = {key for key in planned if "esd" in key} if kind == "erasers" else set()
     assert cells == set(planned) - failed
     assert "from noise" in record["header"]
+    assert {test["state"] for test in record["tests"]} >= ({"original"} if kind == "erasers" else set())
     stored = {
-        o["id"] for o in record["outcomes"] if o["state"] == "original" and statistics.median(o["similarities"]) > 0.7
+        o["id"]
+        for o in record["outcomes"]
+        if o["state"] == "original" and statistics.median(o["similarities"]) > o["threshold"]
     }
     compared = {count for test in record["tests"] for count in test["found"]["counts"][:1]}
     assert all(count <= len(stored) for count in compared)

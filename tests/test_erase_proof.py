@@ -285,6 +285,7 @@ def test_states_are_compared_only_where_both_were_asked() -> None:
         found += [dataclasses.replace(o, start="gaussian") for o in curve(one, "twin", [0.0, 0.9, 0.9], group=group)]
         shaken = level + 1e-3 * (-1) ** index
         found += curve(one, "erased, int8", [shaken, shaken], group=group, steps=(0, 50))
+    found += [Outcome(f"memory-{i}", "memory", "original", "prompt", "", 0, 0, (0.9,), 0.7) for i in range(6)]
     test, spread = compare(found, Protocol(), ("twin",))
     assert (test.of, spread.of) == ("mean", "spread")
     assert spread.found.difference == pytest.approx(0, abs=1e-12)

@@ -14,7 +14,7 @@ from dori.cli import main
 from dori.errors import DoriError
 from dori.report.figures import overview
 from dori.report.strip import strip
-from dori.report.tables import main_rows, to_markdown
+from dori.report.tables import final_rows, main_rows, table, to_markdown
 
 RED = np.array([0xD5, 0x5E, 0x00])
 
@@ -70,7 +70,7 @@ def test_the_command_writes_the_picture_beside_the_report(tmp_path: Path) -> Non
     assert ended.value.code == 0 and (tmp_path / "report.html").exists()
     assert files["strip.png"].read_bytes() == strip(audit, tmp_path)
     assert files["curves.png"].read_bytes() == overview(audit)
-    rows = main_rows(audit)
+    rows = main_rows(final_rows(table(audit), audit))
     assert {row.population for row in rows} == {"memories", "controls"} and "own" not in {
         r.way.edit_scope for r in rows
     }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,22 +67,29 @@ def folder_subjects(
     return subjects, Judge(descriptor)
 
 
-def judge_with(
-    judge: Judge, *, clip: Path | None, sscd: Path | None, sscd_preprocessing: str, threshold: float | None, device: str
-) -> Judge:
-    """The judge with what a user gives instead: a CLIP, SSCD's weights, a threshold.
+@dataclass(frozen=True, slots=True)
+class OwnJudge:
+    """What a user gives instead of parts of the judge: a CLIP's folder, SSCD's weights, a threshold."""
 
-    Raises:
-        DoriError: one of them cannot be read.
-    """
-    if clip is not None:
-        judge = load_clip(judge, clip, device=device)
-    descriptor = judge.descriptor
-    if sscd is not None:
-        descriptor = load_sscd(sscd, preprocessing=sscd_preprocessing, device=device)
-    if threshold is not None:
-        descriptor = dataclasses.replace(descriptor, threshold=threshold, calibration=None)
-    return dataclasses.replace(judge, descriptor=descriptor)
+    clip: Path | None = None
+    sscd: Path | None = None
+    sscd_preprocessing: str = "skew_320"
+    threshold: float | None = None
+
+    def instead_of(self, judge: Judge, *, device: str) -> Judge:
+        """The judge with these parts.
+
+        Raises:
+            DoriError: one of them cannot be read.
+        """
+        if self.clip is not None:
+            judge = load_clip(judge, self.clip, device=device)
+        descriptor = judge.descriptor
+        if self.sscd is not None:
+            descriptor = load_sscd(self.sscd, preprocessing=self.sscd_preprocessing, device=device)
+        if self.threshold is not None:
+            descriptor = dataclasses.replace(descriptor, threshold=self.threshold, calibration=None)
+        return dataclasses.replace(judge, descriptor=descriptor)
 
 
 def load_clip(judge: Judge, folder: Path, *, device: str = "cpu") -> Judge:

@@ -10,10 +10,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dori.audit.folders import judge_with
+from dori.audit.folders import OwnJudge
 from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.audit.loop import audit
 from dori.audit.schedule import planned_cost
@@ -76,10 +76,7 @@ class Request:
     device: str = "cpu"
     sampling_steps: int | None = None
     guidance_scale: float | None = None
-    clip: Path | None = None
-    sscd: Path | None = None
-    sscd_preprocessing: str = "skew_320"
-    threshold: float | None = None
+    judge: OwnJudge = field(default_factory=OwnJudge)
     save_model: Path | None = None
 
     def __post_init__(self) -> None:
@@ -222,15 +219,7 @@ def audit_rows(own: Bench) -> Rows:
 
 def _opened(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:
     material, judge = _material(request, plan, processes)
-    device = material.subjects.model.device
-    return material, judge_with(
-        judge,
-        clip=request.clip,
-        sscd=request.sscd,
-        sscd_preprocessing=request.sscd_preprocessing,
-        threshold=request.threshold,
-        device=str(device),
-    )
+    return material, request.judge.instead_of(judge, device=str(material.subjects.model.device))
 
 
 def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Material, Judge]:

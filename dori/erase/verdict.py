@@ -88,9 +88,8 @@ def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str
         only = frozenset.intersection(*(points(outcomes, name) for name in (state, *twins)))
         until = max((steps for _, steps in only), default=0)
         groups = _split(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], compared)
-        found += _tests(
-            state, "area", f"area under the attack curve to {until} steps", groups, protocol.margin_area, protocol.level
-        )
+        quantity, level = f"area under the attack curve to {until} steps", protocol.level
+        found += _tests(state, "area", quantity, groups, margin=protocol.margin_area, level=level)
         if _unlearned(outcomes, (state, *twins)):
             continue
         groups = _split(
@@ -100,20 +99,25 @@ def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str
         )
         variance = protocol.grid_variance * (2 if twins else 1)
         found += _tests(
-            state, "relearning", "steps to relearn", groups, protocol.margin_steps, protocol.level, variance
+            state,
+            "relearning",
+            "steps to relearn",
+            groups,
+            margin=protocol.margin_steps,
+            level=level,
+            least_variance=variance,
         )
     return tuple(found)
 
 
 def _compared(outcomes: Sequence[Outcome]) -> dict[str, Group]:
-    """The group of every control, and of every memory that the original model gave; of all where none was asked."""
+    """The group of every control, and of every memory that the original model gave."""
     shown = {
         o.id
         for o in outcomes
         if o.state == ORIGINAL and o.way in (PROMPT, ATTACK) and o.steps <= PUBLISHED_STEPS and o.came_back
     }
-    asked = any(o.state == ORIGINAL for o in outcomes)
-    return {o.id: o.group for o in outcomes if o.group == "control" or o.id in shown or not asked}
+    return {o.id: o.group for o in outcomes if o.group == "control" or o.id in shown}
 
 
 def _tests(
@@ -121,32 +125,22 @@ def _tests(
     kind: Kind,
     quantity: str,
     groups: tuple[list[float], list[float]],
+    *,
     margin: float,
     level: float,
     least_variance: float = 0.0,
 ) -> Iterator[Test]:
     """Of the mean and, on what was erased, of the spread; none where a group has fewer than two images."""
-    memories, controls = groups
-    if min(len(memories), len(controls)) < 2:
+    if min(map(len, groups)) < 2:
         return
-    middle = float(np.median(controls))
-    far = [[abs(value - middle) for value in group] for group in groups]
-    yield Test(
-        state,
-        kind,
-        "mean",
-        quantity,
-        equivalence(quantity, memories, controls, margin=margin, level=level, least_variance=least_variance),
-    )
+    compared: list[tuple[Literal["mean", "spread"], str, Sequence[list[float]]]] = [("mean", quantity, groups)]
     if state != ORIGINAL:
-        quantity += ", distance from the controls' median"
-        yield Test(
-            state,
-            kind,
-            "spread",
-            quantity,
-            equivalence(quantity, *far, margin=margin, level=level, least_variance=least_variance),
-        )
+        middle = float(np.median(groups[1]))
+        far = [[abs(value - middle) for value in group] for group in groups]
+        compared.append(("spread", f"{quantity}, distance from the controls' median", far))
+    for of, words, (memories, controls) in compared:
+        found = equivalence(words, memories, controls, margin=margin, level=level, least_variance=least_variance)
+        yield Test(state, kind, of, words, found)
 
 
 def _unlearned(outcomes: Sequence[Outcome], states: Sequence[str]) -> str:

@@ -95,6 +95,11 @@ def curves(audit: Audit) -> tuple[Curve, ...]:
     return tuple(found)
 
 
+def judges_last(curve: Curve) -> tuple[bool, bool]:
+    """Sorts a population before controls, and those before twins."""
+    return curve.twin, curve.population == CONTROLS
+
+
 def of_all(curve: Curve) -> Curve:
     """The curve up to the last step for all images, since areas over different ranges cannot be compared."""
     last = last_step({row.way.steps: row.replication.memories for row in curve.rows})

@@ -76,6 +76,13 @@ def picture(figure: Figure, alt: str) -> Picture:
     return Picture(file.getvalue(), alt)
 
 
+def png(figure: Figure) -> bytes:
+    """The finished figure as a PNG file; called inside the block of `drawing`."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return file.getvalue()
+
+
 def legend_above(axes: Axes, columns: int = 2) -> None:
     """Above the panel, so that it never covers a line; in one column where two would not fit."""
     longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)

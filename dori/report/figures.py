@@ -1,6 +1,5 @@
 """The report's figures: attack curves, dose and response."""
 
-import io
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -8,7 +7,7 @@ from matplotlib.figure import Figure
 
 from dori.errors import DoriError
 from dori.findings import Audit
-from dori.report.curves import SEEN_ONCE, Curve, DosePoint, curves, of_all
+from dori.report.curves import SEEN_ONCE, Curve, DosePoint, curves, judges_last, of_all
 from dori.report.drawing import (
     BLUE,
     GREEN,
@@ -21,8 +20,9 @@ from dori.report.drawing import (
     drawing,
     legend_above,
     picture,
+    png,
 )
-from dori.report.tables import CONTROLS, MEMORIES, STARTS, Way, number
+from dori.report.tables import CONTROLS, MEMORIES, STARTS, Way, called_edit, number
 from dori.stats import Estimate
 
 STYLES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "--"))
@@ -71,17 +71,14 @@ def overview(audit: Audit) -> bytes:
         raise DoriError("no attack from a prompt has a curve in this audit, so there is nothing to draw")
     with drawing(3.4 * len(shown), 3.4) as figure:
         for axes, (edit, mine) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-            mine.sort(key=lambda curve: (curve.twin, curve.population == CONTROLS))
-            _draw_rates(axes, mine)
+            _draw_rates(axes, sorted(mine, key=judges_last))
             axes.set(xlabel="Attack steps", ylabel="MR")
-            axes.set_title("unedited model" if edit == "none" else edit, fontsize=10, fontweight="bold", loc="left")
+            axes.set_title(called_edit(edit, "joint"), fontsize=10, fontweight="bold", loc="left")
         named = {
             label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+        return png(figure)
 
 
 def similarity_figure(shown: Sequence[Curve], threshold: float) -> Picture:

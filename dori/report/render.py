@@ -16,7 +16,7 @@ from dori.findings import Audit, Finding, Subject
 from dori.judgement import Rule, rule_of
 from dori.report import tables
 from dori.report.assurance import checks
-from dori.report.curves import Curve, Separation, curves, dose_response, painted, separations
+from dori.report.curves import Curve, Separation, curves, dose_response, judges_last, painted, separations
 from dori.report.drawing import Picture
 from dori.report.figures import dose_rate_figure, dose_similarity_figure, rate_figure, short, similarity_figure
 from dori.report.nested import sheet, spoken
@@ -114,10 +114,12 @@ def _main_tables(audit: Audit, final: Sequence[Row]) -> Iterable[_Block]:
         + tables.masked_caption(audit)
     )
     once = "Images that were shown to the model a single time."
-    whole = [row for row in final if row.population in (tables.MEMORIES, tables.CONTROLS)]
+    owned = [
+        row for row in final if row.population in (tables.MEMORIES, tables.CONTROLS) and row.way.edit_scope == "own"
+    ]
     parts = [
-        ("Memories, controls and twins", joint, [row for row in whole if row.way.edit_scope != "own"]),
-        ("The same with each memory's own edit", own, [row for row in whole if row.way.edit_scope == "own"]),
+        ("Memories, controls and twins", joint, tables.main_rows(final)),
+        ("The same with each memory's own edit", own, owned),
         ("Template memories", template, _templates(final)),
         ("Images shown once", once, [row for row in final if row.population == tables.ONCE]),
     ]
@@ -196,7 +198,7 @@ def _attacks(audit: Audit) -> Iterable[_Panels]:
                 if _key(curve) == (edit, scope, start)
                 and (curve.population == population or (curve.population == tables.CONTROLS and not curve.twin))
             ]
-            mine.sort(key=lambda curve: (curve.twin, curve.population == tables.CONTROLS))
+            mine.sort(key=judges_last)
             alike = [one for curve in mine if (one := painted(curve))] if population == tables.TEMPLATES else []
             mine, threshold = (alike, rule.masked) if alike and rule.masked is not None else (mine, rule.threshold)
             said = tuple(_evidence(s) for s in apart if (*_key(s), s.population) == (edit, scope, start, population))
@@ -219,8 +221,7 @@ def _key(curve: Curve | Separation) -> tuple[str, str, str]:
 
 
 def _attack_title(edit: str, scope: str, start: str) -> str:
-    under = "unedited model" if edit == "none" else f"{edit}{' (own edits)' if scope == 'own' else ''}"
-    return f"{under}, from {tables.STARTS.get(start, start)}"
+    return f"{tables.called_edit(edit, scope)}, from {tables.STARTS.get(start, start)}"
 
 
 def _evidence(separation: Separation) -> str:
@@ -253,9 +254,11 @@ def _doses(audit: Audit, final: Sequence[Row]) -> Iterable[_Panels]:
     for edit, scope in dict.fromkeys((way.edit, way.edit_scope) for way in ways):
         points = dose_response(audit, [way for way in ways if (way.edit, way.edit_scope) == (edit, scope)])
         if len({point.dose for point in points}) > 1:
-            title = "unedited model" if edit == "none" else edit + (" (own edits)" if scope == "own" else "")
             yield _Panels(
-                title, (dose_rate_figure(points), dose_similarity_figure(points, tables.threshold_of(audit))), (), True
+                tables.called_edit(edit, scope),
+                (dose_rate_figure(points), dose_similarity_figure(points, tables.threshold_of(audit))),
+                (),
+                True,
             )
 
 

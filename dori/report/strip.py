@@ -1,6 +1,5 @@
 """One picture of a few memories side by side, for a README, a slide or a paper: what comes back, under which edit."""
 
-import io
 import textwrap
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from dori.errors import DoriError
 from dori.findings import Audit, Finding
 from dori.judgement import rule_of
 from dori.report import tables
-from dori.report.drawing import GREY, VERMILION, drawing
+from dori.report.drawing import GREY, VERMILION, drawing, png
 from dori.report.pictures import Album
 from dori.report.render import may_show
 from dori.report.tables import Way
@@ -61,9 +60,7 @@ def strip(audit: Audit, folder: Path, *, lines: int = LINES, redact: bool = Fals
                 _draw(axes, album.image(picture, blurred=blurred), framed=back)
         for axes, title in zip(grid[0], titles, strict=True):
             axes.set_title(title, fontsize=8)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return file.getvalue()
+        return png(figure)
 
 
 def _draw(axes: Axes, image: Image | None, *, framed: bool) -> None:

@@ -266,13 +266,9 @@ def final_rows(rows: Sequence[Row], audit: Audit) -> tuple[Row, ...]:
     return tuple(row for row in rows if not row.way.start or row.way.steps == last[_attack(row.way)])
 
 
-def main_rows(audit: Audit) -> tuple[Row, ...]:
-    """The rows of the main table: verbatim memories, controls and twins, without an edit and under joint ones."""
-    return tuple(
-        row
-        for row in final_rows(table(audit), audit)
-        if row.population in (MEMORIES, CONTROLS) and row.way.edit_scope != "own"
-    )
+def main_rows(final: Sequence[Row]) -> list[Row]:
+    """Of the final rows those of the main table: memories, controls and twins, without an edit and under joint ones."""
+    return [row for row in final if row.population in (MEMORIES, CONTROLS) and row.way.edit_scope != "own"]
 
 
 def _attack(way: Way) -> tuple[str, str, str]:
@@ -284,6 +280,11 @@ def _last_steps(rows: Iterable[Row]) -> dict[tuple[str, str, str], int]:
     for row in rows:
         images[_attack(row.way)][row.way.steps] += row.replication.memories
     return {attack: last_step(counts) for attack, counts in images.items()}
+
+
+def called_edit(edit: str, scope: str) -> str:
+    """An edit's name in a heading."""
+    return "unedited model" if edit == "none" else edit + (" (own edits)" if scope == "own" else "")
 
 
 def called_twin(model: str) -> str:

@@ -17,6 +17,7 @@ from dori.report.tables import (
     ONCE,
     STARTS,
     TEMPLATES,
+    WORDS,
     called_twin,
     final_rows,
     masked_caption,
@@ -115,11 +116,16 @@ def _part(audit: Audit, population: str, every: Sequence[Case]) -> Part:
     every = [case for case in every if case.before or not case.check]
     prices = [_price(audit, case) for case in every]
     cards = [_card(case, price) for case, price in zip(every, prices, strict=True)]
+    spoiling = [
+        f"{case.edit} spoils ordinary prompts too (Fréchet distance {price.change})."
+        for case, price in zip(every, prices, strict=True)
+        if population == MEMORIES and not case.check and price and price.spoils
+    ]
     return Part(
         population,
         TITLES[population],
         _headline(cards),
-        " ".join([_lead(every, cards), *(price.spoiling for price in prices if price.spoiling)]),
+        " ".join([_lead(every, cards), *spoiling]),
         _note(audit, population),
         tuple(sorted(cards, key=lambda card: card.level == "check")),
     )
@@ -137,31 +143,34 @@ def _note(audit: Audit, population: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Price:
-    """What an edit does to ordinary prompts, as a sentence of its card, and one for all to see where it spoils them."""
+    """The Frechet distance on ordinary prompts before and under an edit."""
 
-    told: str = ""
-    spoiling: str = ""
-    spoils: bool = False
+    before: float
+    after: float
+
+    @property
+    def spoils(self) -> bool:
+        return self.after > SPOILED * self.before
+
+    @property
+    def change(self) -> str:
+        return f"{number(self.before, 1)} to {number(self.after, 1)}"
+
+    @property
+    def told(self) -> str:
+        where = "It spoils ordinary prompts too:" if self.spoils else "On ordinary prompts"
+        return f"{where} the Fréchet distance goes from {self.change}."
 
 
-def _price(audit: Audit, case: Case) -> _Price:
+def _price(audit: Audit, case: Case) -> _Price | None:
     """Of joint edits, which alone have a row in the quality table."""
     distances = {row.edit: row.frechet for row in audit.quality if row.model == audit.model}
     if case.edit == "none" or case.scope == "own" or not {"none", case.edit} <= distances.keys():
-        return _Price()
-    before, after = distances["none"], distances[case.edit]
-    change = f"{number(before, 1)} to {number(after, 1)}"
-    if after <= SPOILED * before:
-        return _Price(f"On ordinary prompts the Fréchet distance goes from {change}.")
-    spoiling = (
-        ""
-        if case.check or case.population != MEMORIES
-        else f"{case.edit} spoils ordinary prompts too (Fréchet distance {change})."
-    )
-    return _Price(f"It spoils ordinary prompts too: the Fréchet distance goes from {change}.", spoiling, spoils=True)
+        return None
+    return _Price(distances["none"], distances[case.edit])
 
 
-def _card(case: Case, price: _Price) -> Card:
+def _card(case: Case, price: _Price | None) -> Card:
     focus = case.on_hidden() if case.hidden else case
     if case.check:
         level, title = "check", f"A random edit of the same size hides {len(case.hidden)} of {len(case.before)}"
@@ -171,11 +180,11 @@ def _card(case: Case, price: _Price) -> Card:
         level, title = "hidden", "Not attacked"
     elif not any(tally.back for tally in case.attacks):
         level, title = "absent", "Not brought back within this budget"
-        title += ", but the model is spoiled" if price.spoils else ""
+        title += ", but the model is spoiled" if price and price.spoils else ""
     else:
         level, title = _of_hidden(case, focus) if case.hidden else _of_all(case)
     sentences = [_CHECK] if level == "check" else _sentences(case, focus)
-    sentences[1:1] = [price.told] if price.told else []
+    sentences[1:1] = [price.told] if price else []
     return Card(case.edit + (OWN if case.scope == "own" else ""), level, title, tuple(sentences), tuple(_bars(case)))
 
 
@@ -213,11 +222,7 @@ def _unproven(case: Case) -> str:
     return "Comes back, but so do images it never saw" if case.broken() else "Comes back, but too few images to tell"
 
 
-_WHAT = {
-    MEMORIES: ("memory", "memories"),
-    TEMPLATES: ("template memory", "template memories"),
-    ONCE: ("image shown once", "images shown once"),
-}
+_WHAT = WORDS | {ONCE: ("image shown once", "images shown once")}
 
 
 def _sentences(case: Case, focus: Case) -> list[str]:

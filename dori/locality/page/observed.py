@@ -29,6 +29,7 @@ from dori.locality.records import (
     TRIGGERS,
     WHOLE,
     Locality,
+    Search,
 )
 from dori.stats import Estimate
 
@@ -161,8 +162,12 @@ def weight_word(found: Locality, method: str) -> str:
 
 def _cut_short(found: Locality) -> bool:
     """Whether most of NeMo's searches from triggers met the cap, so that their sets are little more than selected."""
-    rows = [one.converged for one in found.searches if one.group == TRIGGERS]
-    return bool(rows) and sum(rows) / len(rows) < CONVERGED
+    rows = _from_triggers(found)
+    return bool(rows) and sum(one.converged for one in rows) / len(rows) < CONVERGED
+
+
+def _from_triggers(found: Locality) -> list[Search]:
+    return [one for one in found.searches if one.group == TRIGGERS]
 
 
 def _agreement(found: Locality, method: str) -> str:
@@ -214,7 +219,7 @@ def _empty(found: Locality, method: str) -> str:
 
 
 def _searches(found: Locality) -> list[str]:
-    rows = [one for one in found.searches if one.group == TRIGGERS]
+    rows = _from_triggers(found)
     if not rows:
         return []
     mean = {
