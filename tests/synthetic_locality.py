@@ -126,6 +126,7 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
                 (ORDINARY, 5.0),
                 (STARTS, 8.0),
                 (OTHER_NOISES, 1.0),
+                (OTHER_IMAGES, 8.0),
             )
         ),
         overlaps=tuple(dict.fromkeys(row for one in ids for row in overlaps(one, levels or LEVELS, empty=empty))),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dori.edit import WeightMask
-from dori.locality.activations import activation_rows, activations, discrepancy
+from dori.locality.activations import activation_rows, activations, discrepancy, discrepancy_across
 from dori.locality.causal import cross_test, enough, joined, union_sizes
 from dori.locality.costs import chunks
 from dori.locality.embeddings import (
@@ -155,6 +155,15 @@ def test_the_discrepancy_is_the_published_sum_over_pairs() -> None:
     slow = 2 / (5 * 4) * sum(norm(f[j] - f[i]) for j in range(5) for i in range(j))
     assert discrepancy(f) == pytest.approx(slow, rel=1e-12)
     assert discrepancy(f[:1].expand(4, -1, -1)) == 0 and math.isnan(discrepancy(f[:1]))
+
+
+def test_the_discrepancy_across_two_sets_counts_the_chosen_pairs_alone() -> None:
+    mine, theirs = draw(3, 7, 3), draw(4, 7, 3) + 1
+    pairs = torch.tensor([[i != j for j in range(4)] for i in range(3)])
+    slow = [norm(theirs[j] - mine[i]) for i in range(3) for j in range(4) if i != j]
+    assert discrepancy_across(mine, theirs, pairs) == pytest.approx(sum(slow) / 9, rel=1e-12)
+    assert discrepancy_across(mine, mine, torch.eye(3, dtype=torch.bool)) == 0
+    assert math.isnan(discrepancy_across(mine, theirs, torch.zeros_like(pairs)))
 
 
 def test_activations_are_those_of_one_embedding_alone_along_its_own_trajectory(tiny: StableDiffusion) -> None:

@@ -152,6 +152,7 @@ def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
             } | ({"triggers of other images"} if memory == "m1" else set())  # m2 is the first
         groups = {a.group for a in found.activities if a.memory in (memory, "")}
         assert {"triggers", "other noises", "memorized prompts", "ordinary prompts", "gaussian starts"} <= groups
+        assert ("triggers of other images" in groups) is (memory == "m1")
     layers = found.settings["layers"]
     assert {a.layer for a in found.activities} == {*layers["attention_value"], *layers["feed_forward"]}
     measured = {m.name for m in found.measures if m.memory in ("m1", "")}
@@ -237,7 +238,7 @@ def test_the_plan_counts_the_rows_that_go_through_the_network(tiny: StableDiffus
 
 def test_the_causal_test_costs_what_was_planned(whole: Whole) -> None:
     planned = by_stage(whole.planned)
-    for stage in ("twin", "patching", "price"):
+    for stage in ("twin", "patching", "price", "activations"):
         spent = sum(rows for name, rows in whole.found.cost.items() if name.startswith(f"{stage}, "))
         assert spent == planned[stage].attacked + planned[stage].forward
     for stage in ("causal", "joined"):  # without the random masks of empty ones

@@ -24,6 +24,19 @@ def discrepancy(activations: Tensor) -> float:
     return float(torch.pdist(activations.detach().double().flatten(1)).mean())
 
 
+def discrepancy_across(first: Tensor, second: Tensor, pairs: Tensor) -> float:
+    """As `discrepancy`, over pairs of activations of one set (n, ...) and of another (m, ...); NaN without pairs.
+
+    Args:
+        first: activations of one layer.
+        second: further ones of the same layer.
+        pairs: which pairs count, booleans (n, m).
+    """
+    mine, theirs = (half.detach().double().flatten(1) for half in (first, second))
+    far = torch.cdist(mine, theirs, compute_mode="donot_use_mm_for_euclid_dist")
+    return float(far[pairs].mean())
+
+
 @contextmanager
 def outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Inside the block, each forward pass leaves the output of every layer in the table."""

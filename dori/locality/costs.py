@@ -88,6 +88,9 @@ def planned(plan: "Plan", sizes: Sizes, methods: tuple[str, ...]) -> dict[str, d
     cells = {"": shared}
     for index, (memory, has_text) in enumerate(sizes.memories):
         cells[memory] = dict(_memory(plan, sizes, methods, memory, has_text))
+        if index:  # beside the memory before
+            across = _activations(plan, 2 * min(_attacks(plan, sizes, has_text), max(1, plan.set_size // 2)))
+            cells[memory] |= {cell_key("activations", memory, "across"): Rows(forward=across)}
         if sizes.twins and plan.twin_attacks:
             cells[memory] |= dict(_twin(plan, memory))
         if sizes.twins and plan.patch_seeds and has_text:
@@ -106,6 +109,10 @@ def _set(plan: "Plan", methods: tuple[str, ...], group: str, count: int) -> Iter
             yield cell_key("masks", name, method, str(chunk.start), "0"), masking(plan, method, len(chunk))
 
 
+def _attacks(plan: "Plan", sizes: Sizes, has_text: bool) -> int:
+    return int(has_text) + plan.gaussian + sizes.foreign
+
+
 def _activations(plan: "Plan", count: int) -> int:
     return plan.activation_noises * activation_rows(count, plan.activation_steps)
 
@@ -118,7 +125,7 @@ def _memory(
         for chunk in chunks(count, plan.chunk):
             yield cell_key("triggers", memory, start, str(chunk.start)), attacking(plan, len(chunk))
             yield cell_key("judged", memory, start, str(chunk.start)), drawing(plan, plan.seeds * len(chunk))
-    total = sum(attacks.values())
+    total = _attacks(plan, sizes, has_text)
     lines = 2 * plan.line_pairs * len(plan.line_shares)
     balls = plan.ball_centres * plan.ball_directions * len(plan.ball_radii)
     yield cell_key("probes", memory, "lines"), drawing(plan, plan.probe_seeds * lines)

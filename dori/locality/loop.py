@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dori.audit.judge import Case, Judge
 from dori.audit.loop import Subjects
 from dori.errors import DoriError
 from dori.image_file import png_bytes
 from dori.locality import measures, stages, truth
-from dori.locality.bench import Bench
+from dori.locality.bench import Bench, Source
 from dori.locality.costs import Rows, causal_methods, planned
 from dori.locality.masks import Maskers, Masks, calibrate, method_names
 from dori.locality.plan import Causal, Plan
@@ -46,12 +47,28 @@ from dori.run import Run, cell_key, write_bytes
 from dori.sampling import named_seed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Before:
+    """The memory before: its analysed triggers, where each began, and their masks by method."""
+
+    triggers: Source
+    starts: list[Start]
+    masks: Mapping[str, Masks]
+
+    def pairs(self, starts: Sequence[Start]) -> Tensor:
+        """Which pairs of a trigger from these starts and one of this memory began apart, booleans (n, m).
+
+        Triggers of one image are from different starts too, so that only the image differs.
+        """
+        return torch.tensor([[mine != theirs for theirs in self.starts] for mine in starts])
+
+
 @dataclass(slots=True, eq=False)
 class _Loop:
     """The state of one run: what is fixed, and the records so far.
 
     `excess` and `floor` are planted minus twin beyond the floor, and twin minus twin, weight by weight in the layers
-    that masks lie in; `before` holds the memory before with its triggers' starts and its masks by method.
+    that masks lie in.
     """
 
     bench: Bench
@@ -64,7 +81,7 @@ class _Loop:
     floor: truth.Energies | None = None
     found: dict[str, Found] = field(default_factory=dict)
     maps: dict[str, dict[str, object]] = field(default_factory=dict)
-    before: dict[str, tuple[list[Start], Masks]] = field(default_factory=dict)
+    before: _Before | None = None
     records: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in LISTS})
 
     def references(self) -> None:
@@ -103,9 +120,11 @@ class _Loop:
         rows = found.spread(plan.set_size)
         if len(rows) > 1:
             self._activations(memory, found, rows)
+            self._activations_across(memory, found, rows)
             masks = {method: self._weights(memory, found, rows, method) for method in method_names(self.bench.plan)}
             if plan.causal is not None and number < plan.causal.memories:
                 self._causal(case, found, rows, plan.causal, masks)
+            self.before = _Before(found.take(rows), [found.start(row) for row in rows], masks)
         if self.subjects.twins:
             self._beside_a_twin(case)
         self._finish(case, found)
@@ -133,24 +152,32 @@ class _Loop:
             self.bench, memory, groups, found.take(rows), found.take(rows[:1])
         )
 
+    def _activations_across(self, memory: str, found: Found, rows: list[int]) -> None:
+        """Beside the memory before; half of the triggers of each, so that no more is held at a time."""
+        if self.before is None:
+            return
+        half = max(1, self.bench.plan.set_size // 2)
+        mine = rows[:half]
+        pairs = self.before.pairs([found.start(row) for row in mine])[:, :half]
+        theirs = self.before.triggers.take(range(pairs.shape[1]))
+        self.records["activities"] += stages.discrepancies_across(self.bench, memory, found.take(mine), theirs, pairs)
+
     def _weights(self, memory: str, found: Found, rows: list[int], method: str) -> Masks:
         plan, records = self.bench.plan, self.records
         masks = self.maskers.of(memory, method, found.take(rows))
         records["overlaps"] += measures.overlaps(memory, TRIGGERS, masks)
         for group, members in _by_start(found, rows).items():
             records["overlaps"] += measures.overlaps(memory, group, masks.take(members))
-        records["overlaps"] += measures.random_overlaps(memory, masks, seed=named_seed("locality random", plan.seed))
+        records["overlaps"] += measures.random_overlaps(memory, masks, seed=plan.seed)
         first = list(range(min(plan.ceiling, len(rows))))
         again = [masks.take(first)] + [
             self.maskers.again(memory, method, found.take([rows[k] for k in first]), noise)
             for noise in range(1, plan.ceiling_seeds)
         ]
         records["overlaps"] += measures.ceiling_overlaps(memory, again)
-        starts = [found.start(row) for row in rows]
-        if method in self.before:
-            others, other = self.before[method]
-            records["overlaps"] += measures.other_image_overlaps(memory, masks, starts, other, others)
-        self.before[method] = starts, masks
+        if self.before is not None:
+            pairs = self.before.pairs([found.start(row) for row in rows])
+            records["overlaps"] += measures.other_image_overlaps(memory, masks, self.before.masks[method], pairs)
         if method == "NeMo":
             records["searches"].append(measures.search(memory, TRIGGERS, masks))
         if self.excess is not None:

@@ -24,8 +24,9 @@ from dori.locality.records import (
     Search,
     known,
 )
-from dori.locality.triggers import ORDER, Found, Start
+from dori.locality.triggers import ORDER, Found
 from dori.locality.weights import Agreement, agreement, agreement_across, agreement_within, random_level, random_like
+from dori.sampling import named_seed
 
 MAPPED_PROMPTS = 40
 
@@ -151,14 +152,8 @@ def ceiling_overlaps(memory: str, again: Sequence[Masks]) -> list[Overlap]:
     return found
 
 
-def other_image_overlaps(
-    memory: str, masks: Masks, starts: Sequence[Start], other: Masks, others: Sequence[Start]
-) -> list[Overlap]:
-    """A_l between masks of this memory's triggers and of another's, from different starts.
-
-    The pairs of `overlaps` are from different starts too, so that only the image differs.
-    """
-    pairs = torch.tensor([[mine != theirs for theirs in others] for mine in starts])
+def other_image_overlaps(memory: str, masks: Masks, other: Masks, pairs: Tensor) -> list[Overlap]:
+    """A_l between masks of this memory's triggers and of another's, over the pairs that count, booleans (n, m)."""
     theirs = dict(_layers(other))
     return [
         _overlap(memory, masks.method, layer, OTHER_IMAGES, agreement_across(mask, theirs[layer], pairs))
@@ -167,10 +162,13 @@ def other_image_overlaps(
 
 
 def random_overlaps(memory: str, masks: Masks, *, seed: int) -> list[Overlap]:
-    """A_l of random masks of the same sizes, layer by layer: closed form, and once simulated."""
+    """A_l of random masks of the same sizes, layer by layer: closed form, and once simulated.
+
+    Layers, methods and memories draw from streams of their own; `seed` is their root.
+    """
     found, simulated = [], {}
     for layer, mask in masks.by_layer.items():
-        simulated[layer] = random_like(mask, seed=seed)
+        simulated[layer] = random_like(mask, seed=named_seed("locality random", seed, memory, masks.method, layer))
         pairs, size = agreement(mask).pairs, float(mask.flatten(1).sum(1).double().mean())
         level = known(random_level(mask))
         found.append(Overlap(memory, masks.method, layer, RANDOM, level, None, None, known(size), pairs))

@@ -94,7 +94,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """D_l of one group of embeddings at one step of the trajectory."""
+    """D_l of one group of embeddings (of other images: of so many pairs) at one step of the trajectory."""
 
     memory: str
     site: str

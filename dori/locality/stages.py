@@ -1,22 +1,23 @@
 """The stages of a locality run that look at activations: how far they lie apart, and what they carry into a twin."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dori.audit.judge import Case
-from dori.locality.activations import activation_rows, activations, discrepancy
+from dori.locality.activations import activation_rows, activations, discrepancy, discrepancy_across
 from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import Rows, drawing, other_noises
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, patch_sets, patched_samples, share_of_gap
-from dori.locality.records import OTHER_NOISES, Activity, Patch, known
+from dori.locality.records import OTHER_IMAGES, OTHER_NOISES, Activity, Patch, known
 from dori.model.stable_diffusion import EVERYWHERE, Site, StableDiffusion
 from dori.run import cell_key
 from dori.sampling import initial_noise, named_seed
 
 SITES: tuple[Site, ...] = ("attention_value", "feed_forward")
+Distances = Mapping[str, Callable[[Tensor], float]]  # by group, the mean distance among one layer's activations
 
 # ------------------------------------------------------------------------------------------------------- activations
 
@@ -34,14 +35,9 @@ def discrepancies(
         repeated: one of them, to run under several noises as the group "other noises".
     """
     plan, key = bench.plan, cell_key("activations", owner or next(iter(groups)).replace(" ", "-"))
-    inputs = {
+    inputs = _inputs(bench) | {
         "source": embeddings.sha256,
         "groups": {n: list(r) for n, r in groups.items()},
-        "steps": plan.activation_steps,
-        "ddim_steps": plan.sampling_steps,
-        "noises": plan.activation_noises,
-        "guidance_scale": plan.guidance_scale,
-        "seed": plan.seed,
         "others": other_noises(plan),
         "repeated": None if repeated is None else repeated.sha256,
     }
@@ -54,33 +50,81 @@ def discrepancies(
         Rows(forward=rows),
         lambda: _discrepancies(bench, groups, embeddings.y, None if repeated is None else repeated.y),
     )
+    counts = {name: len(members) for name, members in groups.items()}
+    counts |= {OTHER_NOISES: other_noises(plan)} if repeated is not None else {}
+    return [record for group, n in counts.items() for record in _records(bench, owner, group, found[group], n)]
+
+
+def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source, pairs: Tensor) -> list[Activity]:
+    """D_l over pairs of a trigger of this memory and one of another, as the group "triggers of other images".
+
+    Args:
+        bench: the bench.
+        owner: id of the memory.
+        mine: its triggers, n of them.
+        theirs: m of another memory's.
+        pairs: which pairs count, booleans (n, m); `n` of the records is their number.
+    """
+    inputs = _inputs(bench) | {"mine": mine.sha256, "theirs": theirs.sha256, "pairs": pairs.tolist()}
+    n = len(mine)
+    groups: Distances = {OTHER_IMAGES: lambda seen: discrepancy_across(seen[:n], seen[n:], pairs)}
+    found = bench.tensors(
+        cell_key("activations", owner, "across"),
+        inputs,
+        Rows(forward=bench.plan.activation_noises * activation_rows(n + len(theirs), bench.plan.activation_steps)),
+        lambda: _over_noises(bench, groups, torch.cat([mine.y, theirs.y])),
+    )
+    return _records(bench, owner, OTHER_IMAGES, found[OTHER_IMAGES], int(pairs.sum()))
+
+
+def _inputs(bench: Bench) -> dict[str, object]:
+    plan = bench.plan
+    return {
+        "steps": plan.activation_steps,
+        "ddim_steps": plan.sampling_steps,
+        "noises": plan.activation_noises,
+        "guidance_scale": plan.guidance_scale,
+        "seed": plan.seed,
+    }
+
+
+def _records(bench: Bench, owner: str, group: str, table: Tensor, n: int) -> list[Activity]:
+    """One record for each step and layer of a table (steps, layers)."""
     layers = {name: site for site in SITES for name in bench.model.layers(site, EVERYWHERE)}
-    counts = {name: len(members) for name, members in groups.items()} | {OTHER_NOISES: other_noises(plan)}
-    records = []
-    for group in [*groups, *([OTHER_NOISES] if repeated is not None else [])]:
-        table = found[group]  # (steps, layers)
-        records += [
-            Activity(owner, layers[layer], layer, step, group, known(float(table[row, column])), counts[group])
-            for row, step in enumerate(plan.activation_steps)
-            for column, layer in enumerate(layers)
-        ]
-    return records
+    return [
+        Activity(owner, layers[layer], layer, step, group, known(float(table[row, column])), n)
+        for row, step in enumerate(bench.plan.activation_steps)
+        for column, layer in enumerate(layers)
+    ]
 
 
 def _discrepancies(
     bench: Bench, groups: Mapping[str, Sequence[int]], embeddings: Tensor, repeated: Tensor | None
 ) -> dict[str, Tensor]:
-    seeds = [named_seed("locality noise", bench.plan.seed, k) for k in range(other_noises(bench.plan))]
-    noise = initial_noise(bench.model, seeds)
-    runs = [_tables(bench, groups, embeddings, noise[k : k + 1]) for k in range(bench.plan.activation_noises)]
-    found = {group: torch.stack([run[group] for run in runs]).mean(0) for group in groups}
+    found = _over_noises(bench, {group: partial(_within, list(rows)) for group, rows in groups.items()}, embeddings)
     if repeated is not None:
-        same = {OTHER_NOISES: range(len(noise))}
-        found |= _tables(bench, same, repeated.expand(len(noise), -1, -1), noise)
+        noise = _noise(bench)
+        found |= _tables(bench, {OTHER_NOISES: discrepancy}, repeated.expand(len(noise), -1, -1), noise)
     return found
 
 
-def _tables(bench: Bench, groups: Mapping[str, Sequence[int]], embeddings: Tensor, noise: Tensor) -> dict[str, Tensor]:
+def _within(rows: list[int], seen: Tensor) -> float:
+    return discrepancy(seen[rows])
+
+
+def _noise(bench: Bench) -> Tensor:
+    """The fixed initial noises, the first of which D_l is averaged over."""
+    seeds = [named_seed("locality noise", bench.plan.seed, k) for k in range(other_noises(bench.plan))]
+    return initial_noise(bench.model, seeds)
+
+
+def _over_noises(bench: Bench, groups: Distances, embeddings: Tensor) -> dict[str, Tensor]:
+    noise = _noise(bench)
+    runs = [_tables(bench, groups, embeddings, noise[k : k + 1]) for k in range(bench.plan.activation_noises)]
+    return {group: torch.stack([run[group] for run in runs]).mean(0) for group in groups}
+
+
+def _tables(bench: Bench, groups: Distances, embeddings: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """D_l by group, shape (steps, layers), float64."""
     plan, model = bench.plan, bench.model
     layers = {name: layer for site in SITES for name, layer in model.layers(site, EVERYWHERE).items()}
@@ -94,8 +138,8 @@ def _tables(bench: Bench, groups: Mapping[str, Sequence[int]], embeddings: Tenso
         ddim_steps=plan.sampling_steps,
         guidance_scale=plan.guidance_scale,
     ):
-        for group, rows in groups.items():
-            values = [discrepancy(seen[name][list(rows)]) for name in layers]
+        for group, distance in groups.items():
+            values = [distance(seen[name]) for name in layers]
             steps[group].append(torch.tensor(values, dtype=torch.float64))
     return {group: torch.stack(tables) for group, tables in steps.items()}
 

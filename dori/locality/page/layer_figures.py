@@ -57,7 +57,7 @@ def activity_figure(found: Locality, site: str, name: str, step: int) -> Picture
         axes, names = figure.subplots(), found.settings["layers"][site]
         told = [
             _line(axes, *STYLES[group], [activity(found, layer, group, step) for layer in names])
-            for group in (TRIGGERS, MEMORIZED, ORDINARY, STARTS, OTHER_NOISES)
+            for group in (TRIGGERS, OTHER_IMAGES, MEMORIZED, ORDINARY, STARTS, OTHER_NOISES)
         ]
         _finish(axes, names, "D, mean pairwise l2 distance")
         return _told(figure, title, told)

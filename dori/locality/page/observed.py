@@ -116,6 +116,12 @@ def _balls(found: Locality) -> list[str]:
     ]
 
 
+def _to_other_images(found: Locality, site: str) -> str:
+    """What the image alone changes; nothing after a run's first memory."""
+    ratio = activity_ratio(found, site, TRIGGERS, OTHER_IMAGES)
+    return "" if math.isnan(ratio.value) else f"to triggers of different images {said(ratio)}; "
+
+
 def activations(found: Locality) -> Said:
     """Ratios of D, site by site."""
     sentences, words = [], []
@@ -126,11 +132,12 @@ def activations(found: Locality) -> Said:
         word = banded(ratio, NEAR, ("closer together", "about as far apart", "farther apart"))
         words.append(f"{name}: {word}")
         starts = activity_ratio(found, site, f"{TRIGGERS}, gaussian", STARTS)
+        noises = activity_ratio(found, site, OTHER_NOISES, TRIGGERS)
         sentences.append(
             f"In the {name} D of triggers of one image is {said(ratio)} times that of different memorized prompts: "
-            f"{word}. To ordinary prompts the ratio is {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; of "
-            f"Gaussian-started triggers to their bare starts {said(starts)}; of one trigger under other noises to "
-            f"triggers {said(activity_ratio(found, site, OTHER_NOISES, TRIGGERS))}."
+            f"{word}. To ordinary prompts the ratio is {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; "
+            f"{_to_other_images(found, site)}of Gaussian-started triggers to their bare starts {said(starts)}; of one "
+            f"trigger under other noises to triggers {said(noises)}."
         )
     if not words:
         return NONE_REPLICATE
