@@ -24,7 +24,6 @@ from dori.audit.judge import Case, Judge, draw, judged, pixels_sha256
 from dori.audit.plan import Plan
 from dori.audit.quality import ordinary_quality
 from dori.audit.schedule import Ask, Prompts, Setting, Subjects
-from dori.cost import Rows
 from dori.edit import Edit
 from dori.errors import DoriError
 from dori.findings import Audit, Finding, Quality, Subject
@@ -254,23 +253,9 @@ def audit(
     names = edit_names(plan, prompted=len(wanted), given=others)
     _check_given(model, given, names)
     cells = planned.planned_cells(whole, plan, others)
-    run.plan(
-        "audit",
-        {
-            key: (Rows(attacked=rows) if stage == planned.ATTACK else Rows(rows)).weight
-            for stage, part in cells.items()
-            for key, rows in part.items()
-        },
-    )
-    loop = _Loop(
-        subjects,
-        plan,
-        prompts,
-        judge,
-        run,
-        {m.name: model_fingerprint(m) for m in (model, *subjects.twins)},
-        judge.record(),
-    )
+    run.plan("audit", planned.weights(cells))
+    fingerprints = {m.name: model_fingerprint(m) for m in (model, *subjects.twins)}
+    loop = _Loop(subjects, plan, prompts, judge, run, fingerprints, judge.record())
     base = {"model": loop.fingerprints[model.name]}
     edits = make_edits(model, plan, run, base=base, prompts=wanted, ordinary=prompts.calibration, given=given)
     edits.save(run.folder / "edits", but=("none", *others))

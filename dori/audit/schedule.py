@@ -1,6 +1,6 @@
 """What an audit asks and what it costs, known before anything is computed: one list for the loop and the progress."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -296,6 +296,15 @@ def planned_cells(whole: Subjects, plan: Plan, given: Sequence[str] = ()) -> dic
                 ask.images_key(step): drawn_rows(plan, len(ask.cases) * seeds) for step, seeds in ask.judged
             }
     return cells
+
+
+def weights(cells: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Every cell of `planned_cells` with its weight in the forecast of the time."""
+    return {
+        key: (Rows(attacked=rows) if stage == ATTACK else Rows(rows)).weight
+        for stage, part in cells.items()
+        for key, rows in part.items()
+    }
 
 
 def memory_prompts(subjects: Subjects) -> dict[str, str]:

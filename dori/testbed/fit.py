@@ -76,6 +76,25 @@ def _load_state(
         return int(file.metadata()["step"])
 
 
+def _optimizer(model: nn.Module, slow: Callable[[str], float], rate: float) -> torch.optim.AdamW:
+    """AdamW with one group for each scale of the learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(slow(name), []).append(parameter)
+    scaled = [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
+    return torch.optim.AdamW(scaled, lr=rate, weight_decay=0.01, fused=True)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """One clipped update; returns the loss."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def fit(
     stage: str,
     model: nn.Module,
@@ -110,42 +129,26 @@ def fit(
     """
     state_file = folder / f"{stage}.state.safetensors"
     made_from = json.loads(json.dumps({"schedule": asdict(schedule), "step_seed": seed, **made_from}))
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(slow(name), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "scale": s} for s, p in groups.items()], lr=schedule.lr, weight_decay=0.01, fused=True
-    )
+    optimizer = _optimizer(model, slow, schedule.lr)
     ema = {name: value.detach().clone() for name, value in model.named_parameters()}
     first = _load_state(state_file, model, ema, optimizer, made_from) if state_file.exists() else 0
     model.train()
     began, shown = time.monotonic(), 0.0
     for step in range(first, schedule.steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step) * group["scale"]
-        value = loss(step, generator)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        value = _step(model, optimizer, loss(step, torch.Generator().manual_seed(seed * 1_000_003 + step)))
         decay = min(ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
-        shown = value.item() if step == first else 0.98 * shown + 0.02 * value.item()
+        shown = value if step == first else 0.98 * shown + 0.02 * value
         done = step + 1
         if done % 50 == 0:
             left = (time.monotonic() - began) / (done - first) * (schedule.steps - done)
             say(f"{stage}: step {done}/{schedule.steps}, loss {shown:.4f}, {left / 60:.1f} min left")
         if done % save_every == 0 or done == schedule.steps:
-            _save_state(
-                state_file,
-                model,
-                ema,
-                optimizer,
-                {"step": str(done), "made_from": json.dumps(made_from, sort_keys=True)},
-            )
+            about = {"step": str(done), "made_from": json.dumps(made_from, sort_keys=True)}
+            _save_state(state_file, model, ema, optimizer, about)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(ema[name])

@@ -90,11 +90,11 @@ def trial_costs(bench: Bench, memories: int) -> dict[str, int]:
     return costs
 
 
-def _made(trial: Trial, name: str, plan: Plan, texts: Mapping[str, str], ordinary: Sequence[str]) -> Edits:
+def _made(trial: Trial, name: str, label: str, plan: Plan, texts: Mapping[str, str], ordinary: Sequence[str]) -> Edits:
     """The edits of a plan for these prompts, in a folder of their own."""
     bench, model = trial.bench, trial.model
     run = Run(bench.run.folder / name, say=bench.run.say, modules=bench.run.modules)
-    run.plan(f"verify, {name}", edit_cells(model, plan, list(texts), len(ordinary)))
+    run.plan(f"verify, edits of {label}", edit_cells(model, plan, list(texts), len(ordinary)))
     return make_edits(
         model, plan, run, base={"model": model_fingerprint(model)}, prompts=texts, ordinary=list(ordinary)
     )
@@ -108,7 +108,7 @@ def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], 
         label = nemo_name(nemo)
         # A folder for each setting: the cells of NeMo's edits bear the memories' names alone.
         plan = replace(trial.bench.plan, nemo=nemo, wandas=())
-        own = list(_made(trial, f"nemo-{index}", plan, trial.texts, calibration).own[label].values())
+        own = list(_made(trial, f"nemo-{index}", label, plan, trial.texts, calibration).own[label].values())
         joint = union(label, own)
         details = [edit.details for edit in own]
         sizes = [sum(map(len, d["neurons"].values())) for d in details]
@@ -127,7 +127,7 @@ def nemo_trials(trial: Trial, calibration: Sequence[str]) -> tuple[list[Tried], 
 
 def _wandas(trial: Trial, name: str, texts: Mapping[str, str]) -> list[Edit]:
     """The joint edit of these memories under every setting; its cells lie in a folder of their own."""
-    edits = _made(trial, name, replace(trial.bench.plan, nemo=None, wandas=WANDAS), texts, ())
+    edits = _made(trial, name, "Wanda's sweep", replace(trial.bench.plan, nemo=None, wandas=WANDAS), texts, ())
     return [edits.joint[wanda_name(wanda)] for wanda in WANDAS]
 
 
