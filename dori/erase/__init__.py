@@ -4,6 +4,7 @@
 TABLES = ("erasers", "ablations", "frontier")
 ERASERS = (
     "adversarial",
+    "adversarial-paper",
     "ordinary",
     "naive-deletion",
     "gradient-ascent",
@@ -17,6 +18,8 @@ ERASERS = (
 DEFAULT = "adversarial"
 ARMS = (
     "whole recipe",
+    "paper's loss",
+    "no surrogates",
     "prompt only",
     "first round's triggers",
     "prompt starts",

@@ -1,4 +1,4 @@
-"""Adversarial fine-tuning: search triggers on the current weights, teach them surrogate images, and again.
+"""Adversarial fine-tuning: search triggers on the current weights, make them draw something else, and again.
 
 Source: Finding Dori, methods.md 5: L = L_DM + L_Adv (1 : 1), L_DM the denoising loss on ordinary pairs, and
 
@@ -7,6 +7,15 @@ Source: Finding Dori, methods.md 5: L = L_DM + L_Adv (1 : 1), L_DM the denoising
 z_s the latent of a surrogate image, y_adv a trigger that DoRI finds on the weights as they are. Stated there: full
 U-Net, fresh triggers before every step, 5 epochs, surrogates from a pruned model. Not stated, chosen here (5.3): AdamW
 1e-5, decay 1e-2, clip 1; starts from the prompt, noise and other prompts; triggers reused for `steps_per_round` steps.
+
+Not from the paper is a third term. L_Adv moves where a trigger's image begins, but is silent at the noised memory
+itself, which is where DoRI looks. There the model shall see under a trigger what it saw before without a prompt:
+
+    L_Unc = || eps_theta(z_t, t, y_adv) - eps_theta0(z_t, t, y_null) ||^2,
+
+z_t the noised latent of the memory, theta0 the model as it was, y_null the empty prompt: ESD's target (field.md 6.2)
+with eta = 0, at the memory and under triggers. It fits as far as the model does not know the memory without a prompt,
+which `without_prompt` measures first. With `unconditional_weight=0` the loss is the paper's.
 """
 
 import dataclasses
@@ -26,6 +35,7 @@ from dori.audit.plan import Start
 from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
+    Batch,
     Forget,
     Pairs,
     Work,
@@ -33,11 +43,12 @@ from dori.erase.pairs import (
     even_rows,
     noised,
     ordinary_batch,
+    prediction_losses,
     step_generator,
     surrogate_pairs,
 )
 from dori.erase.starts import starting_points
-from dori.erase.tuning import Tuned, Tuner, tuning
+from dori.erase.tuning import RowLosses, Tuned, Tuner, tuning
 from dori.erase.watch import Watch
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
@@ -47,6 +58,7 @@ from dori.sampling import named_seed
 from dori.tensor_file import read_tensors
 
 NEVER = -1.0  # similarity of a memory whose trigger was not yet looked at
+UNPROMPTED = 8  # noises of each image in `without_prompt`
 
 
 @dataclass(slots=True)
@@ -60,6 +72,7 @@ class _Progress:
         last: of each memory, what its trigger drew when it was looked at last, shape (n,).
         triggers: of each start and memory, shape (s, n, l, d).
         log: one record a round.
+        known: what `without_prompt` found; empty where it was not asked.
     """
 
     round: int
@@ -68,6 +81,7 @@ class _Progress:
     last: Tensor
     triggers: Tensor
     log: list[dict[str, Any]]
+    known: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,12 +103,12 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class AdversarialErasure:
-    """The paper's erasure, with knobs that save cost and arms that take parts away.
+    """The paper's erasure and L_Unc, with knobs that save cost and arms that take parts away.
 
     Args:
         rounds: at most so many searches of triggers.
         steps_per_round: updates with the same triggers; 1 is the paper's.
-        batch: rows of L_Adv in each update, and as many of L_DM.
+        batch: rows of each term in each update.
         attack: DoRI as it searches; `Dori(steps=0)` leaves the starts as they are (prompt-only arm).
         attack_growth: the attack's steps grow by this factor a round, up to `attack_limit`.
         attack_limit: largest number of attack steps; fewer than the proof's, which nothing may be trained against.
@@ -104,6 +118,7 @@ class AdversarialErasure:
         surrogates: of each memory, at most so many are taught; None takes all.
         retain_weight: of L_DM; 0 leaves it out.
         adversarial_weight: of L_Adv.
+        unconditional_weight: of L_Unc; 0 is the paper's loss.
         safe_every: a memory whose last trigger drew nothing like it is attacked every so many rounds; 1 is always.
         safe_below: "nothing like it" is a similarity below this share of the threshold that decides.
         check_every: rounds between two held-out attacks; 0 makes none.
@@ -125,6 +140,7 @@ class AdversarialErasure:
     surrogates: int | None = None
     retain_weight: float = 1.0
     adversarial_weight: float = 1.0
+    unconditional_weight: float = 1.0
     safe_every: int = 1
     safe_below: float = 0.7
     check_every: int = 0
@@ -153,10 +169,11 @@ class AdversarialErasure:
             watch: judge of progress; without one every memory is visited in every round and nothing stops early.
 
         Raises:
-            CannotErase: a memory has no surrogate, or training diverged.
+            CannotErase: a memory has no surrogate although L_Adv weighs, or training diverged.
             DoriError: the checkpoint belongs to another erasure.
         """
-        memories.need_surrogates("adversarial fine-tuning")
+        if self.adversarial_weight:
+            memories.need_surrogates("adversarial fine-tuning")
         memories = dataclasses.replace(
             memories, surrogates=tuple(images[: self.surrogates] for images in memories.surrogates)
         )
@@ -177,7 +194,7 @@ class AdversarialErasure:
                     _store(work.checkpoint, tuned, progress, made_from)
                 work.say(self._line(task, progress, first=first, took_s=time.monotonic() - began))
             made = making(self, seed=seed, rows=progress.rows, updates=tuned.steps, log=progress.log)
-            return tuned.edit("adversarial fine-tuning", made)
+            return tuned.edit("adversarial fine-tuning", made | {"without_prompt": progress.known})
 
     def _made_from(self, model: StableDiffusion, memories: Forget, retain: Pairs, seed: int) -> str:
         """Names all that the weights depend on."""
@@ -197,11 +214,13 @@ class AdversarialErasure:
 
     def rows(self, memories: int, watch: Watch | None = None) -> Rows:
         """At most so many U-Net rows: all rounds are made, and no memory is ever safe."""
-        return sum((self._round_rows(number, memories, watch) for number in range(self.rounds)), Rows())
+        first = Rows(2 * UNPROMPTED * memories * (self.unconditional_weight != 0))
+        return sum((self._round_rows(number, memories, watch) for number in range(self.rounds)), first)
 
     def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
-        terms = (self.adversarial_weight != 0) + (self.retain_weight != 0)
-        found = Rows(trained=self.steps_per_round * self.batch * terms)
+        rows, blind = self.steps_per_round * self.batch, self.unconditional_weight != 0
+        terms = (self.adversarial_weight != 0) + (self.retain_weight != 0) + blind
+        found = Rows(rows * blind, trained=rows * terms)
         triggers = len(self.starts) * memories
         if self._searches(number):
             found += Rows(attacked=triggers * self._attack(number).steps * self.attack.batch)
@@ -233,8 +252,7 @@ class AdversarialErasure:
             "round": number + 1,
             "visited": len(visited),
             "attack_steps": self._attack(number).steps,
-            "retain": losses[-1][0],
-            "adversarial": losses[-1][1],
+            **losses[-1],
         }
         if watch is not None:
             record["triggers_reached"] = [round(value, 4) for value in progress.last.tolist()]
@@ -290,33 +308,43 @@ class AdversarialErasure:
 
     def _step(
         self, task: _Task, triggers: Tensor, visited: Sequence[int], generator: torch.Generator
-    ) -> tuple[float, float]:
-        """One update on L; returns both losses."""
-        model, tuned = task.model, task.tuned
-        total, losses = None, [0.0, 0.0]
-        if self.adversarial_weight:
-            latents, embeddings = self._adversarial_rows(task.memories, triggers, visited, generator)
-            batch = noised(model, latents, embeddings, generator)
-            gradient, losses[1] = tuned.gradient(denoising_losses(model, batch), len(batch))
-            total = [self.adversarial_weight * g for g in gradient]
-        if self.retain_weight:
-            batch = ordinary_batch(model, task.retain, self.batch, generator)
-            gradient, losses[0] = tuned.gradient(denoising_losses(model, batch), len(batch))
-            weighted = [self.retain_weight * g for g in gradient]
-            total = weighted if total is None else [a + b for a, b in zip(total, weighted, strict=True)]
-        if total is not None:
-            tuned.update(total)
-        return losses[0], losses[1]
+    ) -> dict[str, float]:
+        """One update on L; returns the loss of each term, 0 where it is left out."""
+        model, tuned, memories = task.model, task.tuned, task.memories
 
-    def _adversarial_rows(
+        def adversarial() -> RowLosses:
+            which, embeddings = self._asked(memories, triggers, visited, generator)
+            latents, _ = surrogate_pairs(memories, memories.embeddings, which, generator)
+            return denoising_losses(model, noised(model, latents, embeddings, generator))
+
+        def retained() -> RowLosses:
+            return denoising_losses(model, ordinary_batch(model, task.retain, self.batch, generator))
+
+        def unconditional() -> RowLosses:
+            which, embeddings = self._asked(memories, triggers, visited, generator)
+            return _blind_losses(tuned, noised(model, memories.latents[which].float(), embeddings, generator))
+
+        total, losses = [torch.zeros_like(weight) for weight in tuned.weights.values()], dict[str, float]()
+        for name, weight, term in (
+            ("adversarial", self.adversarial_weight, adversarial),
+            ("retain", self.retain_weight, retained),
+            ("unconditional", self.unconditional_weight, unconditional),
+        ):
+            losses[name] = 0.0
+            if weight:
+                gradient, losses[name] = tuned.gradient(term(), self.batch)
+                total = [a + weight * b for a, b in zip(total, gradient, strict=True)]
+        tuned.update(total)
+        return losses
+
+    def _asked(
         self, memories: Forget, triggers: Tensor, visited: Sequence[int], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Surrogate latents and triggers: memories as even as possible, a trigger of each drawn at random."""
+        """Memories, as even as possible, and for each one of its triggers, or its prompt, drawn at random."""
         which = torch.tensor(list(visited))[even_rows(len(visited), self.batch, generator)]
         kinds = torch.randint(len(triggers) + self.prompt_too, (self.batch,), generator=generator)
-        latents, prompts = surrogate_pairs(memories, memories.embeddings, which, generator)
         found = triggers[kinds.clamp(max=len(triggers) - 1), which]
-        return latents, torch.where((kinds == len(triggers))[:, None, None], prompts, found)
+        return which, torch.where((kinds == len(triggers))[:, None, None], memories.embeddings[which].float(), found)
 
     # -------------------------------------------------------------------------------------------------- end, resume
 
@@ -332,22 +360,63 @@ class AdversarialErasure:
         remaining = f", at most about {duration(took_s * left / done)} left" if left and done else ""
         return (
             f"erasing: round {progress.round}/{self.rounds}, loss {record['retain']:.4f} + "
-            f"{record['adversarial']:.4f}{held}, {progress.rows} U-Net rows{remaining}"
+            f"{record['adversarial']:.4f} + {record['unconditional']:.4f}{held}, {progress.rows} U-Net rows{remaining}"
         )
 
     def _resumed(self, task: _Task, made_from: str) -> _Progress:
         task.work.processes.wait()
         if task.work.checkpoint is not None and task.work.checkpoint.exists():
             return _load(task.work.checkpoint, task.tuned, made_from)
-        memories = task.memories
-        return _Progress(
-            0,
-            0,
-            0,
-            torch.full((len(memories),), NEVER),
-            memories.embeddings.float().repeat(len(self.starts), 1, 1, 1),
-            [],
-        )
+        memories, model, known = task.memories, task.model, dict[str, float]()
+        before = model.rows
+        if self.unconditional_weight:
+            with task.tuned.resting():
+                known = without_prompt(model, memories, task.retain, seed=task.seed)
+            task.work.say(
+                f"without a prompt the model's loss on the memories is {known['memories']:.3f}, on ordinary images "
+                f"{known['ordinary']:.3f}"
+            )
+        triggers = memories.embeddings.float().repeat(len(self.starts), 1, 1, 1)
+        unseen = torch.full((len(memories),), NEVER)
+        return _Progress(0, 0, model.rows - before, unseen, triggers, [], known)
+
+
+def without_prompt(model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int) -> dict[str, float]:
+    """Mean denoising error under the empty prompt: of the memories, and of as many ordinary images.
+
+    Where the first is much the smaller, the model knows the memories without a prompt, and L_Unc teaches them.
+
+    Args:
+        model: the model as it was.
+        memories: n images.
+        retain: ordinary pairs, of which n are drawn.
+        seed: of noises and timesteps, the same for both.
+    """
+    picked = torch.randint(len(retain), (len(memories),), generator=step_generator("without prompt", seed, 0))
+    found = {}
+    for name, latents in (("memories", memories.latents), ("ordinary", retain.latents[picked])):
+        rows = latents.float().repeat(UNPROMPTED, 1, 1, 1)
+        null = model.encode([""]).cpu().expand(len(rows), -1, -1)
+        batch = noised(model, rows, null, step_generator("without prompt", seed, 1))
+        with torch.no_grad():
+            parts = [denoising_losses(model, batch)(part) for part in torch.arange(len(rows)).split(len(memories))]
+        found[name] = round(float(torch.cat(parts).mean()), 6)
+    return found
+
+
+def _blind_losses(tuned: Tuned, batch: Batch) -> RowLosses:
+    """Of each row of L_Unc, the squared distance to what the model as it was predicts without a prompt."""
+    model = tuned.model
+    noisy, null = model.add_noise(batch.latents, batch.noise, batch.timestep), model.encode([""]).to(batch.embeddings)
+
+    def losses(rows: Tensor) -> Tensor:
+        with tuned.as_before():
+            rows = rows.to(noisy.device)
+            targets = model.predict_noise(noisy[rows], batch.timestep[rows], null.expand(len(rows), -1, -1))
+        part = prediction_losses(model, noisy[rows], batch.timestep[rows], batch.embeddings[rows], targets)
+        return part(torch.arange(len(rows)))
+
+    return losses
 
 
 def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> None:
@@ -359,6 +428,7 @@ def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> Non
         "quiet": progress.quiet,
         "rows": progress.rows,
         "log": progress.log,
+        "known": progress.known,
     }
     write_bytes(path, save(tensors, metadata={"erasure": json.dumps(header)}))
 
@@ -373,5 +443,11 @@ def _load(path: Path, tuned: Tuned, made_from: str) -> _Progress:
         )
     tuned.restore({key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")})
     return _Progress(
-        header["round"], header["quiet"], header["rows"], tensors["last"], tensors["triggers"], header["log"]
+        header["round"],
+        header["quiet"],
+        header["rows"],
+        tensors["last"],
+        tensors["triggers"],
+        header["log"],
+        header["known"],
     )

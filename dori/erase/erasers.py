@@ -65,6 +65,7 @@ def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timeste
     batch = adversarial.batch
     table: Mapping[str, Eraser] = {
         "adversarial": adversarial,
+        "adversarial-paper": dataclasses.replace(adversarial, unconditional_weight=0.0),
         "ordinary": ordinary(adversarial),
         "naive-deletion": each(NaiveDeletion(batch=batch, tuner=tuner)),
         "gradient-ascent": each(GradientAscent(batch=batch, tuner=tuner)),
@@ -106,6 +107,8 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
 
     table = {
         "whole recipe": adversarial,
+        "paper's loss": dataclasses.replace(adversarial, unconditional_weight=0.0),
+        "no surrogates": dataclasses.replace(adversarial, adversarial_weight=0.0),
         "prompt only": dataclasses.replace(adversarial, attack=Dori(steps=0), starts=("prompt",)),
         "first round's triggers": dataclasses.replace(adversarial, search_rounds=1),
         "prompt starts": dataclasses.replace(adversarial, starts=("prompt",)),

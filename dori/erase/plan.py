@@ -115,7 +115,9 @@ def quick() -> Plan:
         "quick",
         memories=8,
         controls=8,
-        adversarial=AdversarialErasure(rounds=5, steps_per_round=25, attack=Dori(steps=25)),
+        adversarial=AdversarialErasure(
+            rounds=4, steps_per_round=30, attack=Dori(steps=25), tuner=Tuner(ema_decay=0.98)
+        ),
         surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=GUIDANCE_SCALE),
         protocol=protocol,
         tables=dataclasses.replace(
@@ -139,7 +141,7 @@ def full() -> Plan:
         "full",
         adversarial=AdversarialErasure(
             rounds=20,
-            steps_per_round=25,
+            steps_per_round=100,
             attack=Dori(steps=50),
             attack_growth=1.15,
             safe_every=3,

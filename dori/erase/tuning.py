@@ -184,6 +184,23 @@ class Tuned:
             yield
 
     @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Put the weights on as they were before the training, without gradient, inside the block.
+
+        So no second model is kept: `base` exists anyway.
+        """
+        weights = self.weights
+        moved = {name: weight.detach().clone() for name, weight in weights.items()}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(self.base[name])
+            try:
+                yield
+            finally:
+                for name, weight in weights.items():
+                    weight.copy_(moved[name])
+
+    @contextmanager
     def resting(self) -> Iterator[None]:
         """No weight takes a gradient inside the block: attacks then need less time and memory."""
         weights = self.weights.values()
