@@ -31,7 +31,12 @@ from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
 METHOD = AdversarialErasure(
-    rounds=3, steps_per_round=2, batch=4, attack=Dori(steps=2, batch=1), tuner=Tuner(learning_rate=1e-3, ema_decay=0.5)
+    rounds=3,
+    steps_per_round=2,
+    batch=4,
+    attack=Dori(steps=2, batch=1),
+    adversarial_weight=1.0,
+    tuner=Tuner(learning_rate=1e-3, ema_decay=0.5),
 )
 
 

@@ -236,15 +236,16 @@ def test_names_and_methods_agree() -> None:
     made, single = ({name: eraser(name, memories=n, **settings) for name in ERASERS} for n in (3, 1))
     assert made["adversarial"] is method and made["ordinary"].tuner == dataclasses.replace(method.tuner, part="full")
     assert (single["siss"].steps, single["esd"].steps, single["concept-ablation"].steps) == (35, 200, 400)
-    assert made["adversarial-paper"] == dataclasses.replace(method, unconditional_weight=0.0)
+    table = arms(method)
+    assert made["adversarial-paper"] == method.paper() == table["paper's loss"]
+    assert [one.needs_surrogates for one in (method, method.paper())] == [False, True]
     published = set(ERASERS) - {"adversarial", "adversarial-paper", "ordinary", "uce"}
     assert all(made[name].steps == 3 * single[name].steps and made[name].tuner.ema_decay == 0 for name in published)
     assert made["siss-as-released"].timesteps == (99, 100) and made["esd"].sampling_steps == 7
     assert made["esd"].tuner.learning_rate == pytest.approx(1e-3)  # published 5e-5, scaled as 1e-5 to 2e-4
     assert made["concept-ablation"].tuner.learning_rate == pytest.approx(1e-5)
-    table = arms(method)
     assert tuple(table) == ARMS and len(set(table.values())) >= len(ARMS) - 1
-    assert table["paper's loss"].unconditional_weight == 0 == table["no surrogates"].adversarial_weight
+    assert table["both losses"].adversarial_weight == 1 == table["both losses"].unconditional_weight
     assert table["no retain loss"].retain_weight == 0 and table["attention only"].tuner.part == "attention"
     slow, fast = table["LoRA"].tuner, table["LoRA, rate x 10"].tuner
     assert (slow.part, slow.learning_rate) == ("lora", method.tuner.learning_rate)

@@ -19,7 +19,7 @@ DEFAULT = "adversarial"
 ARMS = (
     "whole recipe",
     "paper's loss",
-    "no surrogates",
+    "both losses",
     "prompt only",
     "first round's triggers",
     "prompt starts",

@@ -15,7 +15,8 @@ itself, which is where DoRI looks. There the model shall see under a trigger wha
 
 z_t the noised latent of the memory, theta0 the model as it was, y_null the empty prompt: ESD's target (field.md 6.2)
 with eta = 0, at the memory and under triggers. It fits as far as the model does not know the memory without a prompt,
-which `without_prompt` measures first. With `unconditional_weight=0` the loss is the paper's.
+which `without_prompt` measures first. On the testbed L_Unc removes more than L_Adv and harms less, and both together
+are worse than L_Unc alone (docs/erasure.md), which is the default; `paper()` gives the paper's loss.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -117,8 +118,8 @@ class AdversarialErasure:
         prompt_too: teach the plain prompt as well as its triggers.
         surrogates: of each memory, at most so many are taught; None takes all.
         retain_weight: of L_DM; 0 leaves it out.
-        adversarial_weight: of L_Adv.
-        unconditional_weight: of L_Unc; 0 is the paper's loss.
+        adversarial_weight: of L_Adv; 1 is the paper's, and 0 needs no surrogates.
+        unconditional_weight: of L_Unc; 0 is the paper's.
         safe_every: a memory whose last trigger drew nothing like it is attacked every so many rounds; 1 is always.
         safe_below: "nothing like it" is a similarity below this share of the threshold that decides.
         check_every: rounds between two held-out attacks; 0 makes none.
@@ -127,7 +128,6 @@ class AdversarialErasure:
         tuner: how weights move.
     """
 
-    needs_surrogates: ClassVar[bool] = True
     rounds: int = 5
     steps_per_round: int = 25
     batch: int = 16
@@ -139,7 +139,7 @@ class AdversarialErasure:
     prompt_too: bool = True
     surrogates: int | None = None
     retain_weight: float = 1.0
-    adversarial_weight: float = 1.0
+    adversarial_weight: float = 0.0
     unconditional_weight: float = 1.0
     safe_every: int = 1
     safe_below: float = 0.7
@@ -147,6 +147,15 @@ class AdversarialErasure:
     patience: int = 2
     budget_rows: int | None = None
     tuner: Tuner = field(default_factory=Tuner)
+
+    @property
+    def needs_surrogates(self) -> bool:
+        """Whether L_Adv has a weight."""
+        return self.adversarial_weight != 0
+
+    def paper(self) -> "AdversarialErasure":
+        """The same with the paper's loss, L_DM + L_Adv."""
+        return dataclasses.replace(self, adversarial_weight=1.0, unconditional_weight=0.0)
 
     def __call__(
         self,
@@ -172,7 +181,7 @@ class AdversarialErasure:
             CannotErase: a memory has no surrogate although L_Adv weighs, or training diverged.
             DoriError: the checkpoint belongs to another erasure.
         """
-        if self.adversarial_weight:
+        if self.needs_surrogates:
             memories.need_surrogates("adversarial fine-tuning")
         memories = dataclasses.replace(
             memories, surrogates=tuple(images[: self.surrogates] for images in memories.surrogates)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from dori.attack.dori import Dori
 from dori.cost import Rows
@@ -25,12 +25,11 @@ Published = TypeVar("Published", NaiveDeletion, GradientAscent, EraseDiff, Siss,
 
 
 class Eraser(Protocol):
-    """What every eraser is: settings, and a call that returns an edit and leaves the model as it was.
+    """What every eraser is: settings, and a call that returns an edit and leaves the model as it was."""
 
-    `needs_surrogates` says whether it looks at the memories' surrogates.
-    """
-
-    needs_surrogates: ClassVar[bool]
+    @property
+    def needs_surrogates(self) -> bool:
+        """Whether it looks at the memories' surrogates."""
 
     def rows(self, memories: int) -> Rows:
         """At most so many U-Net rows for so many memories."""
@@ -65,7 +64,7 @@ def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timeste
     batch = adversarial.batch
     table: Mapping[str, Eraser] = {
         "adversarial": adversarial,
-        "adversarial-paper": dataclasses.replace(adversarial, unconditional_weight=0.0),
+        "adversarial-paper": adversarial.paper(),
         "ordinary": ordinary(adversarial),
         "naive-deletion": each(NaiveDeletion(batch=batch, tuner=tuner)),
         "gradient-ascent": each(GradientAscent(batch=batch, tuner=tuner)),
@@ -107,8 +106,8 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
 
     table = {
         "whole recipe": adversarial,
-        "paper's loss": dataclasses.replace(adversarial, unconditional_weight=0.0),
-        "no surrogates": dataclasses.replace(adversarial, adversarial_weight=0.0),
+        "paper's loss": adversarial.paper(),
+        "both losses": dataclasses.replace(adversarial, adversarial_weight=1.0),
         "prompt only": dataclasses.replace(adversarial, attack=Dori(steps=0), starts=("prompt",)),
         "first round's triggers": dataclasses.replace(adversarial, search_rounds=1),
         "prompt starts": dataclasses.replace(adversarial, starts=("prompt",)),
@@ -127,14 +126,14 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
 def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
     """The adversarial erasure from mild to strong: removal against damage, by learning rate, rounds and surrogates."""
 
-    def changed(rate: float, rounds: float, surrogates: int | None = None) -> AdversarialErasure:
+    def changed(rate: float, rounds: float) -> AdversarialErasure:
         tuner = dataclasses.replace(adversarial.tuner, learning_rate=adversarial.tuner.learning_rate * rate)
-        count = max(1, round(adversarial.rounds * rounds))
-        return dataclasses.replace(adversarial, tuner=tuner, rounds=count, surrogates=surrogates)
+        return dataclasses.replace(adversarial, tuner=tuner, rounds=max(1, round(adversarial.rounds * rounds)))
 
     table = {
         f"rate x {rate:g}, {changed(rate, rounds).rounds} rounds": changed(rate, rounds)
         for rate in (0.5, 1, 2)
         for rounds in (0.5, 1, 2)
     }
-    return table | {"one surrogate each": changed(1, 1, 1)}
+    both = dataclasses.replace(adversarial, adversarial_weight=1.0)
+    return table | {"surrogates too": both, "one surrogate each": dataclasses.replace(both, surrogates=1)}

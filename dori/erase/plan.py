@@ -116,7 +116,7 @@ def quick() -> Plan:
         memories=8,
         controls=8,
         adversarial=AdversarialErasure(
-            rounds=4, steps_per_round=30, attack=Dori(steps=25), tuner=Tuner(ema_decay=0.98)
+            rounds=4, steps_per_round=60, attack=Dori(steps=25), tuner=Tuner(ema_decay=0.98)
         ),
         surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=GUIDANCE_SCALE),
         protocol=protocol,
