@@ -47,7 +47,13 @@ FAST = Tuner(learning_rate=1e-3)
 PLAN = Plan(
     "tiny",
     adversarial=AdversarialErasure(
-        rounds=1, steps_per_round=1, batch=2, attack=Dori(steps=1, batch=1), starts=("prompt",), tuner=FAST
+        rounds=1,
+        steps_per_round=1,
+        batch=2,
+        attack=Dori(steps=1, batch=1),
+        starts=("prompt",),
+        adversarial_weight=1.0,
+        tuner=FAST,
     ),
     mitigations=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=2),),
     surrogates=SurrogateSearch(wanted=1, tries=2, sampling_steps=1, below_target=1.4),
@@ -252,8 +258,12 @@ def test_names_and_methods_agree() -> None:
     assert fast == dataclasses.replace(slow, learning_rate=pytest.approx(10 * slow.learning_rate))
     assert ordinary(method).steps == 125 and ordinary(method, 30).steps == 30
     edge = frontier(method)
-    assert len(edge) == 10 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
-    assert edge["one surrogate each"].surrogates == 1 and edge["rate x 0.5, 2 rounds"].rounds == 2
+    assert len(edge) == 11 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
+    assert (
+        edge["one surrogate each"].surrogates == 1
+        and edge["surrogates too"].needs_surrogates
+        and edge["rate x 0.5, 2 rounds"].rounds == 2
+    )
 
 
 def test_presets_scale_every_rate_alike() -> None:

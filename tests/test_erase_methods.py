@@ -38,6 +38,7 @@ ERASERS: dict[str, Any] = {
     "uce": Uce(),
     "adversarial": AdversarialErasure(rounds=2, steps_per_round=2, batch=4, attack=Dori(steps=1, batch=1), tuner=FAST),
 }
+ERASERS["adversarial_paper"] = ERASERS["adversarial"].paper()
 ERASERS["siss_as_released"] = Siss(steps=2, batch=4, timesteps=as_released(1000).timesteps, tuner=FAST)
 every_eraser = pytest.mark.parametrize("eraser", ERASERS.values(), ids=ERASERS.keys())
 Eraser = Callable[..., WeightDelta]
@@ -74,7 +75,7 @@ def test_what_an_eraser_needs_is_said_in_one_sentence(tiny: StableDiffusion) -> 
     for name in ("esd", "concept_ablation", "uce"):
         with pytest.raises(DoriError, match="'m1' has no text"):
             ERASERS[name](tiny, bare, retain(tiny), seed=0)
-    for name in ("naive", "siss", "concept_ablation", "adversarial"):
+    for name in ("naive", "siss", "concept_ablation", "adversarial_paper"):
         with pytest.raises(DoriError, match=r"of memory 'm0' .* none could be made"):
             ERASERS[name](tiny, poor, retain(tiny), seed=0)
 
