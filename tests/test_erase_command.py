@@ -135,6 +135,8 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
     made = own_surrogates(tmp_path / "a", given)
     assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
+    known = record["eraser"]["without_prompt"]
+    assert f"on the memories is {known['memories']:.3f}, on as many ordinary images {known['ordinary']:.3f}" in page
     erased, ordinarily = (record["damage"][row]["frechet"] for row in (1, 2))
     assert f"lies {abs(100 * (erased / ordinarily - 1)):.1f} % " in page
     for image in (*given.subjects.memories, *given.subjects.controls):

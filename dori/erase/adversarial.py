@@ -358,7 +358,7 @@ class AdversarialErasure:
     # -------------------------------------------------------------------------------------------------- end, resume
 
     def _over(self, progress: _Progress) -> bool:
-        spent = self.budget_rows is not None and progress.rows >= self.budget_rows
+        spent = progress.round > 0 and self.budget_rows is not None and progress.rows >= self.budget_rows
         return spent or (self.check_every > 0 and progress.quiet >= self.patience)
 
     def _line(self, task: _Task, progress: _Progress, *, first: int, took_s: float) -> str:

@@ -56,6 +56,7 @@ def render(record: Mapping[str, Any]) -> str:
         descriptor=sheet(record["descriptor"]),
         provenance=sheet(record["provenance"]),
         cost=_cost(record),
+        premise=_premise(record),
     )
 
 
@@ -124,6 +125,18 @@ def _judge(record: Mapping[str, Any]) -> str:
     return (
         "There is no model that never saw the memories: they are compared with controls on the erased model. "
         f"Scores that look at no model tell the two apart with AUROC {blind} (0.5: not at all)."
+    )
+
+
+def _premise(record: Mapping[str, Any]) -> str:
+    """On what L_Unc rests; empty for an eraser without it."""
+    known = record["eraser"].get("without_prompt")
+    if not known:
+        return ""
+    return (
+        f"Without a prompt the original's denoising error on the memories is {known['memories']:.3f}, on as many "
+        f"ordinary images {known['ordinary']:.3f}: the erasure teaches it as what the model shall see under a trigger, "
+        "which fits unless the first is much the smaller."
     )
 
 
