@@ -1,6 +1,7 @@
 """Made-up records of a locality run: every kind of record, a stranger's names, and figures that a hand can check."""
 
 from dori.locality.records import (
+    HALF,
     MEMORIZED,
     NO_MASK,
     ON_TWIN,
@@ -127,6 +128,7 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
                 (STARTS, 8.0),
                 (OTHER_NOISES, 1.0),
                 (OTHER_IMAGES, 8.0),
+                (HALF, 4.0),
             )
         ),
         overlaps=tuple(dict.fromkeys(row for one in ids for row in overlaps(one, levels or LEVELS, empty=empty))),

@@ -16,7 +16,7 @@ from torch import Tensor
 from dori.attack.dori import Dori
 from dori.audit.judge import Case
 from dori.edit import no_edit
-from dori.erase.adversarial import AdversarialErasure, _blind_losses, without_prompt
+from dori.erase.adversarial import AdversarialErasure, _unconditional_losses, without_prompt
 from dori.erase.decide import PART, deciding, deciding_pairs
 from dori.erase.delta import CannotErase
 from dori.erase.pairs import Batch, Work, step_generator
@@ -38,6 +38,7 @@ METHOD = AdversarialErasure(
     adversarial_weight=1.0,
     tuner=Tuner(learning_rate=1e-3, ema_decay=0.5),
 )
+PLAIN = dataclasses.replace(METHOD, adversarial_weight=0.0)
 
 
 def watch(model: StableDiffusion, threshold: float = 0.7) -> Watch:
@@ -58,8 +59,11 @@ class Killed(Exception):
     """Stands for a kill between two rounds."""
 
 
-def test_a_killed_erasure_goes_on_to_the_same_weights(tiny: StableDiffusion, tmp_path: Path) -> None:
-    whole = METHOD(tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny))
+@pytest.mark.parametrize("method", [METHOD, PLAIN], ids=["all terms", "default"])
+def test_a_killed_erasure_goes_on_to_the_same_weights(
+    tiny: StableDiffusion, tmp_path: Path, method: AdversarialErasure
+) -> None:
+    whole = method(tiny, forget(tiny), retain(tiny), seed=0, watch=watch(tiny))
     checkpoint, said = tmp_path / "state.safetensors", list[str]()
 
     def die(line: str) -> None:
@@ -68,18 +72,18 @@ def test_a_killed_erasure_goes_on_to_the_same_weights(tiny: StableDiffusion, tmp
             raise Killed
 
     with pytest.raises(Killed):
-        METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=die), watch=watch(tiny))
+        method(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=die), watch=watch(tiny))
     said.clear()
-    resumed = METHOD(
+    resumed = method(
         tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint, say=said.append), watch=watch(tiny)
     )
     assert resumed.fingerprint == whole.fingerprint and resumed.details == whole.details
     assert len(said) == 1 and "round 3/3" in said[0]
     with pytest.raises(DoriError, match="other settings"):
-        METHOD(tiny, forget(tiny), retain(tiny), seed=1, work=Work(checkpoint))
+        method(tiny, forget(tiny), retain(tiny), seed=1, work=Work(checkpoint))
     checkpoint.write_bytes(b"torn")
     with pytest.raises(DoriError, match="cannot be read"):
-        METHOD(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint))
+        method(tiny, forget(tiny), retain(tiny), seed=0, work=Work(checkpoint))
 
 
 def test_a_round_says_what_is_left_and_the_rows_are_those_that_were_planned(tiny: StableDiffusion) -> None:
@@ -162,29 +166,71 @@ def test_terms_can_be_left_out(tiny: StableDiffusion, kept: str) -> None:
     assert [log[term] != 0 for term in TERMS] == [term == kept for term in TERMS]
 
 
-def test_the_unconditional_term_teaches_the_memory_as_the_model_saw_it_without_a_prompt(tiny: StableDiffusion) -> None:
-    """Against the formula written out, on weights that have moved; the target does not move with them."""
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "tuner", [Tuner(), Tuner(rows_per_call=2, checkpointing=True), Tuner(part="lora")], ids=["full", "parts", "lora"]
+)
+def test_the_unconditional_term_teaches_the_memory_as_the_model_saw_it_without_a_prompt(
+    tmp_path: Path, kind: str, tuner: Tuner
+) -> None:
+    """Against the formula written out, on weights that have moved; the target does not move with them.
+
+    The last timestep of the velocity model holds no signal, so that nothing may be divided by abar.
+    """
+    tiny = StableDiffusion(**tiny_parts(tmp_path, kind), name="tiny")
     memories, y = forget(tiny), draw(3, *tiny.embedding_shape, seed=5)
-    t, noise, null = torch.tensor([3, 40, 90]), draw(3, *tiny.latent_shape, seed=6), tiny.encode([""])
+    t, noise, null = torch.tensor([3, 40, 99]), draw(3, *tiny.latent_shape, seed=6), tiny.encode([""])
+    if kind == "v_prediction":
+        tiny.alphas_cumprod[99] = 0
     a = tiny.alphas_cumprod[t][:, None, None, None]
     noisy = a.sqrt() * memories.latents + (1 - a).sqrt() * noise
     with torch.no_grad():
-        before = tiny.predict_noise(noisy, t, null.expand_as(y))
-    with tuning(tiny, Tuner(learning_rate=1e-2)) as tuned:
+        before = tiny.unet(noisy, t, null.expand_as(y)).sample
+    with tuning(tiny, dataclasses.replace(tuner, learning_rate=1e-2)) as tuned:
         tuned.update([torch.ones_like(weight) for weight in tuned.weights.values()])
-        gradient, loss = tuned.gradient(_blind_losses(tuned, Batch(memories.latents, y, noise, t)), 3)
-        wanted = (tiny.predict_noise(noisy, t, y) - before).square().mean()
+        weights = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
+        gradient, loss = tuned.gradient(_unconditional_losses(tuned, Batch(memories.latents, y, noise, t)), 3)
+        assert all(torch.equal(weight, weights[name]) for name, weight in tuned.weights.items())
+        wanted = (tiny.unet(noisy, t, y).sample - before).square().mean()
         slow = torch.autograd.grad(wanted, list(tuned.weights.values()), allow_unused=True)
         assert loss == pytest.approx(wanted.item(), rel=1e-5)
         for own, other in zip(gradient, slow, strict=True):
             assert torch.allclose(own, torch.zeros_like(own) if other is None else other, atol=1e-6, rtol=1e-3)
-        moved = tiny.predict_noise(noisy, t, null.expand_as(y))
-        assert not torch.allclose(moved, before, atol=1e-3)  # or the target might as well be the weights as they are
+        moved = tiny.unet(noisy, t, null.expand_as(y)).sample
+        assert not torch.allclose(moved, before, atol=1e-5)  # or the target might as well be the weights as they are
+
+
+def test_the_weights_as_before_are_put_off_again_bit_for_bit(tiny: StableDiffusion) -> None:
+    base = {name: weight.detach().clone() for name, weight in tiny.unet.named_parameters()}
+    with tuning(tiny, Tuner(learning_rate=1e-2)) as tuned:
+        tuned.update([torch.ones_like(weight) for weight in tuned.weights.values()])
+        moved = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
+        with pytest.raises(Killed), tuned.as_before():
+            assert not torch.is_grad_enabled()
+            assert all(torch.equal(weight, base[name]) for name, weight in tuned.weights.items())
+            raise Killed
+        assert torch.is_grad_enabled() and all(weight.requires_grad for weight in tuned.weights.values())
+        assert all(torch.equal(weight, moved[name]) for name, weight in tuned.weights.items())
+        assert not any(torch.equal(moved[name], base[name]) for name in base)
+        tuned.update([torch.ones_like(weight) for weight in tuned.weights.values()])
+    assert all(torch.equal(weight, base[name]) for name, weight in tiny.unet.named_parameters())
+
+
+def test_a_memory_without_a_text_is_asked_by_its_triggers_alone(tiny: StableDiffusion) -> None:
+    memories, triggers = forget(tiny, texts=("a", None, "b")), draw(2, 3, *tiny.embedding_shape, seed=5)
+    big = dataclasses.replace(METHOD, batch=90)
+    which, embeddings = big._asked(memories, triggers, [0, 1, 2], torch.Generator().manual_seed(0))
+    asked = [any(torch.equal(y, memories.embeddings[i]) for y in embeddings[which == i]) for i in range(3)]
+    assert asked == [True, False, True]
+    assert all(any(torch.equal(y, triggers[k, 1]) for k in range(2)) for y in embeddings[which == 1])
 
 
 def test_what_the_model_knows_without_a_prompt_is_its_denoising_error(tiny: StableDiffusion) -> None:
     memories, ordinary, rows = forget(tiny), retain(tiny), tiny.rows
     found = without_prompt(tiny, memories, ordinary, seed=3)
+    parts = without_prompt(tiny, memories, ordinary, seed=3, rows_per_call=5)
+    assert set(parts) == set(found)
+    rows += 2 * 8 * 3
     assert set(found) == {"memories", "ordinary"} and tiny.rows - rows == 2 * 8 * 3
     generator = step_generator("without prompt", 3, 1)
     noise, t = (

@@ -200,7 +200,7 @@ def test_activations_are_compared_with_different_memorized_prompts() -> None:
     said_ = observed.activations(records())
     assert said_.title.endswith("Value projections: closer together; feed-forward layers: closer together")
     assert "is 0.60 times that of different memorized prompts" in said_.sentences[0]
-    assert "ordinary prompts the ratio is 1.20; to triggers of different images 0.75; of" in said_.sentences[0]
+    assert "ordinary prompts the ratio is 1.20; to triggers of different images 0.50; of" in said_.sentences[0]
     alone = dataclasses.replace(records(), activities=tuple(a for a in records().activities if a.group != OTHER_IMAGES))
     assert "different images" not in observed.activations(alone).sentences[0]
 

@@ -152,7 +152,10 @@ def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
             } | ({"triggers of other images"} if memory == "m1" else set())  # m2 is the first
         groups = {a.group for a in found.activities if a.memory in (memory, "")}
         assert {"triggers", "other noises", "memorized prompts", "ordinary prompts", "gaussian starts"} <= groups
-        assert ("triggers of other images" in groups) is (memory == "m1")
+        assert ("triggers of other images" in groups) is ("triggers, first half" in groups) is (memory == "m1")
+    half = {a.n for a in found.activities if a.group == "triggers, first half"}
+    across = {a.n for a in found.activities if a.group == "triggers of other images"}
+    assert half == {2} and across <= {2, 3, 4}  # two triggers of each, those from one start left out
     layers = found.settings["layers"]
     assert {a.layer for a in found.activities} == {*layers["attention_value"], *layers["feed_forward"]}
     measured = {m.name for m in found.measures if m.memory in ("m1", "")}

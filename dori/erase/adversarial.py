@@ -1,4 +1,4 @@
-"""Adversarial fine-tuning: search triggers on the current weights, make them draw something else, and again.
+"""Adversarial fine-tuning: search triggers on the current weights, take their image from them, and again.
 
 Source: Finding Dori, methods.md 5: L = L_DM + L_Adv (1 : 1), L_DM the denoising loss on ordinary pairs, and
 
@@ -8,15 +8,16 @@ z_s the latent of a surrogate image, y_adv a trigger that DoRI finds on the weig
 U-Net, fresh triggers before every step, 5 epochs, surrogates from a pruned model. Not stated, chosen here (5.3): AdamW
 1e-5, decay 1e-2, clip 1; starts from the prompt, noise and other prompts; triggers reused for `steps_per_round` steps.
 
-Not from the paper is a third term. L_Adv moves where a trigger's image begins, but is silent at the noised memory
-itself, which is where DoRI looks. There the model shall see under a trigger what it saw before without a prompt:
+The default has another loss in the place of L_Adv, which is not from the paper. L_Adv moves where a trigger's image
+begins, but is silent at the noised memory itself, which is where DoRI looks. There the model shall see under a trigger
+what it saw before without a prompt:
 
     L_Unc = || eps_theta(z_t, t, y_adv) - eps_theta0(z_t, t, y_null) ||^2,
 
-z_t the noised latent of the memory, theta0 the model as it was, y_null the empty prompt: ESD's target (field.md 6.2)
-with eta = 0, at the memory and under triggers. It fits as far as the model does not know the memory without a prompt,
-which `without_prompt` measures first. On the testbed L_Unc removes more than L_Adv and harms less, and both together
-are worse than L_Unc alone (docs/erasure.md), which is the default; `paper()` gives the paper's loss.
+z_t the noised latent of the memory, theta0 the model as it was, y_null the empty prompt: ESD's target
+with eta = 1 as `esd.py` counts it, at the memory and under triggers. It fits as far as the model does not know the
+memory without a prompt, which `without_prompt` measures first. What either loss does to the testbed: docs/erasure.md.
+`paper()` gives the paper's loss.
 """
 
 import dataclasses
@@ -44,7 +45,6 @@ from dori.erase.pairs import (
     even_rows,
     noised,
     ordinary_batch,
-    prediction_losses,
     step_generator,
     surrogate_pairs,
 )
@@ -59,7 +59,7 @@ from dori.sampling import named_seed
 from dori.tensor_file import read_tensors
 
 NEVER = -1.0  # similarity of a memory whose trigger was not yet looked at
-UNPROMPTED = 8  # noises of each image in `without_prompt`
+NOISES = 8  # of each image in `without_prompt`
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class _Progress:
         last: of each memory, what its trigger drew when it was looked at last, shape (n,).
         triggers: of each start and memory, shape (s, n, l, d).
         log: one record a round.
-        known: what `without_prompt` found; empty where it was not asked.
+        without_prompt: what `without_prompt` found; empty where it was not asked.
     """
 
     round: int
@@ -82,7 +82,7 @@ class _Progress:
     last: Tensor
     triggers: Tensor
     log: list[dict[str, Any]]
-    known: dict[str, float]
+    without_prompt: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +104,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class AdversarialErasure:
-    """The paper's erasure and L_Unc, with knobs that save cost and arms that take parts away.
+    """L_DM and L_Unc under fresh triggers, or the paper's L_DM and L_Adv; knobs that save cost, arms that change parts.
 
     Args:
         rounds: at most so many searches of triggers.
@@ -171,7 +171,7 @@ class AdversarialErasure:
 
         Args:
             model: the model, in float32.
-            memories: what to erase, with surrogates.
+            memories: what to erase, with surrogates where L_Adv weighs.
             retain: ordinary pairs.
             seed: root of all random streams.
             work: checkpoint, processes, progress.
@@ -203,7 +203,7 @@ class AdversarialErasure:
                     _store(work.checkpoint, tuned, progress, made_from)
                 work.say(self._line(task, progress, first=first, took_s=time.monotonic() - began))
             made = making(self, seed=seed, rows=progress.rows, updates=tuned.steps, log=progress.log)
-            return tuned.edit("adversarial fine-tuning", made | {"without_prompt": progress.known})
+            return tuned.edit("adversarial fine-tuning", made | {"without_prompt": progress.without_prompt})
 
     def _made_from(self, model: StableDiffusion, memories: Forget, retain: Pairs, seed: int) -> str:
         """Names all that the weights depend on."""
@@ -223,13 +223,12 @@ class AdversarialErasure:
 
     def rows(self, memories: int, watch: Watch | None = None) -> Rows:
         """At most so many U-Net rows: all rounds are made, and no memory is ever safe."""
-        first = Rows(2 * UNPROMPTED * memories * (self.unconditional_weight != 0))
+        first = Rows(2 * NOISES * memories * (self.unconditional_weight != 0))
         return sum((self._round_rows(number, memories, watch) for number in range(self.rounds)), first)
 
     def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
-        rows, blind = self.steps_per_round * self.batch, self.unconditional_weight != 0
-        terms = (self.adversarial_weight != 0) + (self.retain_weight != 0) + blind
-        found = Rows(rows * blind, trained=rows * terms)
+        rows, weights = self.steps_per_round * self.batch, [weight for _, weight in self._weights()]
+        found = Rows(rows * (self.unconditional_weight != 0), trained=rows * sum(weight != 0 for weight in weights))
         triggers = len(self.starts) * memories
         if self._searches(number):
             found += Rows(attacked=triggers * self._attack(number).steps * self.attack.batch)
@@ -237,6 +236,14 @@ class AdversarialErasure:
         return found + (watch.held_out_rows(memories) if watch is not None and self._checks(number) else Rows())
 
     # ------------------------------------------------------------------------------------------------------ a round
+
+    def _weights(self) -> tuple[tuple[str, float], ...]:
+        """The terms with their weights, in the order in which they draw."""
+        return (
+            ("adversarial", self.adversarial_weight),
+            ("retain", self.retain_weight),
+            ("unconditional", self.unconditional_weight),
+        )
 
     def _searches(self, number: int) -> bool:
         return self.search_rounds is None or number < self.search_rounds
@@ -321,37 +328,40 @@ class AdversarialErasure:
         """One update on L; returns the loss of each term, 0 where it is left out."""
         model, tuned, memories = task.model, task.tuned, task.memories
 
-        def adversarial() -> RowLosses:
+        def surrogate() -> RowLosses:
             which, embeddings = self._asked(memories, triggers, visited, generator)
             latents, _ = surrogate_pairs(memories, memories.embeddings, which, generator)
             return denoising_losses(model, noised(model, latents, embeddings, generator))
 
-        def retained() -> RowLosses:
+        def ordinary() -> RowLosses:
             return denoising_losses(model, ordinary_batch(model, task.retain, self.batch, generator))
 
         def unconditional() -> RowLosses:
             which, embeddings = self._asked(memories, triggers, visited, generator)
-            return _blind_losses(tuned, noised(model, memories.latents[which].float(), embeddings, generator))
+            return _unconditional_losses(tuned, noised(model, memories.latents[which].float(), embeddings, generator))
 
+        terms = {"adversarial": surrogate, "retain": ordinary, "unconditional": unconditional}
         total, losses = [torch.zeros_like(weight) for weight in tuned.weights.values()], dict[str, float]()
-        for name, weight, term in (
-            ("adversarial", self.adversarial_weight, adversarial),
-            ("retain", self.retain_weight, retained),
-            ("unconditional", self.unconditional_weight, unconditional),
-        ):
+        for name, weight in self._weights():
             losses[name] = 0.0
             if weight:
-                gradient, losses[name] = tuned.gradient(term(), self.batch)
-                total = [a + weight * b for a, b in zip(total, gradient, strict=True)]
+                gradient, losses[name] = tuned.gradient(terms[name](), self.batch)
+                for sum_, part in zip(total, gradient, strict=True):
+                    sum_.add_(part, alpha=weight)
         tuned.update(total)
         return losses
 
     def _asked(
         self, memories: Forget, triggers: Tensor, visited: Sequence[int], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Memories, as even as possible, and for each one of its triggers, or its prompt, drawn at random."""
+        """Memories, as even as possible, and for each one of its triggers, or its prompt, drawn at random.
+
+        A memory without a text has no prompt: asked by the empty one it would be held where it is.
+        """
         which = torch.tensor(list(visited))[even_rows(len(visited), self.batch, generator)]
         kinds = torch.randint(len(triggers) + self.prompt_too, (self.batch,), generator=generator)
+        silent = torch.tensor([memories.texts[i] is None for i in which.tolist()])
+        kinds = torch.where(silent, kinds % len(triggers), kinds)
         found = triggers[kinds.clamp(max=len(triggers) - 1), which]
         return which, torch.where((kinds == len(triggers))[:, None, None], memories.embeddings[which].float(), found)
 
@@ -367,30 +377,35 @@ class AdversarialErasure:
         costs = [self._round_rows(number, len(task.memories), task.watch).weight for number in range(self.rounds)]
         done, left = sum(costs[first : progress.round]), sum(costs[progress.round :])
         remaining = f", at most about {duration(took_s * left / done)} left" if left and done else ""
+        losses = ", ".join(f"{name} {record[name]:.4f}" for name, weight in self._weights() if weight)
         return (
-            f"erasing: round {progress.round}/{self.rounds}, loss {record['retain']:.4f} + "
-            f"{record['adversarial']:.4f} + {record['unconditional']:.4f}{held}, {progress.rows} U-Net rows{remaining}"
+            f"erasing: round {progress.round}/{self.rounds}, losses: {losses}{held}, {progress.rows} U-Net "
+            f"rows{remaining}"
         )
 
     def _resumed(self, task: _Task, made_from: str) -> _Progress:
         task.work.processes.wait()
         if task.work.checkpoint is not None and task.work.checkpoint.exists():
             return _load(task.work.checkpoint, task.tuned, made_from)
-        memories, model, known = task.memories, task.model, dict[str, float]()
+        memories, model, found = task.memories, task.model, dict[str, float]()
         before = model.rows
         if self.unconditional_weight:
+            per_call = self.tuner.rows_per_call
             with task.tuned.resting():
-                known = without_prompt(model, memories, task.retain, seed=task.seed)
+                found = without_prompt(model, memories, task.retain, seed=task.seed, rows_per_call=per_call)
             task.work.say(
-                f"without a prompt the model's loss on the memories is {known['memories']:.3f}, on ordinary images "
-                f"{known['ordinary']:.3f}"
+                f"without a prompt the model's denoising error on the memories is {found['memories']:.3f}, on ordinary "
+                f"images {found['ordinary']:.3f}"
             )
+        spent = torch.tensor(model.rows - before, device=model.device)
         triggers = memories.embeddings.float().repeat(len(self.starts), 1, 1, 1)
         unseen = torch.full((len(memories),), NEVER)
-        return _Progress(0, 0, model.rows - before, unseen, triggers, [], known)
+        return _Progress(0, 0, int(task.work.processes.sum([spent])[0]), unseen, triggers, [], found)
 
 
-def without_prompt(model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int) -> dict[str, float]:
+def without_prompt(
+    model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, rows_per_call: int = 64
+) -> dict[str, float]:
     """Mean denoising error under the empty prompt: of the memories, and of as many ordinary images.
 
     Where the first is much the smaller, the model knows the memories without a prompt, and L_Unc teaches them.
@@ -400,30 +415,34 @@ def without_prompt(model: StableDiffusion, memories: Forget, retain: Pairs, *, s
         memories: n images.
         retain: ordinary pairs, of which n are drawn.
         seed: of noises and timesteps, the same for both.
+        rows_per_call: upper bound on the rows of one U-Net call.
     """
     picked = torch.randint(len(retain), (len(memories),), generator=step_generator("without prompt", seed, 0))
-    found = {}
+    null, found = model.encode([""]).cpu(), {}
     for name, latents in (("memories", memories.latents), ("ordinary", retain.latents[picked])):
-        rows = latents.float().repeat(UNPROMPTED, 1, 1, 1)
-        null = model.encode([""]).cpu().expand(len(rows), -1, -1)
-        batch = noised(model, rows, null, step_generator("without prompt", seed, 1))
-        with torch.no_grad():
-            parts = [denoising_losses(model, batch)(part) for part in torch.arange(len(rows)).split(len(memories))]
-        found[name] = round(float(torch.cat(parts).mean()), 6)
+        generator, errors = step_generator("without prompt", seed, 1), []
+        for part in latents.float().repeat(NOISES, 1, 1, 1).split(rows_per_call):
+            batch = noised(model, part, null.expand(len(part), -1, -1), generator)
+            with torch.no_grad():
+                errors.append(denoising_losses(model, batch)(torch.arange(len(part))))
+        found[name] = round(float(torch.cat(errors).mean()), 6)
     return found
 
 
-def _blind_losses(tuned: Tuned, batch: Batch) -> RowLosses:
-    """Of each row of L_Unc, the squared distance to what the model as it was predicts without a prompt."""
+def _unconditional_losses(tuned: Tuned, batch: Batch) -> RowLosses:
+    """Of each row of L_Unc, the squared distance to what the model as it was predicts without a prompt.
+
+    In the network's own parametrisation, as all training losses.
+    """
     model = tuned.model
     noisy, null = model.add_noise(batch.latents, batch.noise, batch.timestep), model.encode([""]).to(batch.embeddings)
 
     def losses(rows: Tensor) -> Tensor:
+        rows = rows.to(noisy.device)
+        z, t, y = noisy[rows], batch.timestep[rows], batch.embeddings[rows]
         with tuned.as_before():
-            rows = rows.to(noisy.device)
-            targets = model.predict_noise(noisy[rows], batch.timestep[rows], null.expand(len(rows), -1, -1))
-        part = prediction_losses(model, noisy[rows], batch.timestep[rows], batch.embeddings[rows], targets)
-        return part(torch.arange(len(rows)))
+            target = model.predict(z, t, null.expand_as(y))
+        return (model.predict(z, t, y) - target).square().flatten(1).mean(1)
 
     return losses
 
@@ -437,7 +456,7 @@ def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> Non
         "quiet": progress.quiet,
         "rows": progress.rows,
         "log": progress.log,
-        "known": progress.known,
+        "without_prompt": progress.without_prompt,
     }
     write_bytes(path, save(tensors, metadata={"erasure": json.dumps(header)}))
 
@@ -458,5 +477,5 @@ def _load(path: Path, tuned: Tuned, made_from: str) -> _Progress:
         tensors["last"],
         tensors["triggers"],
         header["log"],
-        header["known"],
+        header["without_prompt"],
     )

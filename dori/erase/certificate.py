@@ -135,8 +135,8 @@ def _premise(record: Mapping[str, Any]) -> str:
         return ""
     return (
         f"Without a prompt the original's denoising error on the memories is {known['memories']:.3f}, on as many "
-        f"ordinary images {known['ordinary']:.3f}: the erasure teaches it as what the model shall see under a trigger, "
-        "which fits unless the first is much the smaller."
+        f"ordinary images {known['ordinary']:.3f}. Under a trigger the erasure teaches that prediction, which fits "
+        "unless the first error is much the smaller: then the model knows the memories without a prompt."
     )
 
 

@@ -16,6 +16,7 @@ from dori.erase.tuning import RowLosses
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import named_seed
 
+NO_SIGNAL = 1e-6  # abar_t below any schedule's but 0
 PROMPT_DROPOUT = 0.1  # as in the training of Stable Diffusion: keeps the unconditional half alive
 
 
@@ -89,7 +90,7 @@ class Forget:
                 raise CannotErase(
                     f"{eraser} needs images with the meaning of memory {one!r} that are no copies, and none could be "
                     "made: the mitigated model and all shortened prompts, even the empty one, draw images too like a "
-                    "memory; leave it out, or take an eraser that needs none, such as gradient-ascent or esd"
+                    "memory; leave it out, or take an eraser that needs none, such as adversarial"
                 )
 
 
@@ -222,7 +223,8 @@ def prediction_losses(
     """Each row's squared distance of the noise prediction to a given noise, in the model's own parametrisation.
 
     |v - v'|^2 = |eps - eps'|^2 / abar_t for predictions at the same z_t, so a velocity model's rows are divided by
-    abar_t: otherwise the purest timesteps, where a velocity's weight in eps vanishes, would teach it nothing.
+    abar_t: otherwise the purest timesteps, where a velocity's weight in eps vanishes, would teach it nothing. Where
+    abar_t is 0 (a schedule of zero terminal SNR) eps says nothing of the velocity, and the row's loss is 0.
 
     Args:
         model: the model in training.
@@ -237,7 +239,7 @@ def prediction_losses(
         predicted = model.predict_noise(noisy[rows], timestep[rows], embeddings[rows])
         error = (predicted - target[rows]).square().flatten(1).mean(1)
         if model.prediction_type == "v_prediction":
-            error = error / model.alphas_cumprod[timestep[rows]].to(error.dtype)
+            error = error / model.alphas_cumprod[timestep[rows]].to(error.dtype).clamp_min(NO_SIGNAL)
         return error
 
     return losses

@@ -187,18 +187,18 @@ class Tuned:
     def as_before(self) -> Iterator[None]:
         """Put the weights on as they were before the training, without gradient, inside the block.
 
-        So no second model is kept: `base` exists anyway.
+        The numbers change places and are not copied: `base` exists anyway, and no second model is kept.
         """
         weights = self.weights
-        moved = {name: weight.detach().clone() for name, weight in weights.items()}
-        with torch.no_grad():
+        moved = {name: weight.data for name, weight in weights.items()}
+        try:
             for name, weight in weights.items():
-                weight.copy_(self.base[name])
-            try:
+                weight.data = self.base[name]
+            with torch.no_grad():
                 yield
-            finally:
-                for name, weight in weights.items():
-                    weight.copy_(moved[name])
+        finally:
+            for name, weight in weights.items():
+                weight.data = moved[name]
 
     @contextmanager
     def resting(self) -> Iterator[None]:

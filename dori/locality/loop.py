@@ -153,7 +153,10 @@ class _Loop:
         )
 
     def _activations_across(self, memory: str, found: Found, rows: list[int]) -> None:
-        """Beside the memory before; half of the triggers of each, so that no more is held at a time."""
+        """Beside the memory before; half of the triggers of each, so that no more is held at a time.
+
+        The first half holds the prompt-started trigger, so D within it is the fair comparison, not D of all.
+        """
         if self.before is None:
             return
         half = max(1, self.bench.plan.set_size // 2)

@@ -7,6 +7,7 @@ reference sets of prompts). Numbers that could not be measured are null. Groups 
     triggers; triggers, gaussian; triggers, foreign     of one memory, from the named starts; only what replicates
     triggers of other images                            pairs of a trigger of this memory and one of the memory before,
                                                         from different starts of the same kinds: only the image differs
+    triggers, first half                                those of this memory that D compares with the other image's
     gaussian starts                                     the starts themselves, before any attack
     other noises                                        one trigger under different noises (floor of D, ceiling of A)
     memorized prompts; ordinary prompts                 as many different prompts, of planted images or of no memory
@@ -26,7 +27,7 @@ FILE = "locality.json"
 ENOUGH = 5  # memories, from which on intervals and relations to the dose are given
 TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memorized prompts", "ordinary prompts"
 STARTS, RANDOM, SIMULATED = "gaussian starts", "random", "random, simulated"
-OTHER_IMAGES, NO_MASK = "triggers of other images", "none"
+OTHER_IMAGES, HALF, NO_MASK = "triggers of other images", "triggers, first half", "none"
 ON_TWIN = "attacks that replicate on a twin"
 WHOLE = "all"  # the layer of a whole mask
 

@@ -11,7 +11,7 @@ from dori.locality.activations import activation_rows, activations, discrepancy,
 from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import Rows, drawing, other_noises
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, patch_sets, patched_samples, share_of_gap
-from dori.locality.records import OTHER_IMAGES, OTHER_NOISES, Activity, Patch, known
+from dori.locality.records import HALF, OTHER_IMAGES, OTHER_NOISES, Activity, Patch, known
 from dori.model.stable_diffusion import EVERYWHERE, Site, StableDiffusion
 from dori.run import cell_key
 from dori.sampling import initial_noise, named_seed
@@ -56,25 +56,29 @@ def discrepancies(
 
 
 def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source, pairs: Tensor) -> list[Activity]:
-    """D_l over pairs of a trigger of this memory and one of another, as the group "triggers of other images".
+    """D_l over pairs of a trigger of this memory and one of another, and over pairs of this memory's: like with like.
 
     Args:
         bench: the bench.
         owner: id of the memory.
         mine: its triggers, n of them.
         theirs: m of another memory's.
-        pairs: which pairs count, booleans (n, m); `n` of the records is their number.
+        pairs: which pairs across count, booleans (n, m); `n` of their records is their number.
     """
     inputs = _inputs(bench) | {"mine": mine.sha256, "theirs": theirs.sha256, "pairs": pairs.tolist()}
     n = len(mine)
-    groups: Distances = {OTHER_IMAGES: lambda seen: discrepancy_across(seen[:n], seen[n:], pairs)}
+    groups: Distances = {
+        OTHER_IMAGES: lambda seen: discrepancy_across(seen[:n], seen[n:], pairs),
+        HALF: lambda seen: discrepancy(seen[:n]),
+    }
     found = bench.tensors(
         cell_key("activations", owner, "across"),
         inputs,
         Rows(forward=bench.plan.activation_noises * activation_rows(n + len(theirs), bench.plan.activation_steps)),
         lambda: _over_noises(bench, groups, torch.cat([mine.y, theirs.y])),
     )
-    return _records(bench, owner, OTHER_IMAGES, found[OTHER_IMAGES], int(pairs.sum()))
+    counts = {OTHER_IMAGES: int(pairs.sum()), HALF: n}
+    return [record for group, count in counts.items() for record in _records(bench, owner, group, found[group], count)]
 
 
 def _inputs(bench: Bench) -> dict[str, object]:

@@ -150,7 +150,7 @@ class StableDiffusion:
         Returns:
             Shape (b, c, h, w), float32 (float64 for a float64 network).
         """
-        native = self._native(latents, timestep, embedding)
+        native = self.predict(latents, timestep, embedding)
         if self.prediction_type == "epsilon":
             return native
         a = self.alphas_cumprod[timestep].to(native.dtype)[:, None, None, None]
@@ -171,14 +171,18 @@ class StableDiffusion:
         Returns:
             Shape (b,), differentiable in `embedding`.
         """
-        native = self._native(self.add_noise(latents, noise, timestep), timestep, embedding)
+        native = self.predict(self.add_noise(latents, noise, timestep), timestep, embedding)
         target = noise
         if self.prediction_type == "v_prediction":
             a = self.alphas_cumprod[timestep].to(noise.dtype)[:, None, None, None]
             target = a.sqrt() * noise - (1 - a).sqrt() * latents
         return (native - target).square().flatten(1).mean(1)
 
-    def _native(self, latents: Tensor, timestep: Tensor, embedding: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Tensor, embedding: Tensor) -> Tensor:
+        """What the network itself predicts, noise or velocity; otherwise as `predict_noise`.
+
+        Two predictions at one z_t are compared in it without a division, which fails where abar_t is 0.
+        """
         self.rows += len(latents)
         dtype = self.unet.dtype
         native = self.unet(latents.to(dtype), timestep, embedding.to(dtype)).sample

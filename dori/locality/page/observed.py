@@ -20,6 +20,7 @@ from dori.locality.page.summary import (
 )
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
 from dori.locality.records import (
+    HALF,
     MEMORIZED,
     ORDINARY,
     OTHER_IMAGES,
@@ -118,7 +119,7 @@ def _balls(found: Locality) -> list[str]:
 
 def _to_other_images(found: Locality, site: str) -> str:
     """What the image alone changes; nothing after a run's first memory."""
-    ratio = activity_ratio(found, site, TRIGGERS, OTHER_IMAGES)
+    ratio = activity_ratio(found, site, HALF, OTHER_IMAGES)
     return "" if math.isnan(ratio.value) else f"to triggers of different images {said(ratio)}; "
 
 
