@@ -47,13 +47,7 @@ FAST = Tuner(learning_rate=1e-3)
 PLAN = Plan(
     "tiny",
     adversarial=AdversarialErasure(
-        rounds=1,
-        steps_per_round=1,
-        batch=2,
-        attack=Dori(steps=1, batch=1),
-        starts=("prompt",),
-        adversarial_weight=1.0,
-        tuner=FAST,
+        rounds=1, steps_per_round=1, batch=2, attack=Dori(steps=1, batch=1), starts=("prompt",), tuner=FAST
     ),
     mitigations=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=2),),
     surrogates=SurrogateSearch(wanted=1, tries=2, sampling_steps=1, below_target=1.4),
@@ -111,10 +105,11 @@ def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "advers
     return found
 
 
-def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adversarial", "adversarial-paper"])
+def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path, name: str) -> None:
     twin = twin_of(tmp_path)
     given, before = material(tiny, twin), (model_fingerprint(tiny), model_fingerprint(twin))
-    proof = proven(tmp_path / "a", given)
+    proof = proven(tmp_path / "a", given, name=name)
     assert (model_fingerprint(tiny), model_fingerprint(twin)) == before
     record = json.loads(json.dumps(proof.record, allow_nan=False))
     states = {outcome["state"] for outcome in record["outcomes"]}
@@ -124,7 +119,7 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
         assert record["model"]["erased_sha256"] == model_fingerprint(tiny)
     assert [row["state"] for row in record["damage"]] == ["original", "erased", "ordinary training", "twin <b>"]
     assert record["damage"][0]["to_original"] is None and record["damage"][0]["neighbours"] > 0
-    again = proven(tmp_path / "a", given)
+    again = proven(tmp_path / "a", given, name=name)
     drop = ("provenance",)
     assert {k: v for k, v in again.record.items() if k not in drop} == {
         k: v for k, v in proof.record.items() if k not in drop
@@ -132,11 +127,14 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path) -> No
     page = render(record)
     assert "twin &lt;b&gt;" in page and "twin <b>" not in page and "memory-0" in page
     assert not re.search(r"<script|https?://|src=", page)
-    made = own_surrogates(tmp_path / "a", given)
-    assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
+    made, known = own_surrogates(tmp_path / "a", given), record["eraser"]["without_prompt"]
+    if name == "adversarial":
+        assert record["surrogate_rows"] == 0 and "rows for surrogates" not in page
+        assert f"on the memories is {known['memories']:.3f}, on as many ordinary images {known['ordinary']:.3f}" in page
+    else:
+        assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
+        assert known == {} and "Without a prompt" not in page
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
-    known = record["eraser"]["without_prompt"]
-    assert f"on the memories is {known['memories']:.3f}, on as many ordinary images {known['ordinary']:.3f}" in page
     erased, ordinarily = (record["damage"][row]["frechet"] for row in (1, 2))
     assert f"lies {abs(100 * (erased / ordinarily - 1)):.1f} % " in page
     for image in (*given.subjects.memories, *given.subjects.controls):
@@ -190,7 +188,7 @@ def test_a_killed_search_for_surrogates_goes_on_with_the_next_memory(tiny: Stabl
 
 @pytest.mark.parametrize("kind", ["erasers", "ablations"])
 def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: StableDiffusion, tmp_path: Path) -> None:
-    names = ("uce", "esd") if kind == "erasers" else ("prompt only", "LoRA")
+    names = ("uce", "esd") if kind == "erasers" else ("paper's loss", "LoRA")
     own = bench(tmp_path / "run", material(tiny, twin_of(tmp_path)))
     few = {name: method for name, method in contestants(kind, own).items() if name in names}  # type: ignore[arg-type]
     if kind == "erasers":
@@ -282,12 +280,13 @@ def test_presets_scale_every_rate_alike() -> None:
         assert plan.audit().nemo is None and plan.audit().wandas == ()
 
 
-def test_every_planned_cell_is_made_and_costs_no_more(tiny: StableDiffusion, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adversarial", "adversarial-paper"])
+def test_every_planned_cell_is_made_and_costs_no_more(tiny: StableDiffusion, tmp_path: Path, name: str) -> None:
     own = bench(tmp_path / "run", material(tiny, twin_of(tmp_path)))
-    planned, models = proof_costs(own, "adversarial"), (tiny, *own.material.subjects.twins)
+    planned, models = proof_costs(own, name), (tiny, *own.material.subjects.twins)
     before = sum(model.rows for model in models)
     with own.run.locked():
-        prove(own, "adversarial")
+        prove(own, name)
     cells = {path.stem for path in (tmp_path / "run" / "cells").iterdir() if not path.stem.startswith("seconds")}
     used, most = sum(model.rows for model in models) - before, sum(planned.values(), Rows()).count
     assert cells == set(planned) and 0.7 * most < used <= most  # surrogates are found before every way was tried
