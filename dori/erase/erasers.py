@@ -1,4 +1,4 @@
-"""Every eraser by its name; of the adversarial one, arms that take parts away, and settings from mild to strong."""
+"""Every eraser by its name; of the adversarial one, arms that change one part, and settings from mild to strong."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -96,7 +96,7 @@ def ordinary(adversarial: AdversarialErasure, updates: int | None = None) -> Ord
 
 
 def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
-    """The ablation's arms by name: each takes one part away from the recipe (or puts a weaker one in its place)."""
+    """The ablation's arms by name: each changes one part of the recipe: away, another in its place, or one more."""
 
     def tuned(part: Part, rate: float = 1.0) -> AdversarialErasure:
         faster = adversarial.tuner.learning_rate * rate
@@ -124,7 +124,7 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
 
 
 def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
-    """The adversarial erasure from mild to strong: removal against damage, by learning rate, rounds and surrogates."""
+    """The adversarial erasure from mild to strong, by learning rate and rounds, and with L_Adv beside L_Unc."""
 
     def changed(rate: float, rounds: float) -> AdversarialErasure:
         tuner = dataclasses.replace(adversarial.tuner, learning_rate=adversarial.tuner.learning_rate * rate)
