@@ -14,10 +14,10 @@ what it saw before without a prompt:
 
     L_Unc = || eps_theta(z_t, t, y_adv) - eps_theta0(z_t, t, y_null) ||^2,
 
-z_t the noised latent of the memory, theta0 the model as it was, y_null the empty prompt: ESD's target
-with eta = 1 as `esd.py` counts it, at the memory and under triggers. It fits as far as the model does not know the
-memory without a prompt, which `without_prompt` measures first. What either loss does to the testbed: docs/erasure.md.
-`paper()` gives the paper's loss.
+z_t the noised latent of the memory, theta0 the model as it was, y_null the empty prompt: ESD's target with eta = 1 as
+`esd.py` counts it, at the memory and under triggers. It fits as far as the model does not know the memory without a
+prompt, which `without_prompt` measures first. What either loss does to the testbed: docs/erasure.md. `paper()` gives
+the paper's loss.
 """
 
 import dataclasses
@@ -227,8 +227,8 @@ class AdversarialErasure:
         return sum((self._round_rows(number, memories, watch) for number in range(self.rounds)), first)
 
     def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
-        rows, weights = self.steps_per_round * self.batch, [weight for _, weight in self._weights()]
-        found = Rows(rows * (self.unconditional_weight != 0), trained=rows * sum(weight != 0 for weight in weights))
+        rows, terms = self.steps_per_round * self.batch, sum(weight != 0 for _, weight in self._weights())
+        found = Rows(rows * (self.unconditional_weight != 0), trained=rows * terms)
         triggers = len(self.starts) * memories
         if self._searches(number):
             found += Rows(attacked=triggers * self._attack(number).steps * self.attack.batch)

@@ -14,7 +14,7 @@ the two factors of W = W0 + (alpha / r) B A, whose gradients follow from that of
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -173,29 +173,25 @@ class Tuned:
         """The result as an edit of the model as it was."""
         return difference(name, self.model, self.base, self.result(), details)
 
-    @contextmanager
-    def resulting(self) -> Iterator[None]:
+    def resulting(self) -> AbstractContextManager[None]:
         """Put the result on inside the block."""
-        result = self.result()
-        with weights_kept(self.model, self.base):
-            with torch.no_grad():
-                for name, weight in self.weights.items():
-                    weight.copy_(result[name])
-            yield
+        return self._showing(self.result())
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """Put the weights on as they were before the training, without gradient, inside the block.
+        """Put the weights on as they were before the training, without gradient, inside the block."""
+        with self._showing(self.base), torch.no_grad():
+            yield
 
-        The numbers change places and are not copied: `base` exists anyway, and no second model is kept.
-        """
+    @contextmanager
+    def _showing(self, numbers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other numbers for the weights that move; they change places and are not copied: no second model is kept."""
         weights = self.weights
         moved = {name: weight.data for name, weight in weights.items()}
         try:
             for name, weight in weights.items():
-                weight.data = self.base[name]
-            with torch.no_grad():
-                yield
+                weight.data = numbers[name]
+            yield
         finally:
             for name, weight in weights.items():
                 weight.data = moved[name]
