@@ -228,7 +228,7 @@ def _locality(arguments: argparse.Namespace) -> int:
     with run.locked():
         subjects, judge = _audited(arguments, plan.judging())
         say(stage_table(costs(subjects, plan, choose_sets(subjects, plan)), measured_speed(subjects.model)))
-        write(locality(subjects, plan=plan, judge=judge, run=run, say=say, after_memory=write))
+        write(locality(subjects, plan=plan, judge=judge, run=run, say=say, after_part=write))
     print(f"page: {arguments.out / 'locality.html'}")
     return 0
 

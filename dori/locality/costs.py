@@ -1,6 +1,6 @@
 """What a locality run will cost, by arithmetic, before anything runs: U-Net rows of every cell.
 
-Upper bounds: every attack is taken to replicate, and NeMo's refinement to use all that it may.
+Upper bounds: every prompt and attack is taken to replicate, and NeMo's refinement to use all that it may.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,8 @@ class Sizes:
 
     Args:
         memories: ids of the analysed memories, and whether each has a prompt.
-        memorized, ordinary: embeddings of the two reference sets.
+        prompted: ids of the memories that the memorized prompts should bring back.
+        memorized, ordinary: embeddings of the two reference sets, as many as there may be.
         foreign: foreign starts that there are.
         calibration: prompts of NeMo's calibration.
         layers: layers that can be patched.
@@ -37,6 +38,7 @@ class Sizes:
     """
 
     memories: tuple[tuple[str, bool], ...]
+    prompted: tuple[str, ...]
     memorized: int
     ordinary: int
     foreign: int
@@ -78,7 +80,8 @@ def chunks(count: int, size: int) -> list[range]:
 
 def planned(plan: "Plan", sizes: Sizes, methods: tuple[str, ...]) -> dict[str, dict[str, Rows]]:
     """Every cell with its cost, by memory; "" holds what belongs to none."""
-    shared = {"calibration": Rows(forward=sizes.calibration * plan.nemo.noises)}
+    shared = {cell_key("memorized", memory): drawing(plan, plan.seeds) for memory in sizes.prompted}
+    shared |= {"calibration": Rows(forward=sizes.calibration * plan.nemo.noises)}
     for group, count in (("memorized prompts", sizes.memorized), ("ordinary prompts", sizes.ordinary)):
         shared |= dict(_set(plan, methods, group, count))
     shared["activations.gaussian-starts"] = Rows(forward=_activations(plan, min(plan.gaussian, plan.set_size)))

@@ -1,12 +1,13 @@
 """The locality run's one loop: reference sets first, then memory by memory, every stage in resumable cells.
 
-After each memory the records so far are handed over, so that a run which is stopped still has a page, with the share
-of the memories that it is made from.
+The causal tests, each longer than all the rest of its memory, begin when their memories are analysed, so that what
+compares the triggers of two images does not wait for them. After each memory, and after each method of a causal test,
+the records so far are handed over: a run that is stopped still has a page, and says of how many memories it is made.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from dori.locality.records import (
     Measure,
     read_locality,
 )
-from dori.locality.subjects import Sets, choose_sets, sizes
+from dori.locality.subjects import Sets, choose_sets, keep_memorized, sizes
 from dori.locality.trial import Trial
 from dori.locality.triggers import ORDER, Found, Start, find_triggers, gaussian_starts, replicating_on, trigger_records
 from dori.model.load import model_fingerprint
@@ -48,9 +49,10 @@ from dori.sampling import named_seed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Before:
-    """The memory before: its analysed triggers, where each began, and their masks by method."""
+class _Analysis:
+    """A memory's analysed triggers, where each began, and their masks by method."""
 
+    case: Case
     triggers: Source
     starts: list[Start]
     masks: Mapping[str, Masks]
@@ -81,12 +83,16 @@ class _Loop:
     floor: truth.Energies | None = None
     found: dict[str, Found] = field(default_factory=dict)
     maps: dict[str, dict[str, object]] = field(default_factory=dict)
-    before: _Before | None = None
+    before: _Analysis | None = None
+    to_test: list[_Analysis] = field(default_factory=list)
     records: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in LISTS})
 
     def references(self) -> None:
         """The sets that belong to no memory: distances, D_l and A_l of memorized and ordinary prompts; true changes."""
-        sets, records = self.sets, self.records
+        records = self.records
+        self.sets, replicating = keep_memorized(self.bench, self.sets)
+        records["measures"].append(replicating)
+        sets = self.sets
         records["measures"] += measures.prompt_distances(sets.memorized.y, sets.ordinary.y)
         for group, y in ((MEMORIZED, sets.memorized), (ORDINARY, sets.ordinary)):
             records["activities"] += stages.discrepancies(self.bench, "", {group: range(len(y))}, y)
@@ -113,7 +119,7 @@ class _Loop:
             ]
 
     def memory(self, case: Case, number: int) -> None:
-        """All analyses of one memory."""
+        """All analyses of one memory but its causal test."""
         plan, memory = self.bench.plan, case.memory.id
         found = find_triggers(self.bench, case, self.sets.foreign)
         self._embedding(case, found)
@@ -122,12 +128,14 @@ class _Loop:
             self._activations(memory, found, rows)
             self._activations_across(memory, found, rows)
             masks = {method: self._weights(memory, found, rows, method) for method in method_names(self.bench.plan)}
+            self.before = _Analysis(case, found.take(rows), [found.start(row) for row in rows], masks)
             if plan.causal is not None and number < plan.causal.memories:
-                self._causal(case, found, rows, plan.causal, masks)
-            self.before = _Before(found.take(rows), [found.start(row) for row in rows], masks)
+                self.to_test.append(self.before)
         if self.subjects.twins:
             self._beside_a_twin(case)
-        self._finish(case, found)
+        self._show(case, found)
+        if not any(analysis.case is case for analysis in self.to_test):
+            self.bench.skip(self.cells[memory])
 
     def _embedding(self, case: Case, found: Found) -> None:
         plan, memory, sets = self.bench.plan, case.memory.id, self.sets
@@ -187,14 +195,21 @@ class _Loop:
             records["covers"] += measures.covers(memory, masks, self.excess, self.floor)
         return masks
 
-    def _causal(self, case: Case, found: Found, rows: list[int], causal: Causal, masks: Mapping[str, Masks]) -> None:
-        chosen = rows[: causal.triggers]
+    def causal_tests(self) -> Iterator[None]:
+        """Of the memories that wait for theirs; a stop after each method."""
+        for analysis in self.to_test:
+            yield from self._causal(analysis, self.bench.plan.causal or Causal())
+            self.bench.skip(self.cells[analysis.case.memory.id])
+        self.to_test = []
+
+    def _causal(self, analysis: _Analysis, causal: Causal) -> Iterator[None]:
+        chosen, masks = range(min(causal.triggers, len(analysis.triggers))), analysis.masks
         trial = Trial(
             self.bench,
-            case,
+            analysis.case,
             causal,
-            found.take(chosen),
-            tuple(found.names[row] for row in chosen),
+            analysis.triggers.take(chosen),
+            tuple(name for name, _ in analysis.starts[: len(chosen)]),
             self.sets.quality,
             self.subjects.held_out,
         )
@@ -202,9 +217,10 @@ class _Loop:
         self.records["crosses"].append(cross)
         self.records["joined"].append(joined)
         for method in causal_methods(tuple(masks)):
-            edits = [masks[method].edit(self.bench.model, k) for k in range(len(chosen))]
+            edits = [masks[method].edit(self.bench.model, k) for k in chosen]
             self.records["crosses"] += trial.single(method, edits)
             self.records["joined"] += trial.united(method, edits)
+            yield
 
     def _beside_a_twin(self, case: Case) -> None:
         plan, twin, memory = self.bench.plan, self.subjects.twins[0], case.memory.id
@@ -215,7 +231,7 @@ class _Loop:
         if plan.patch_seeds and case.memory.text is not None:
             self.records["patches"] += stages.patches(self.bench, case, twin, self.fingerprints[twin.name])
 
-    def _finish(self, case: Case, found: Found) -> None:
+    def _show(self, case: Case, found: Found) -> None:
         picture = f"pictures/{cell_key('training', case.memory.id)}.png"
         write_bytes(self.bench.run.folder / picture, png_bytes(case.image))
         self.records["subjects"].append(
@@ -229,7 +245,6 @@ class _Loop:
                 int(found.replicates.sum()),
             )
         )
-        self.bench.skip(self.cells[case.memory.id])
 
     def assembled(self) -> Locality:
         """The records so far."""
@@ -320,7 +335,7 @@ def locality(
     judge: Judge,
     run: Run,
     say: Callable[[str], None] = lambda line: None,
-    after_memory: Callable[[Locality], None] = lambda found: None,
+    after_part: Callable[[Locality], None] = lambda found: None,
 ) -> Locality:
     """Run (or resume) a locality analysis.
 
@@ -330,7 +345,7 @@ def locality(
         judge: whose descriptor decides about replication.
         run: the folder that remembers; the caller holds its lock.
         say: receives one line at a time.
-        after_memory: receives the records so far after each memory.
+        after_part: receives the records so far after each memory and each method of its causal test.
 
     Returns:
         All records.
@@ -353,6 +368,10 @@ def locality(
     for number, case in enumerate(sets.cases):
         say(f"memory {number + 1} of {len(sets.cases)}: {case.memory.id}")
         loop.memory(case, number)
-        after_memory(loop.assembled())
+        after_part(loop.assembled())
+        if number + 1 == min(len(sets.cases), plan.causal.memories if plan.causal else 0):
+            say(f"causal tests of the first {number + 1}")
+            for _ in loop.causal_tests():
+                after_part(loop.assembled())
     bench.skip(cells[""])
     return loop.assembled()

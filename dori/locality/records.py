@@ -10,7 +10,8 @@ reference sets of prompts). Numbers that could not be measured are null. Groups 
     triggers, first half                                those of this memory that D compares with the other image's
     gaussian starts                                     the starts themselves, before any attack
     other noises                                        one trigger under different noises (floor of D, ceiling of A)
-    memorized prompts; ordinary prompts                 as many different prompts, of planted images or of no memory
+    memorized prompts; ordinary prompts                 as many different prompts: of memories, whose images they bring
+                                                        back, and of no memory
     random; random, simulated                           random masks of the triggers' mask sizes
 """
 
@@ -29,6 +30,7 @@ TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memor
 STARTS, RANDOM, SIMULATED = "gaussian starts", "random", "random, simulated"
 OTHER_IMAGES, HALF, NO_MASK = "triggers of other images", "triggers, first half", "none"
 ON_TWIN = "attacks that replicate on a twin"
+PROMPTED = "memories' prompts that bring their image back"  # of these alone are the memorized prompts
 WHOLE = "all"  # the layer of a whole mask
 
 

@@ -1,17 +1,19 @@
 """Who is analysed: some memories of an audit's subjects, beside their prompts and ordinary ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from dori.audit.judge import Case
 from dori.audit.loop import Subjects
 from dori.errors import DoriError
-from dori.locality.bench import Source, encoded
+from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import Sizes
 from dori.locality.patching import patch_layers
 from dori.locality.plan import Plan
-from dori.locality.records import ENOUGH
+from dori.locality.records import ENOUGH, PROMPTED, Measure, known
+from dori.locality.triggers import similarities
+from dori.run import cell_key
 from dori.stats import choose
 
 
@@ -21,7 +23,8 @@ class Sets:
 
     Args:
         cases: the analysed memories.
-        memorized: different memories' prompts, the reference of the paper.
+        prompted: memories whose prompts are the reference of the paper, if they bring their images back.
+        memorized: those prompts, different ones.
         ordinary: prompts that belong to no memory.
         foreign: further ones, where attacks begin.
         calibration: further ones, for NeMo's statistics.
@@ -29,6 +32,7 @@ class Sets:
     """
 
     cases: tuple[Case, ...]
+    prompted: tuple[Case, ...]
     memorized: Source
     ordinary: Source
     foreign: Source
@@ -55,14 +59,35 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
     parts = _parts(ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
     subjects.model.check_prompts([text for part in parts for text in part])  # now, not after hours of attacks
     reference, foreign, calibration = (encoded(subjects.model, part) for part in parts[:3])
+    memorized = [texts[index] for index in choose(len(texts), plan.set_size)]
     return Sets(
         tuple(_analysed(pool, plan.memories)),
-        encoded(subjects.model, [texts[index] for index in choose(len(texts), plan.set_size)]),
+        tuple(case for case in subjects.memories if case.memory.text in memorized),
+        encoded(subjects.model, memorized),
         reference,
         foreign,
         calibration,
         tuple(parts[3]),
     )
+
+
+def keep_memorized(bench: Bench, sets: Sets) -> tuple[Sets, Measure]:
+    """The sets with those memorized prompts alone that bring an image of theirs back, and the share that does.
+
+    A prompt whose image the model does not return is no memorized one, whatever the folder says. Where fewer than two
+    are left all stay, since nothing could be compared, and the share says so.
+    """
+    replicating = set()
+    for case in sets.prompted:
+        text, seeds = str(case.memory.text), bench.plan.fresh_seeds()
+        similar = similarities(bench, cell_key("memorized", case.memory.id), case, encoded(bench.model, [text]), seeds)
+        if bench.replicates(similar)[0]:
+            replicating.add(text)
+    texts = list(dict.fromkeys(str(case.memory.text) for case in sets.prompted))
+    share = Measure("", PROMPTED, known(len(replicating) / len(texts)), len(texts))
+    if len(replicating) < 2:
+        return sets, share
+    return replace(sets, memorized=encoded(bench.model, [text for text in texts if text in replicating])), share
 
 
 def _texts(cases: Sequence[Case]) -> list[str]:
@@ -97,6 +122,7 @@ def sizes(subjects: Subjects, sets: Sets) -> Sizes:
     """What decides about the cost."""
     return Sizes(
         tuple((case.memory.id, case.memory.text is not None) for case in sets.cases),
+        tuple(case.memory.id for case in sets.prompted),
         len(sets.memorized),
         len(sets.ordinary),
         len(sets.foreign),

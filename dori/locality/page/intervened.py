@@ -4,10 +4,12 @@ Rules: `dori.locality.page.verdict`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from dori.locality.causal import CrossTest, cross_test, enough
-from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, ends, over_memories, said
+from dori.locality.costs import causal_methods
+from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, ends, methods, over_memories, said
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
 from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, WHOLE, Cross, Joined, Locality
 from dori.stats import Estimate, wilson
@@ -38,10 +40,25 @@ def causal(found: Locality) -> Said:
             word, sentence = _pruned(found, cross)
             words.setdefault(cross.method, []).append(word)
             sentences += [sentence, *_joined(found, cross)]
+    open_ = _unfinished(found)
     if not sentences:
-        return Said("Not run", (_left_out(found, "causal") or "No memory that it was planned for has two triggers.",))
+        reason = _left_out(found, "causal") or open_ or "No memory that it was planned for has two triggers."
+        return Said("Not run", (reason,))
     title = "; ".join(f"{method}: {' / '.join(dict.fromkeys(said_))}" for method, said_ in words.items())
-    return Said(title, tuple(sentences))
+    return Said(title, (*sentences, *([open_] if open_ else [])))
+
+
+def _unfinished(found: Locality) -> str:
+    """A sentence if a run was stopped before or within its causal test, else empty."""
+    planned = (found.settings.get("causal") or {}).get("memories", 0)
+    hopeless = sum(subject.triggers < 2 for subject in found.subjects[:planned])
+    wanted = min(planned, found.planned) - hopeless
+    tests = Counter(cross.method for cross in found.crosses if cross.masks == TRIGGERS)
+    names = causal_methods(tuple(methods(found))) if found.overlaps else ()
+    if all(tests[name] >= wanted for name in names):
+        return ""
+    shares = ", ".join(f"{tests[name]} of {wanted} memories with {name}" for name in names)
+    return f"The test is not finished: so far {shares}."
 
 
 def _left_out(found: Locality, setting: str) -> str:

@@ -2,7 +2,7 @@
 
 from dori.locality.page import intervened, observed
 from dori.locality.page.summary import Said, methods
-from dori.locality.records import ON_TWIN, Locality
+from dori.locality.records import ON_TWIN, PROMPTED, Locality
 from dori.locality.triggers import ORDER
 
 RULES = (
@@ -62,7 +62,7 @@ def done(found: Locality) -> list[str]:
     ]
     if len(found.subjects) < 5:
         told.append("With fewer than five memories there are no intervals: the verdicts hold for these memories alone.")
-    return told + _twin(found) + _prompts(found) + _judging(found)
+    return told + _twin(found) + _memorized(found) + _prompts(found) + _judging(found)
 
 
 def _twin(found: Locality) -> list[str]:
@@ -76,6 +76,20 @@ def _twin(found: Locality) -> list[str]:
     return [
         f"On a twin that never saw the memories {successes} of {attacks} such attacks from N(0, I) replicate as well: "
         "so far triggers carry the image by themselves, and where they point says nothing of where it is stored."
+    ]
+
+
+def _memorized(found: Locality) -> list[str]:
+    """How many of the memories' prompts, with which triggers are compared, bring an image back."""
+    rows = [m for m in found.measures if m.name == PROMPTED and m.value is not None]
+    if not rows:
+        return []
+    kept, asked = round(sum((m.value or 0) * m.n for m in rows)), sum(m.n for m in rows)
+    if kept > 1:
+        return [f'"Memorized prompts" are the {kept} of {asked} prompts of memories that bring their image back.']
+    return [
+        f"Only {kept} of {asked} prompts of memories bring their image back, too few to compare with: here "
+        '"memorized prompts" are all of them, most of which are not memorized.'
     ]
 
 
