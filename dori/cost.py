@@ -10,6 +10,7 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.progress import duration
 
 BACKWARD = 2.4  # a row forward and backward to an embedding takes as long as so many rows forward
+SMALL, LARGE = 4, 64  # rows of the batches by which a machine's speed is measured
 TRAINED = 1.5  # a row whose gradient reaches the weights takes so many times one that reaches the embedding alone
 
 
@@ -72,21 +73,24 @@ def forecast(rows: Rows, speed: Speed | None) -> str:
 def measured_speed(model: StableDiffusion, *, clock: Callable[[], float] = time.perf_counter) -> Speed | None:
     """Speed on this machine, measured now in large batches or small; None beside a GPU.
 
-    There the measurement's own batch may not fit, and the first finished cells tell the speed. The small batch serves
-    as warm-up, and where it takes a second already, as the measure.
+    There the measurement's own batch may not fit, and the first finished cells tell the speed. A small batch serves as
+    warm-up, which may take a hundred times as long as the pass itself; where it takes a second or more, the measure is
+    a small batch too.
     """
     if model.device.type != "cpu":
         return None
     found = []
     for backward in (False, True):
-        for rows in (4, 64):
-            began = clock()
-            _pass(model, rows, backward=backward)
-            seconds_s = max(clock() - began, 1e-9)
-            if seconds_s > 1:
-                break
-        found.append(rows / seconds_s)
+        warm_s = _seconds_s(model, SMALL, clock, backward=backward)
+        rows = SMALL if warm_s > 1 else LARGE
+        found.append(rows / _seconds_s(model, rows, clock, backward=backward))
     return Speed(*found)
+
+
+def _seconds_s(model: StableDiffusion, rows: int, clock: Callable[[], float], *, backward: bool) -> float:
+    began = clock()
+    _pass(model, rows, backward=backward)
+    return max(clock() - began, 1e-9)
 
 
 def _pass(model: StableDiffusion, rows: int, *, backward: bool) -> None:

@@ -24,11 +24,13 @@ from dori.locality.records import (
     ORDINARY,
     OTHER_IMAGES,
     OTHER_NOISES,
+    PROMPTED,
     RANDOM,
     TRIGGERS,
     WHOLE,
     Cross,
     Locality,
+    Measure,
     read_locality,
 )
 from dori.run import write_bytes
@@ -300,6 +302,27 @@ def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> 
     assert "from 2 on (0.20 of the layers' weights) none of 8 fresh attacks" in said_.sentences[1]
     assert "even 2 (0.20 of the layers' weights) leave 8 of 8" in said_.sentences[1]  # random masks
     assert "0.300 on ordinary prompts (0.100 without a mask)" in said_.sentences[1]
+
+
+def test_a_causal_test_that_was_stopped_says_how_far_it_came() -> None:
+    found = records()
+    planned = dataclasses.replace(found, planned=3, settings=dict(found.settings) | {"causal": {"memories": 2}})
+    assert "not finished" not in str(intervened.causal(found).sentences)
+    assert intervened.causal(planned).sentences[-1] == ("The test is not finished: so far 1 of 2 memories with Wanda.")
+    bare = intervened.causal(dataclasses.replace(planned, crosses=(), joined=()))
+    assert bare.title == "Not run" and "0 of 2 memories with Wanda" in bare.sentences[0]
+    (first, *others) = found.subjects
+    hopeless = dataclasses.replace(planned, subjects=(dataclasses.replace(first, triggers=1), *others))
+    assert "not finished" not in str(intervened.causal(hopeless).sentences)  # no test was possible on the second
+
+
+def test_the_page_says_which_prompts_the_memorized_ones_are() -> None:
+    def told(share: float) -> str:
+        rows = (*records().measures, Measure("", PROMPTED, share, 10))
+        return " ".join(verdict.done(dataclasses.replace(records(), measures=rows)))
+
+    assert "the 7 of 10 prompts of memories that bring their image back" in told(0.7)
+    assert "Only 1 of 10 prompts" in told(0.1) and "most of which are not memorized" in told(0.1)
 
 
 def test_empty_masks_do_not_count_as_masks() -> None:

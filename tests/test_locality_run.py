@@ -12,19 +12,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from dori.attack.dori import Dori, Triggers
-from dori.audit.judge import Judge
+from dori.audit.judge import Judge, draw
 from dori.audit.loop import Subjects, make_cases
 from dori.cost import Rows, Speed
 from dori.errors import DoriError
+from dori.locality.bench import Bench
 from dori.locality.costs import Sizes, by_stage, planned
 from dori.locality.loop import costs, locality
 from dori.locality.masks import method_names
 from dori.locality.page.render import render
 from dori.locality.plan import PRESETS, Causal, Plan
 from dori.locality.records import LISTS, ON_TWIN, Locality, read_locality
-from dori.locality.subjects import choose_sets
+from dori.locality.subjects import choose_sets, keep_memorized
 from dori.memory import Memory
-from dori.metrics.similarity import Descriptor
+from dori.metrics.similarity import Descriptor, cosine
 from dori.mitigate.nemo import Nemo
 from dori.mitigate.wanda import Wanda
 from dori.model.load import model_fingerprint
@@ -348,6 +349,26 @@ def test_reference_prompts_are_different_and_none_is_a_memorys(tiny: StableDiffu
     twice = subjects.memories[:1] * 2
     with pytest.raises(DoriError, match="1 different texts"):
         choose_sets(dataclasses.replace(subjects, memories=twice), PLAN)
+
+
+def test_memorized_prompts_are_those_that_bring_their_image_back(tiny: StableDiffusion, tmp_path: Path) -> None:
+    """One of the images of a text is enough; with fewer than two such prompts all stay, and the share tells."""
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    texts = ("abcde", "bcde", "cde", "abcde")
+    named = [Memory(f"m{k}", text, Path("a.png")) for k, text in enumerate(texts)]
+    subjects = dataclasses.replace(tiny_subjects(tiny), memories=make_cases(tiny, named, images, "memory"))
+    drawn = draw(tiny, PLAN.judging(), tiny.encode(list(texts)), PLAN.fresh_seeds())
+    like = cosine(thumbnails(drawn.flatten(0, 1)), thumbnails(images).repeat_interleave(PLAN.seeds, dim=0))
+    medians = like.unflatten(0, (4, PLAN.seeds)).double().quantile(0.5, dim=1)
+    by_text = {"abcde": medians[[0, 3]].max(), "bcde": medians[1], "cde": medians[2]}
+    worst_first = sorted(by_text, key=lambda text: float(by_text[text]))
+    for missed, kept in ((0, set(texts)), (1, set(worst_first[1:])), (2, set(texts)), (3, set(texts))):
+        threshold = float(by_text[worst_first[missed - 1]]) + 1e-4 if missed else -1.5
+        run = Run(tmp_path / str(missed), modules=())
+        bench = Bench(tiny, judge(threshold), PLAN, run, "tiny", {"descriptor": threshold})
+        sets, share = keep_memorized(bench, choose_sets(subjects, PLAN))
+        assert set(sets.memorized.origin["texts"]) == kept and len(sets.memorized) == len(kept)  # type: ignore[call-overload]
+        assert share.value == pytest.approx((3 - missed) / 3, abs=1e-6) and share.n == 3
 
 
 def test_few_memories_are_the_most_duplicated_and_many_are_spread(tiny: StableDiffusion) -> None:
