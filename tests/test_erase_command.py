@@ -128,12 +128,15 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path, name:
     assert "twin &lt;b&gt;" in page and "twin <b>" not in page and "memory-0" in page
     assert not re.search(r"<script|https?://|src=", page)
     made, known = own_surrogates(tmp_path / "a", given), record["eraser"]["without_prompt"]
+    errors = {(one["state"], one["id"]): one["error"] for one in record["unprompted"]}
+    assert {state for state, _ in errors} == {"original", "erased", "twin <b>"} and all(errors.values())
+    assert errors["original", "memory-0"] != errors["erased", "memory-0"] != errors["twin <b>", "memory-0"]
+    taught = "Under a trigger the erasure teaches" in page
+    assert "Without a prompt the memories" in page and taught == (name == "adversarial") == bool(known)
     if name == "adversarial":
         assert record["surrogate_rows"] == 0 and "rows for surrogates" not in page
-        assert f"on the memories is {known['memories']:.3f}, on as many ordinary images {known['ordinary']:.3f}" in page
     else:
         assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
-        assert known == {} and "Without a prompt" not in page
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
     erased, ordinarily = (record["damage"][row]["frechet"] for row in (1, 2))
     assert f"lies {abs(100 * (erased / ordinarily - 1)):.1f} % " in page

@@ -13,6 +13,7 @@ from dori.erase.equivalence import equivalence
 from dori.erase.latent_attack import LatentAttack, norm_positions
 from dori.erase.relearn import Relearning
 from dori.erase.tuning import Tuner
+from dori.erase.unprompted import Unprompted, unprompted_contrast, unprompted_errors
 from dori.errors import DoriError
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
@@ -124,3 +125,40 @@ def test_the_latent_attack_lowers_its_loss_and_keeps_to_the_sphere(tiny: StableD
     sphere = LatentAttack(steps=3, sampling_steps=2, on_sphere=True)(tiny, targets, y, seeds=[1, 2, 3])
     d = targets[0].numel()
     assert torch.allclose(sphere.latents.flatten(1).norm(dim=1), torch.full((3,), d**0.5), rtol=1e-4)
+
+
+def test_the_error_without_a_prompt_depends_on_the_image_and_its_place_alone(tiny: StableDiffusion) -> None:
+    latents = draw(3, *tiny.latent_shape, seed=4)
+    whole = unprompted_errors(tiny, latents, seed=2)
+    assert torch.allclose(whole, unprompted_errors(tiny, latents, seed=2, rows_per_call=5), rtol=1e-5)
+    others = unprompted_errors(tiny, torch.cat([latents[:2], draw(1, *tiny.latent_shape, seed=9)]), seed=2)
+    assert torch.allclose(whole[:2], others[:2], rtol=1e-5) and not torch.allclose(whole[2], others[2], rtol=1e-3)
+    assert not torch.allclose(whole, unprompted_errors(tiny, latents, seed=3), rtol=1e-3)
+
+
+def test_what_is_known_without_a_prompt_is_a_difference_in_differences() -> None:
+    """Against Welch's interval; a shift of a whole model, or of all images of a model, takes itself off."""
+    rng = np.random.default_rng(3)
+    twins = {name: rng.normal(0.5, 0.1, 15) for name in ("a", "b")}
+    own = np.concatenate([rng.normal(0.3, 0.1, 9), rng.normal(0.5, 0.1, 6)])
+
+    def rows(shift: float) -> list[Unprompted]:
+        values = {"original": own + shift} | twins
+        return [
+            Unprompted(state, f"i{k}", "memory" if k < 9 else "control", float(value))
+            for state, errors in values.items()
+            for k, value in enumerate(errors)
+        ]
+
+    found = unprompted_contrast(rows(0.0), "original", ["a", "b"])
+    less = own - (twins["a"] + twins["b"]) / 2
+    wanted = stats.ttest_ind(less[:9], less[9:], equal_var=False).confidence_interval(0.95)
+    assert found.value == pytest.approx(less[:9].mean() - less[9:].mean()) and found.n == 9
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    moved = unprompted_contrast(rows(0.7), "original", ["a", "b"])
+    assert (moved.value, moved.low, moved.high) == pytest.approx((found.value, found.low, found.high))
+    alone = unprompted_contrast(rows(0.0), "original", [])
+    assert alone.value == pytest.approx(own[:9].mean() - own[9:].mean())
+    lost = [dataclasses.replace(one, error=None) if one.id == "i0" and one.state == "a" else one for one in rows(0.0)]
+    assert unprompted_contrast(lost, "original", ["a", "b"]).n == 8
+    assert np.isnan(unprompted_contrast([one for one in lost if one.group == "memory"], "original", []).value)

@@ -37,7 +37,6 @@ from dori.audit.plan import Start
 from dori.cost import Rows
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
-    Batch,
     Forget,
     Pairs,
     Work,
@@ -50,6 +49,7 @@ from dori.erase.pairs import (
 )
 from dori.erase.starts import starting_points
 from dori.erase.tuning import RowLosses, Tuned, Tuner, tuning
+from dori.erase.unprompted import NOISES, unconditional_losses, without_prompt
 from dori.erase.watch import Watch
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
@@ -59,7 +59,6 @@ from dori.sampling import named_seed
 from dori.tensor_file import read_tensors
 
 NEVER = -1.0  # similarity of a memory whose trigger was not yet looked at
-NOISES = 8  # of each image in `without_prompt`
 
 
 @dataclass(slots=True)
@@ -338,7 +337,7 @@ class AdversarialErasure:
 
         def unconditional() -> RowLosses:
             which, embeddings = self._asked(memories, triggers, visited, generator)
-            return _unconditional_losses(tuned, noised(model, memories.latents[which].float(), embeddings, generator))
+            return unconditional_losses(tuned, noised(model, memories.latents[which].float(), embeddings, generator))
 
         terms = {"adversarial": surrogate, "retain": ordinary, "unconditional": unconditional}
         total, losses = [torch.zeros_like(weight) for weight in tuned.weights.values()], dict[str, float]()
@@ -401,50 +400,6 @@ class AdversarialErasure:
         triggers = memories.embeddings.float().repeat(len(self.starts), 1, 1, 1)
         unseen = torch.full((len(memories),), NEVER)
         return _Progress(0, 0, int(task.work.processes.sum([spent])[0]), unseen, triggers, [], found)
-
-
-def without_prompt(
-    model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, rows_per_call: int = 64
-) -> dict[str, float]:
-    """Mean denoising error under the empty prompt: of the memories, and of as many ordinary images.
-
-    Where the first is much the smaller, the model knows the memories without a prompt, and L_Unc teaches them.
-
-    Args:
-        model: the model as it was.
-        memories: n images.
-        retain: ordinary pairs, of which n are drawn.
-        seed: of noises and timesteps, the same for both.
-        rows_per_call: upper bound on the rows of one U-Net call.
-    """
-    picked = torch.randint(len(retain), (len(memories),), generator=step_generator("without prompt", seed, 0))
-    null, found = model.encode([""]).cpu(), {}
-    for name, latents in (("memories", memories.latents), ("ordinary", retain.latents[picked])):
-        generator, errors = step_generator("without prompt", seed, 1), []
-        for part in latents.float().repeat(NOISES, 1, 1, 1).split(rows_per_call):
-            batch = noised(model, part, null.expand(len(part), -1, -1), generator)
-            with torch.no_grad():
-                errors.append(denoising_losses(model, batch)(torch.arange(len(part))))
-        found[name] = round(float(torch.cat(errors).mean()), 6)
-    return found
-
-
-def _unconditional_losses(tuned: Tuned, batch: Batch) -> RowLosses:
-    """Of each row of L_Unc, the squared distance to what the model as it was predicts without a prompt.
-
-    In the network's own parametrisation, as all training losses.
-    """
-    model = tuned.model
-    noisy, null = model.add_noise(batch.latents, batch.noise, batch.timestep), model.encode([""]).to(batch.embeddings)
-
-    def losses(rows: Tensor) -> Tensor:
-        rows = rows.to(noisy.device)
-        z, t, y = noisy[rows], batch.timestep[rows], batch.embeddings[rows]
-        with tuned.as_before():
-            target = model.predict(z, t, null.expand_as(y))
-        return (model.predict(z, t, y) - target).square().flatten(1).mean(1)
-
-    return losses
 
 
 def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> None:

@@ -4,14 +4,17 @@ A pure function of `proof.json`: no model, no script, no outside request, every 
 prompt, only ids and hashes. Frame and style are the audit report's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dori.erase.outcomes import Outcome
 from dori.erase.rates import DASH, Line, rates, ways
-from dori.erase.verdict import ERASED, ORDINARY, RULES
+from dori.erase.unprompted import Unprompted, unprompted_contrast
+from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, RULES
 from dori.report.nested import sheet
 from dori.report.page import page
+from dori.stats import Estimate
 
 WORDS = {
     "removed": "The memories behave as on a model that never saw them.",
@@ -56,7 +59,7 @@ def render(record: Mapping[str, Any]) -> str:
         descriptor=sheet(record["descriptor"]),
         provenance=sheet(record["provenance"]),
         cost=_cost(record),
-        premise=_premise(record),
+        unprompted=_unprompted(record),
     )
 
 
@@ -128,16 +131,30 @@ def _judge(record: Mapping[str, Any]) -> str:
     )
 
 
-def _premise(record: Mapping[str, Any]) -> str:
-    """On what L_Unc rests; empty for an eraser without it."""
-    known = record["eraser"].get("without_prompt")
-    if not known:
+def _unprompted(record: Mapping[str, Any]) -> str:
+    """Whether the memories are known without a prompt, before and after."""
+    found = [Unprompted(**one) for one in record.get("unprompted", [])]
+    twins = [twin["name"] for twin in record["twins"]]
+    before, after = (unprompted_contrast(found, state, twins) for state in (ORIGINAL, ERASED))
+    if math.isnan(before.value) or math.isnan(after.value):
         return ""
-    return (
-        f"Without a prompt the original's denoising error on the memories is {known['memories']:.3f}, on as many "
-        f"ordinary images {known['ordinary']:.3f}. Under a trigger the erasure teaches that prediction, which fits "
-        "unless the first error is much the smaller: then the model knows the memories without a prompt."
+    less = ", each image less itself on the twins" if twins else ""
+    taught = (
+        " Under a trigger the erasure teaches the original's prediction without a prompt, so that what is known there "
+        "stays."
+        if record["eraser"].get("without_prompt")
+        else ""
     )
+    return (
+        f"Without a prompt the memories' denoising error differs from the controls'{less} by {_spread(before)} on the "
+        f"original model and by {_spread(after)} on the erased one (95 % intervals; below zero: known without a "
+        f"prompt).{taught}"
+    )
+
+
+def _spread(found: Estimate) -> str:
+    interval = "" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{found.value:+.3f}{interval}"
 
 
 def _cost(record: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from dori.erase.erasers import Eraser, eraser, ordinary
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.plan import Plan
 from dori.erase.protocol import Protocol
+from dori.erase.unprompted import unprompted_in, unprompted_key, unprompted_rows
 from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, verdict
 from dori.findings import Group
 from dori.model.load import model_fingerprint
@@ -112,6 +113,11 @@ def gauged(states: Sequence[State], trained: WeightDelta) -> list[State]:
     return [*states[:2], State(ORDINARY, original.model, (trained,)), *twins]
 
 
+def _pure(states: Sequence[State]) -> list[State]:
+    """The original, the erased model and the twins, without altered forms."""
+    return [state for state in states if state.whole or state.name == ORIGINAL]
+
+
 def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     """Every cell of `prove` with its cost, at most."""
     plan, subjects = own.plan, own.material.subjects
@@ -127,6 +133,9 @@ def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     battery = battery_of(own, protocol)
     for state in states:
         found |= battery.costs(state, (*subjects.memories, *subjects.controls))
+    found |= {
+        unprompted_key(state): unprompted_rows((*subjects.memories, *subjects.controls)) for state in _pure(states)
+    }
     return found | gauge_of(own, protocol).costs(gauged(states, nothing))
 
 
@@ -157,6 +166,11 @@ def prove(own: Bench, name: str) -> Proof | None:
     cases = (*subjects.memories, *subjects.controls)
     outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
     damage = gauge_of(own, protocol).measure(gauged(states, trained), battery.fingerprints)
+    unprompted = [
+        one
+        for state in _pure(states)
+        for one in unprompted_in(own.run, state, cases, battery.fingerprints, seed=plan.seed)
+    ]
     blind = blind_scores(subjects.model, subjects.memories, subjects.controls)
     found = verdict(
         outcomes,
@@ -167,6 +181,7 @@ def prove(own: Bench, name: str) -> Proof | None:
     )
     record = _about(own, name, edit, battery.fingerprints)
     record |= {"verdict": found, "protocol": protocol, "blind": blind, "damage": damage, "outcomes": outcomes}
+    record |= {"unprompted": unprompted}
     return Proof(edit, json.loads(json.dumps(record, default=_plain, sort_keys=True)))  # as it will be read again
 
 
