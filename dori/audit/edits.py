@@ -131,9 +131,12 @@ def _from_bytes(data: Tensor) -> dict[str, Any]:
 
 
 def wanda_name(wanda: Wanda) -> str:
-    """How tables name a Wanda setting, such as "Wanda 10 %"."""
-    blocks = "" if set(wanda.places) == {"down", "mid"} else f" ({'+'.join(wanda.places)})"
-    return f"Wanda {100 * wanda.sparsity:g} %{blocks}"
+    """How tables name a Wanda setting, such as "Wanda 10 %" or "Wanda 50 % (plain)"."""
+    differs = [
+        *(["plain"] if wanda.selection == "top" else []),
+        *(["+".join(wanda.places)] if set(wanda.places) != {"down", "mid"} else []),
+    ]
+    return f"Wanda {100 * wanda.sparsity:g} %" + (f" ({', '.join(differs)})" if differs else "")
 
 
 def nemo_name(nemo: Nemo) -> str:
