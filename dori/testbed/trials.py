@@ -23,8 +23,8 @@ from dori.testbed.promises import HIDDEN, Tried
 
 EDITED_SEEDS = 2  # images of each ordinary prompt under an edit
 SPARSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-# What is not above the empty prompt's score is never pruned, so that from some sparsity on nothing is added; plain Wanda
-# has no such rule.
+# What is not above the score of the empty prompt is never pruned, so that from some sparsity on nothing is added; plain
+# Wanda has no such rule.
 WANDAS = (
     *(Wanda(sparsity=s, places=places) for places in (DOWN_MID, EVERYWHERE) for s in SPARSITIES),
     *(Wanda(sparsity=s, selection="top") for s in (0.3, 0.4, 0.5)),
