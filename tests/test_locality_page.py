@@ -316,6 +316,15 @@ def test_a_causal_test_that_was_stopped_says_how_far_it_came() -> None:
     assert "not finished" not in str(intervened.causal(hopeless).sentences)  # no test was possible on the second
 
 
+def test_methods_of_which_the_same_is_said_are_named_together() -> None:
+    found = records()
+    again = tuple(dataclasses.replace(o, method="Wanda 10 %") for o in found.overlaps)
+    both = dataclasses.replace(found, overlaps=(*found.overlaps, *again))
+    (word,) = observed.weight_words(found).values()
+    assert observed.weight_words(both) == {"Wanda and Wanda 10 %": word}
+    assert f"Wanda and Wanda 10 % masks: {word}" in verdict.headline(both)
+
+
 def test_the_page_says_which_prompts_the_memorized_ones_are() -> None:
     def told(share: float) -> str:
         rows = (*records().measures, Measure("", PROMPTED, share, 10))

@@ -151,8 +151,16 @@ def activations(found: Locality) -> Said:
 def weights(found: Locality) -> Said:
     """Agreement of masks, method by method, between reference and ceiling; pairs of two empty masks left out."""
     sentences = [_agreement(found, method) for method in methods(found) if _compared(found, method)]
-    title = "; ".join(f"{method}: {weight_word(found, method)}" for method in methods(found))
+    title = "; ".join(f"{names}: {word}" for names, word in weight_words(found).items())
     return Said(title, (*sentences, *_searches(found))) if sentences else NONE_REPLICATE
+
+
+def weight_words(found: Locality) -> dict[str, str]:
+    """The word on every method's masks; methods of which the same is said are named together."""
+    together: dict[str, list[str]] = {}
+    for method in methods(found):
+        together.setdefault(weight_word(found, method), []).append(method)
+    return {" and ".join(names): word for word, names in together.items()}
 
 
 def _compared(found: Locality, method: str) -> bool:

@@ -1,7 +1,7 @@
 """Plain words by stated rules: the headline, on what the page rests, and every analysis in its order."""
 
 from dori.locality.page import intervened, observed
-from dori.locality.page.summary import Said, methods
+from dori.locality.page.summary import Said
 from dori.locality.records import ON_TWIN, PROMPTED, Locality
 from dori.locality.triggers import ORDER
 
@@ -41,7 +41,7 @@ def headline(found: Locality) -> str:
     """The page's first sentence: what weights and causal test say."""
     if not any(subject.triggers > 1 for subject in found.subjects):
         return "No memory has two triggers, so nothing can be said about where it lives."
-    words = [f"{method} masks: {observed.weight_word(found, method)}" for method in methods(found)]
+    words = [f"{names} masks: {word}" for names, word in observed.weight_words(found).items()]
     if found.crosses:
         words.append(f"pruned by {intervened.causal(found).title}")
     return "Where does a memory live? " + ". ".join(word[0].upper() + word[1:] for word in words) + "."
