@@ -36,6 +36,7 @@ from dori.erase.protocol import Protocol
 from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
 from dori.erase.tuning import Tuner
+from dori.erase.unprompted import Unprompted, unprompted_contrast
 from dori.errors import DoriError
 from dori.findings import read_audit
 from dori.mitigate.wanda import Wanda
@@ -132,11 +133,14 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path, name:
     assert {state for state, _ in errors} == {"original", "erased", "twin <b>"} and all(errors.values())
     assert errors["original", "memory-0"] != errors["erased", "memory-0"] != errors["twin <b>", "memory-0"]
     taught = "Under a trigger the erasure teaches" in page
+    before = unprompted_contrast([Unprompted(**one) for one in record["unprompted"]], "original", ["twin <b>"])
+    assert f"by {before.value:+.3f}" in page
     assert "Without a prompt the memories" in page and taught == (name == "adversarial") == bool(known)
     if name == "adversarial":
         assert record["surrogate_rows"] == 0 and "rows for surrogates" not in page
     else:
         assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
+        assert known == {}
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
     erased, ordinarily = (record["damage"][row]["frechet"] for row in (1, 2))
     assert f"lies {abs(100 * (erased / ordinarily - 1)):.1f} % " in page

@@ -136,7 +136,7 @@ def wanda_name(wanda: Wanda) -> str:
         *(["plain"] if wanda.selection == "top" else []),
         *(["+".join(wanda.places)] if set(wanda.places) != {"down", "mid"} else []),
     ]
-    return f"Wanda {100 * wanda.sparsity:g} %" + (f" ({', '.join(differs)})" if differs else "")
+    return _with(f"Wanda {100 * wanda.sparsity:g} %", differs)
 
 
 def nemo_name(nemo: Nemo) -> str:
@@ -146,7 +146,11 @@ def nemo_name(nemo: Nemo) -> str:
         *([f"tau {nemo.tau_stds:+g} std"] if nemo.tau_stds != 1 else []),
         *(["unrefined"] if nemo.max_refinement_passes == 0 else []),
     ]
-    return f"NeMo ({', '.join(differs)})" if differs else "NeMo"
+    return _with("NeMo", differs)
+
+
+def _with(name: str, differs: Sequence[str]) -> str:
+    return f"{name} ({', '.join(differs)})" if differs else name
 
 
 def edit_names(plan: Plan, *, prompted: int, given: Sequence[str] = ()) -> Names:

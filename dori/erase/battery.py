@@ -48,6 +48,14 @@ class State:
     whole: bool = True
     relearned: bool = True
 
+    def made_of(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """What a cell measured in this state depends on, from the fingerprints of the models by name."""
+        return {
+            "model": fingerprints[self.model.name],
+            "edits": [edit.fingerprint for edit in self.edits],
+            "rounding": self.rounding,
+        }
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model in this state inside the block."""
@@ -107,10 +115,7 @@ class Battery:
         """All outcomes of these images in this state."""
         if state.model.name not in self.fingerprints:
             self.fingerprints[state.model.name] = model_fingerprint(state.model)
-        base = {
-            "model": self.fingerprints[state.model.name],
-            "edits": [edit.fingerprint for edit in state.edits],
-            "rounding": state.rounding,
+        base = state.made_of(self.fingerprints) | {
             "judge": self.judge.record(),
             "seeds": self.protocol.fresh_seeds(),
             "sampling": [self.protocol.sampling_steps, self.protocol.guidance_scale],

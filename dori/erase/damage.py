@@ -17,7 +17,7 @@ from dori.audit.judge import Judge, pixels_sha256
 from dori.audit.quality import drawn_and_described
 from dori.cost import Rows, drawn
 from dori.erase.battery import State
-from dori.erase.pairs import Pairs, denoising_losses, noised
+from dori.erase.pairs import Pairs, denoising_errors, noised
 from dori.metrics.quality import frechet_distance, kernel_distance
 from dori.metrics.similarity import cosine
 from dori.model.stable_diffusion import StableDiffusion
@@ -119,20 +119,13 @@ class Gauge:
             "seed": self.seed,
             "prompts": [self.ordinary, self.near],
         }
-        drawn = [self._drawn_in(state, base | self._of(state, fingerprints)) for state in states]
-        other = self._references(original, base | self._of(original, fingerprints))
-        losses = [self._loss_in(state, base | self._of(state, fingerprints)) for state in states]
+        drawn = [self._drawn_in(state, base | state.made_of(fingerprints)) for state in states]
+        other = self._references(original, base | original.made_of(fingerprints))
+        losses = [self._loss_in(state, base | state.made_of(fingerprints)) for state in states]
         return tuple(
             self._row(state, found, drawn[0], other, loss)
             for state, found, loss in zip(states, drawn, losses, strict=True)
         )
-
-    def _of(self, state: State, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-        return {
-            "model": fingerprints[state.model.name],
-            "edits": [edit.fingerprint for edit in state.edits],
-            "rounding": state.rounding,
-        }
 
     def _drawn_in(self, state: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         with state.applied():
@@ -177,11 +170,7 @@ class Gauge:
                 self.pairs.embeddings.float(),
                 torch.Generator().manual_seed(named_seed("held-out loss", self.seed)),
             )
-            with torch.no_grad():
-                losses = torch.cat(
-                    [denoising_losses(state.model, batch)(part) for part in torch.arange(len(batch)).split(64)]
-                )
-            loss = float(losses.mean())
+            loss = float(denoising_errors(state.model, batch).mean())
             return {"loss": round(loss, 8) if math.isfinite(loss) else None}
 
         with state.applied():

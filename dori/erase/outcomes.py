@@ -147,3 +147,14 @@ def less_twins(values: Mapping[str, float], twins: Sequence[Mapping[str, float]]
         for one, value in values.items()
         if all(one in twin for twin in twins)
     }
+
+
+def by_group(
+    values: Mapping[str, float], twins: Sequence[Mapping[str, float]], groups: Mapping[str, Group]
+) -> tuple[list[float], list[float]]:
+    """Values of memories and of controls, less the twins' where there are some."""
+    values = less_twins(values, twins) if twins else values
+    return (
+        [value for one, value in values.items() if groups.get(one) == "memory"],
+        [value for one, value in values.items() if groups.get(one) == "control"],
+    )

@@ -217,6 +217,13 @@ def denoising_losses(model: StableDiffusion, batch: Batch) -> RowLosses:
     return losses
 
 
+def denoising_errors(model: StableDiffusion, batch: Batch, *, rows_per_call: int = 64) -> Tensor:
+    """Every row's denoising error without gradient, shape (b,), at most so many rows a U-Net call."""
+    losses = denoising_losses(model, batch)
+    with torch.no_grad():
+        return torch.cat([losses(part) for part in torch.arange(len(batch)).split(rows_per_call)])
+
+
 def prediction_losses(
     model: StableDiffusion, noisy: Tensor, timestep: Tensor, embeddings: Tensor, target: Tensor
 ) -> RowLosses:

@@ -131,11 +131,10 @@ def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     most = getattr(method, "steps", None)  # where an eraser has none, the adversarial one's updates count
     found[cell_key("edit", ORDINARY)] = own.edit_rows(ordinary(plan.adversarial, most))
     battery = battery_of(own, protocol)
+    cases = (*subjects.memories, *subjects.controls)
     for state in states:
-        found |= battery.costs(state, (*subjects.memories, *subjects.controls))
-    found |= {
-        unprompted_key(state): unprompted_rows((*subjects.memories, *subjects.controls)) for state in _pure(states)
-    }
+        found |= battery.costs(state, cases)
+    found |= {unprompted_key(state): unprompted_rows(cases) for state in _pure(states)}
     return found | gauge_of(own, protocol).costs(gauged(states, nothing))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from dori.audit.judge import Case, pixels_sha256
 from dori.cost import Rows
 from dori.erase.battery import State
-from dori.erase.outcomes import less_twins
-from dori.erase.pairs import Batch, Forget, Pairs, denoising_losses, noised, step_generator
+from dori.erase.outcomes import by_group
+from dori.erase.pairs import Batch, Forget, Pairs, denoising_errors, noised, step_generator
 from dori.erase.tuning import RowLosses, Tuned
 from dori.findings import Group
 from dori.model.stable_diffusion import StableDiffusion
@@ -50,10 +50,10 @@ def unprompted_errors(model: StableDiffusion, latents: Tensor, *, seed: int, row
     """
     rows = latents.float().repeat(NOISES, 1, 1, 1)
     null = model.encode([""]).cpu().expand(len(rows), -1, -1)
-    errors = denoising_losses(model, noised(model, rows, null, step_generator("without prompt", seed, 1)))
-    with torch.no_grad():
-        found = torch.cat([errors(part) for part in torch.arange(len(rows)).split(rows_per_call)])
-    return found.unflatten(0, (NOISES, len(latents))).mean(0).cpu()
+    batch = noised(model, rows, null, step_generator("without prompt", seed, 1))
+    return (
+        denoising_errors(model, batch, rows_per_call=rows_per_call).unflatten(0, (NOISES, len(latents))).mean(0).cpu()
+    )
 
 
 def without_prompt(
@@ -113,13 +113,8 @@ def unprompted_in(
 ) -> list[Unprompted]:
     """Every image's error in a state, as a cell of the run."""
     latents = torch.stack([case.latent for case in cases])
-    inputs = {
-        "model": fingerprints[state.model.name],
-        "edits": [edit.fingerprint for edit in state.edits],
-        "rounding": state.rounding,
-        "seed": seed,
-        "images": pixels_sha256(torch.stack([case.image for case in cases])),
-    }
+    images = pixels_sha256(torch.stack([case.image for case in cases]))
+    inputs = state.made_of(fingerprints) | {"seed": seed, "images": images}
 
     def compute() -> dict[str, Any]:
         errors = unprompted_errors(state.model, latents, seed=seed).tolist()
@@ -141,12 +136,8 @@ def unprompted_contrast(found: Sequence[Unprompted], state: str, twins: Sequence
         name: {one.id: one.error for one in found if one.state == name and one.error is not None}
         for name in (state, *twins)
     }
-    own = less_twins(errors[state], [errors[twin] for twin in twins]) if twins else errors[state]
-    groups: dict[Group, list[float]] = {"memory": [], "control": []}
-    for one in found:
-        if one.state == state and one.id in own:
-            groups[one.group].append(own[one.id])
-    memories, controls = groups["memory"], groups["control"]
+    groups = {one.id: one.group for one in found}
+    memories, controls = by_group(errors[state], [errors[twin] for twin in twins], groups)
     if not memories or not controls:
         return Estimate(math.nan, math.nan, math.nan, len(memories))
     value = sum(memories) / len(memories) - sum(controls) / len(controls)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from dori.erase.equivalence import Equivalence, equivalence
-from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, back, less_twins, points, relearning_steps
+from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, back, by_group, points, relearning_steps
 from dori.erase.protocol import Protocol
 from dori.findings import Group
 from dori.stats import auroc_interval
@@ -87,12 +87,12 @@ def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str
         # Altered states are attacked for fewer steps and from one start: only what all were asked is compared.
         only = frozenset.intersection(*(points(outcomes, name) for name in (state, *twins)))
         until = max((steps for _, steps in only), default=0)
-        groups = _split(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], compared)
+        groups = by_group(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], compared)
         quantity, level = f"area under the attack curve to {until} steps", protocol.level
         found += _tests(state, "area", quantity, groups, margin=protocol.margin_area, level=level)
         if _unlearned(outcomes, (state, *twins)):
             continue
-        groups = _split(
+        groups = by_group(
             relearning_steps(outcomes, state, unreached=protocol.unreached),
             [relearning_steps(outcomes, t, unreached=protocol.unreached) for t in twins],
             compared,
@@ -152,17 +152,6 @@ def _unlearned(outcomes: Sequence[Outcome], states: Sequence[str]) -> str:
             if rate.n and rate.value < LEARNED:
                 return f"{round(rate.value * rate.n)} of {rate.n} {words} were learned on {state}"
     return ""
-
-
-def _split(
-    values: Mapping[str, float], twins: Sequence[Mapping[str, float]], groups: Mapping[str, Group]
-) -> tuple[list[float], list[float]]:
-    """Values of memories and of controls, less the twins' where there are some."""
-    values = less_twins(values, twins) if twins else values
-    return (
-        [value for one, value in values.items() if groups.get(one) == "memory"],
-        [value for one, value in values.items() if groups.get(one) == "control"],
-    )
 
 
 def verdict(

@@ -185,7 +185,7 @@ def _causal(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str) -
 
 def causal_methods(methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods of the causal test: NeMo, and the last (largest) Wanda setting."""
-    return tuple(dict.fromkeys((methods[0], methods[-1])))
+    return tuple(dict.fromkeys((*methods[:1], *methods[-1:])))
 
 
 def by_stage(cells: Mapping[str, Rows]) -> dict[str, Rows]:

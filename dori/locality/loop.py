@@ -123,18 +123,18 @@ class _Loop:
         plan, memory = self.bench.plan, case.memory.id
         found = find_triggers(self.bench, case, self.sets.foreign)
         self._embedding(case, found)
-        rows = found.spread(plan.set_size)
+        rows, analysis = found.spread(plan.set_size), None
         if len(rows) > 1:
             self._activations(memory, found, rows)
             self._activations_across(memory, found, rows)
             masks = {method: self._weights(memory, found, rows, method) for method in method_names(self.bench.plan)}
-            self.before = _Analysis(case, found.take(rows), [found.start(row) for row in rows], masks)
-            if plan.causal is not None and number < plan.causal.memories:
-                self.to_test.append(self.before)
+            analysis = self.before = _Analysis(case, found.take(rows), [found.start(row) for row in rows], masks)
         if self.subjects.twins:
             self._beside_a_twin(case)
         self._show(case, found)
-        if not any(analysis.case is case for analysis in self.to_test):
+        if analysis is not None and plan.causal is not None and number < plan.causal.memories:
+            self.to_test.append(analysis)
+        else:
             self.bench.skip(self.cells[memory])
 
     def _embedding(self, case: Case, found: Found) -> None:
@@ -195,10 +195,10 @@ class _Loop:
             records["covers"] += measures.covers(memory, masks, self.excess, self.floor)
         return masks
 
-    def causal_tests(self) -> Iterator[None]:
+    def causal_tests(self, causal: Causal) -> Iterator[None]:
         """Of the memories that wait for theirs; a stop after each method."""
         for analysis in self.to_test:
-            yield from self._causal(analysis, self.bench.plan.causal or Causal())
+            yield from self._causal(analysis, causal)
             self.bench.skip(self.cells[analysis.case.memory.id])
         self.to_test = []
 
@@ -369,9 +369,9 @@ def locality(
         say(f"memory {number + 1} of {len(sets.cases)}: {case.memory.id}")
         loop.memory(case, number)
         after_part(loop.assembled())
-        if number + 1 == min(len(sets.cases), plan.causal.memories if plan.causal else 0):
+        if plan.causal is not None and number + 1 == min(len(sets.cases), plan.causal.memories):
             say(f"causal tests of the first {number + 1}")
-            for _ in loop.causal_tests():
+            for _ in loop.causal_tests(plan.causal):
                 after_part(loop.assembled())
     bench.skip(cells[""])
     return loop.assembled()

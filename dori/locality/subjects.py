@@ -83,7 +83,7 @@ def keep_memorized(bench: Bench, sets: Sets) -> tuple[Sets, Measure]:
         similar = similarities(bench, cell_key("memorized", case.memory.id), case, encoded(bench.model, [text]), seeds)
         if bench.replicates(similar)[0]:
             replicating.add(text)
-    texts = list(dict.fromkeys(str(case.memory.text) for case in sets.prompted))
+    texts = _texts(sets.prompted)
     share = Measure("", PROMPTED, known(len(replicating) / len(texts)), len(texts))
     if len(replicating) < 2:
         return sets, share

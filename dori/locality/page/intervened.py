@@ -54,7 +54,7 @@ def _unfinished(found: Locality) -> str:
     hopeless = sum(subject.triggers < 2 for subject in found.subjects[:planned])
     wanted = min(planned, found.planned) - hopeless
     tests = Counter(cross.method for cross in found.crosses if cross.masks == TRIGGERS)
-    names = causal_methods(tuple(methods(found))) if found.overlaps else ()
+    names = causal_methods(tuple(methods(found)))
     if all(tests[name] >= wanted for name in names):
         return ""
     shares = ", ".join(f"{tests[name]} of {wanted} memories with {name}" for name in names)

@@ -65,12 +65,17 @@ def done(found: Locality) -> list[str]:
     return told + _twin(found) + _memorized(found) + _prompts(found) + _judging(found)
 
 
+def _counted(found: Locality, name: str) -> tuple[int, int]:
+    """Successes and trials of a measure that is a share, over all its records."""
+    shares = [(m.value, m.n) for m in found.measures if m.name == name and m.value is not None]
+    return round(sum(value * n for value, n in shares)), sum(n for _, n in shares)
+
+
 def _twin(found: Locality) -> list[str]:
     """Whether the same attacks also work on a model that never saw the images."""
-    rows = [m for m in found.measures if m.name == ON_TWIN and m.value is not None]
-    if not rows:
+    successes, attacks = _counted(found, ON_TWIN)
+    if not attacks:
         return ["There is no model that never saw the memories: triggers may carry the image by themselves."]
-    successes, attacks = round(sum((m.value or 0) * m.n for m in rows)), sum(m.n for m in rows)
     if successes == 0:
         return [f"On a twin that never saw the memories none of {attacks} such attacks from N(0, I) replicates."]
     return [
@@ -81,10 +86,9 @@ def _twin(found: Locality) -> list[str]:
 
 def _memorized(found: Locality) -> list[str]:
     """How many of the memories' prompts, with which triggers are compared, bring an image back."""
-    rows = [m for m in found.measures if m.name == PROMPTED and m.value is not None]
-    if not rows:
+    kept, asked = _counted(found, PROMPTED)
+    if not asked:
         return []
-    kept, asked = round(sum((m.value or 0) * m.n for m in rows)), sum(m.n for m in rows)
     if kept > 1:
         return [f'"Memorized prompts" are the {kept} of {asked} prompts of memories that bring their image back.']
     return [
