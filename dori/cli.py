@@ -210,7 +210,7 @@ def _locality(arguments: argparse.Namespace) -> int:
 
     from dori.cost import measured_speed
     from dori.locality.costs import stage_table
-    from dori.locality.loop import costs, locality
+    from dori.locality.loop import costs, locality, says_less
     from dori.locality.page.render import render
     from dori.locality.plan import PRESETS
     from dori.locality.records import Locality
@@ -221,6 +221,10 @@ def _locality(arguments: argparse.Namespace) -> int:
         write_text(arguments.out / "locality.json", found.to_json())
         write_text(arguments.out / "locality.html", render(found, arguments.out, redact=arguments.redact))
 
+    def write_part(found: Locality) -> None:
+        if not says_less(found, arguments.out / "locality.json"):  # a longer run's records stay until made again
+            write(found)
+
     plan = PRESETS[arguments.preset]()
     sampling = _sampling(arguments, plan)
     plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed)
@@ -228,7 +232,7 @@ def _locality(arguments: argparse.Namespace) -> int:
     with run.locked():
         subjects, judge = _audited(arguments, plan.judging())
         say(stage_table(costs(subjects, plan, choose_sets(subjects, plan)), measured_speed(subjects.model)))
-        write(locality(subjects, plan=plan, judge=judge, run=run, say=say, after_part=write))
+        write(locality(subjects, plan=plan, judge=judge, run=run, say=say, after_part=write_part))
     print(f"page: {arguments.out / 'locality.html'}")
     return 0
 

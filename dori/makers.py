@@ -14,7 +14,7 @@ import dori
 
 # They store, time or word what was computed, and cannot change it.
 NO_FIGURES = frozenset(
-    {"errors.py", "findings.py", "judgement.py", "lock.py", "makers.py", "progress.py", "record_file.py"}
+    {"cost.py", "errors.py", "findings.py", "judgement.py", "lock.py", "makers.py", "progress.py", "record_file.py"}
 )
 
 

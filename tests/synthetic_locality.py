@@ -1,14 +1,17 @@
 """Made-up records of a locality run: every kind of record, a stranger's names, and figures that a hand can check."""
 
 from dori.locality.records import (
-    HALF,
+    APART,
     MEMORIZED,
     NO_MASK,
     ON_TWIN,
     ORDINARY,
     OTHER_IMAGES,
+    OTHER_MASKS,
     OTHER_NOISES,
+    OTHERS_APART,
     RANDOM,
+    SAME_STARTS,
     SIMULATED,
     STARTS,
     TRIGGERS,
@@ -35,8 +38,18 @@ VALUES = [
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
 ]
 FEED = [layer.replace("attn2.to_v", "ff.net.2") for layer in VALUES]
-LEVELS = {TRIGGERS: 0.41, OTHER_NOISES: 0.83, OTHER_IMAGES: 0.24, MEMORIZED: 0.22, ORDINARY: 0.2, SIMULATED: 0.05}
-SHARED = (MEMORIZED, ORDINARY, STARTS)
+LEVELS = {
+    TRIGGERS: 0.41,
+    APART: 0.41,
+    OTHER_NOISES: 0.83,
+    OTHER_IMAGES: 0.24,
+    OTHERS_APART: 0.24,
+    MEMORIZED: 0.22,
+    ORDINARY: 0.2,
+    SIMULATED: 0.05,
+    f"{MEMORIZED}, {RANDOM}": 0.02,
+}
+SHARED = (MEMORIZED, ORDINARY, STARTS, f"{MEMORIZED}, {RANDOM}")
 MASKS = 6  # of the causal test
 
 
@@ -48,12 +61,12 @@ def overlaps(memory: str, levels: dict[str, float], *, empty: float = 0.0) -> li
         for where in (layer, WHOLE)
         for group, level in levels.items()
     ]
-    return [*whole, Overlap(memory, "Wanda", layer, RANDOM, levels[SIMULATED], None, None, 9.0, 3)]
+    return [*whole, Overlap(memory, "Wanda", layer, RANDOM, levels[SIMULATED], levels[SIMULATED], None, 9.0, 3)]
 
 
 def cross(masks: str, *, own: float, others: float, fresh: float, memory: str = "m0") -> Cross:
     """A matrix whose cells of one kind are alike."""
-    rows = {TRIGGERS: MASKS, RANDOM: 4, NO_MASK: 1}[masks]
+    rows = {TRIGGERS: MASKS, RANDOM: 4, OTHER_MASKS: 4, NO_MASK: 1}[masks]
     again = tuple(tuple(own if masks == TRIGGERS and i == j else others for j in range(MASKS)) for i in range(rows))
     starts = ("prompt", *("gaussian", "foreign") * MASKS)[:MASKS]
     method, sizes = ("", (0,)) if masks == NO_MASK else ("Wanda", (5,) * rows)
@@ -110,6 +123,8 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
         measures=(
             *(Measure(one, name, 0.05 * (k + 1), 3) for k, one in enumerate(ids) for name in names),
             *(Measure(one, "shared with moves to other images", 0.02, 3) for one in ids[1:]),
+            *(Measure(one, "common share, same starts", 0.05 * (k + 1), 3) for k, one in enumerate(ids) if k),
+            *(Measure(one, "the same, moves exchanged", 0.04, 3) for one in ids),
             *(Measure(one, ON_TWIN, 0.0, 5) for one in ids),
             Measure("", "between ordinary prompts", 9.0, 3),
             Measure("", "between memorized prompts", 8.0, 3),
@@ -128,7 +143,7 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
                 (STARTS, 8.0),
                 (OTHER_NOISES, 1.0),
                 (OTHER_IMAGES, 8.0),
-                (HALF, 4.0),
+                (SAME_STARTS, 4.0),
             )
         ),
         overlaps=tuple(dict.fromkeys(row for one in ids for row in overlaps(one, levels or LEVELS, empty=empty))),
@@ -145,7 +160,7 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
             Change("layer", VALUES[0], 3.0, 1.0, 10),
         ),
         patches=tuple(
-            Patch("m0", way, name, 0.6, share)
+            Patch("m0", way, name, 0.6, share, 0.3)
             for way in ("sufficient", "necessary")
             for name, share in (("none", 0.0), ("source", 1.0), (VALUES[0], 0.4), (FEED[1], 0.2), ("all values", 0.8))
         ),

@@ -16,6 +16,7 @@ from dori.locality.costs import chunks
 from dori.locality.embeddings import (
     capped_perplexity,
     common_share,
+    exchanged_share,
     gaussian_distance,
     line,
     moved,
@@ -109,6 +110,11 @@ def test_the_shared_share_is_that_of_moves_to_two_images_from_different_starts()
 def test_an_end_belongs_to_its_own_start_only_if_no_other_is_nearer() -> None:
     starts = torch.tensor([[[0.0]], [[10.0]], [[20.0]]])
     assert own_start_share(starts, starts + 4) == 1
+    assert exchanged_share(starts, starts + 4) == 1  # equal moves may be exchanged
+    far = starts + torch.tensor([[[0.0]], [[0.0]], [[-20.0]]])  # the last one came to the first start
+    assert own_start_share(starts, far) == pytest.approx(2 / 3)
+    # Exchanged, the long move takes the first start (which stays nearest to itself), then the second one.
+    assert exchanged_share(starts, far) == pytest.approx((3 / 3 + 2 / 3) / 2)
     assert own_start_share(starts, torch.tensor([[[1.0]], [[19.0]], [[18.0]]])) == pytest.approx(2 / 3)
 
 
@@ -238,9 +244,17 @@ def test_agreement_across_pairs_masks_of_two_images_where_their_starts_differ() 
     pairs = torch.tensor([[False, True], [True, False], [True, True]])
     chosen = [(a, b) for i, a in enumerate(sets(one)) for j, b in enumerate(sets(two)) if pairs[i, j]]
     slow = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in chosen]
-    found = agreement_across(one, two, pairs)
+    found = agreement_across([(one, two)], pairs)
     assert found.published == pytest.approx(sum(slow) / 4, rel=1e-12) and found.pairs == 4
     assert found.empty_share == 0.25 and found.without_empty == pytest.approx((sum(slow) - 1) / 3)
+    twice = agreement_across([(one, two), (one, ~two)], pairs)  # the pairs of both halves count alike
+    more = agreement_across([(one, ~two)], pairs)
+    assert twice.pairs == 8 and twice.published == pytest.approx((found.published + more.published) / 2)
+
+
+def test_only_booleans_are_masks() -> None:
+    with pytest.raises(TypeError, match="booleans"):
+        agreement(masks(3, 20, seed=1).float())
 
 
 @pytest.mark.parametrize(("first", "second", "weights"), [(3, 3, 8), (0, 4, 9), (9, 9, 9), (7, 8, 10), (1, 1, 5)])
@@ -261,6 +275,9 @@ def test_the_closed_form_of_random_masks_is_what_simulation_gives() -> None:
     assert agreement(m).published > 4 * random_level(m)
     q = 0.1  # for one density close to q / (2 - q) (methods.md 4.3)
     assert random_agreement(10_000, 10_000, 100_000) == pytest.approx(q / (2 - q), rel=1e-3)
+    m[:20] = False  # of 780 pairs 190 are of two empty masks, which the published rule counts 1
+    some = random_level(m, without_empty=True)
+    assert random_level(m) == pytest.approx((190 + 590 * some) / 780, rel=0.02)
     assert random_agreement(0, 0, 10) == 1 and random_agreement(0, 5, 10) == 0
 
 
@@ -405,7 +422,7 @@ def test_the_cross_test_tells_the_diagonal_from_the_rest_and_counts_masks() -> N
     # Six attacks under three masks bound the rate no better than three trials do.
     assert found.others.low == pytest.approx(wilson(3, 3).low)
     assert cross_test(matrix[1:], fresh[1:], [1, 2]).own.value == pytest.approx(1 / 2)
-    everything = cross_test(matrix, fresh)
+    everything = cross_test(matrix, fresh, None)
     assert everything.own.n == 0 and everything.others.value == pytest.approx(7 / 9)
 
 

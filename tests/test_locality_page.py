@@ -18,12 +18,15 @@ from dori.locality.page import intervened, observed, verdict
 from dori.locality.page.render import render
 from dori.locality.page.summary import banded, dose_relations, over_memories, overlap, own_share, said, way
 from dori.locality.records import (
+    APART,
     MEMORIZED,
     NO_MASK,
     ON_TWIN,
     ORDINARY,
     OTHER_IMAGES,
+    OTHER_MASKS,
     OTHER_NOISES,
+    OTHERS_APART,
     PROMPTED,
     RANDOM,
     TRIGGERS,
@@ -34,7 +37,7 @@ from dori.locality.records import (
     read_locality,
 )
 from dori.run import write_bytes
-from dori.stats import Estimate
+from dori.stats import Estimate, wilson
 
 
 def page(found: Locality, folder: Path, *, redact: bool = False) -> str:
@@ -119,35 +122,39 @@ def test_a_run_without_triggers_has_a_page_that_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_weights_are_judged_on_the_way_from_reference_to_ceiling(triggers: float, ceiling: float, word: str) -> None:
-    found = records(levels=LEVELS | {TRIGGERS: triggers, OTHER_NOISES: ceiling})
+    found = records(levels=LEVELS | {TRIGGERS: triggers, APART: triggers, OTHER_NOISES: ceiling})
     sentence = observed.weights(found).sentences[0]
     assert f"other seeds {ceiling:.2f}: {word}." in sentence
-    assert f"({triggers:.2f} against 0.22)" in sentence
+    assert f"({triggers:.2f} against 0.22, where random masks of the prompts' sizes have 0.02)" in sentence
+    assert ("in 1 of 1 layers (most in layer 1 +" in sentence) == (triggers >= 0.3)
     assert ("more than" if triggers > 0.23 else "less than" if triggers < 0.21 else "as much as") in sentence
 
 
 def test_the_way_starts_from_the_highest_reference_and_leaves_the_rest_out() -> None:
     place = way(records(), "Wanda")
-    assert place.reference == OTHER_IMAGES and place.estimate.value == pytest.approx((0.41 - 0.24) / (0.83 - 0.24))
+    assert place.reference == OTHERS_APART and place.estimate.value == pytest.approx((0.41 - 0.24) / (0.83 - 0.24))
     assert math.isnan(place.estimate.low)
     higher = way(records(levels=LEVELS | {MEMORIZED: 0.4}), "Wanda")
     assert higher.reference == MEMORIZED and higher.estimate.value == pytest.approx(0.01 / 0.43)
     assert "half of the masks" in way(records(empty=0.3), "Wanda").why_not
     assert way(records(), "nothing").why_not == "too few triggers"
+    # Masks that met one noise agree by that noise too: they decide nothing.
+    one_noise = way(records(levels=LEVELS | {TRIGGERS: 0.8, OTHER_IMAGES: 0.7}), "Wanda")
+    assert one_noise == place
 
 
 def test_nothing_is_told_of_weights_without_triggers_of_another_image() -> None:
     """A run's first memory stands alone: masks of Gaussian-started triggers may agree whatever the image."""
-    found = records(levels=LEVELS | {TRIGGERS: 0.8})
+    found = records(levels=LEVELS | {TRIGGERS: 0.8, APART: 0.8})
     assert observed.weight_word(found, "Wanda") == "local"
-    rows = tuple(o for o in found.overlaps if o.group != OTHER_IMAGES)
+    rows = tuple(o for o in found.overlaps if o.group not in (OTHER_IMAGES, APART, OTHERS_APART))
     alone = dataclasses.replace(found, overlaps=rows)
     assert "no other image has triggers" in observed.weight_word(alone, "Wanda")
     assert "of the way" not in observed.weights(alone).sentences[0]
 
 
 def test_a_verdict_on_sets_that_the_cap_cut_short_says_so() -> None:
-    found = records(levels=LEVELS | {TRIGGERS: 0.8})
+    found = records(levels=LEVELS | {TRIGGERS: 0.8, APART: 0.8})
     rows = tuple(dataclasses.replace(o, method="NeMo") for o in found.overlaps if o.method == "Wanda")
     for converged, more in ((0.9, ""), (0.1, " (of sets that the search's cap cut short)")):
         searches = tuple(dataclasses.replace(one, converged=converged) for one in found.searches)
@@ -167,14 +174,14 @@ def test_agreements_are_called_the_same_only_where_that_is_known() -> None:
     # NeMo may select nothing for any prompt.
     none = tuple(dataclasses.replace(o, without_empty=None) if o.group == MEMORIZED else o for o in records().overlaps)
     sentence = observed.weights(dataclasses.replace(records(), overlaps=none)).sentences[0]
-    assert "cannot be compared with what different memorized prompts do (0.41 against not measured)" in sentence
+    assert "cannot be compared with what different memorized prompts do (0.41 against not measured," in sentence
 
 
 def test_an_interval_over_memories_that_crosses_a_border_leaves_the_verdict_open() -> None:
     found = records(6)
     rows = []
     for o in found.overlaps:
-        if o.group == TRIGGERS and o.layer == WHOLE:  # half of the memories local, half not
+        if o.group == APART and o.layer == WHOLE:  # half of the memories local, half not
             level = 0.82 if int(o.memory[1:]) % 2 else 0.24
             o = dataclasses.replace(o, published=level, without_empty=level)
         rows.append(o)
@@ -192,19 +199,26 @@ def test_a_band_is_told_only_where_the_whole_interval_lies_in_it() -> None:
     assert banded(Estimate(0.5, 0.2, 0.8, 9), (0.1, 0.9), words) == "middle"
     assert banded(Estimate(0.5, 0.05, 0.8, 9), (0.1, 0.9), words) == "cannot be told (low to middle)"
     assert banded(Estimate(0.9, 0.9, 0.95, 9), (0.1, 0.9), words) == "high"
+    assert banded(Estimate(0.89, math.nan, math.nan, 2), (0.1, 0.9), words) == "middle, but close to the border"
+    assert banded(Estimate(0.89, 0.89, 0.89, 9), (0.1, 0.9), words) == "middle"
     assert banded(Estimate(math.nan, math.nan, math.nan, 0), (0.1, 0.9), words) == "not measured"
 
 
 # --------------------------------------------------------------------------------------------- space and activations
 
 
-def test_activations_are_compared_with_different_memorized_prompts() -> None:
+def test_activations_are_judged_by_triggers_of_different_images() -> None:
     said_ = observed.activations(records())
     assert said_.title.endswith("Value projections: closer together; feed-forward layers: closer together")
-    assert "is 0.60 times that of different memorized prompts" in said_.sentences[0]
-    assert "ordinary prompts the ratio is 1.20; to triggers of different images 0.50; of" in said_.sentences[0]
+    assert "is 0.50 times that of triggers of different images" in said_.sentences[0]
+    assert "0.60 times that of different memorized prompts, but bare Gaussian starts" in said_.sentences[0]
+    assert "are at 0.80 already" in said_.sentences[0] and "prompts the ratio is 1.20; of" in said_.sentences[0]
+    # Closer together than prompts, but no closer than triggers of other images: the image has no part in it.
+    like = tuple(dataclasses.replace(a, value=4.0) if a.group == OTHER_IMAGES else a for a in records().activities)
+    same = observed.activations(dataclasses.replace(records(), activities=like))
+    assert "Value projections: about as far apart" in same.title and "0.60 times" in same.sentences[0]
     alone = dataclasses.replace(records(), activities=tuple(a for a in records().activities if a.group != OTHER_IMAGES))
-    assert "different images" not in observed.activations(alone).sentences[0]
+    assert "cannot be told, no other image" in observed.activations(alone).title
 
 
 def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
@@ -213,16 +227,19 @@ def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
     said_ = observed.embedding(found)
     assert said_.title == "The moves of triggers: no common direction"
     assert "0.08 is the image's own" in said_.sentences[2]
-    alone = dataclasses.replace(
-        found, measures=tuple(m for m in found.measures if m.name != "shared with moves to other images")
-    )
-    assert own_share(alone).value == pytest.approx(0.075) and "stays open" in observed.embedding(alone).sentences[2]
-    assert observed.embedding(alone).title == said_.title  # what is not common cannot be the image's own
-    much = tuple(
-        dataclasses.replace(m, value=0.6) if m.name == "common share of the moves" else m for m in alone.measures
-    )
-    title = observed.embedding(dataclasses.replace(alone, measures=much)).title
-    assert title == "The moves of triggers: cannot be told, with a single image"
+    assert "had each been moved as another one was, 0.04" in said_.sentences[1]
+    other = "shared with moves to other images"
+    alone = dataclasses.replace(found, measures=tuple(m for m in found.measures if m.name != other))
+    assert math.isnan(own_share(alone).value) and "stays open" in observed.embedding(alone).sentences[2]
+    assert observed.embedding(alone).title == "The moves of triggers: cannot be told, with a single image"
+    # Kinds of starts differ: each is told by itself.
+    kinds = [
+        Measure("m1", f"{name}, {start}", value, 3)
+        for start, own in (("gaussian", 0.3), ("foreign", 0.05))
+        for name, value in (("common share, same starts", own), (other, 0.02))
+    ]
+    sentence = observed.embedding(dataclasses.replace(found, measures=(*found.measures, *kinds))).sentences[2]
+    assert "image's own (from N(0, I) 0.28, from other prompts 0.03)." in sentence
 
 
 def test_no_figure_is_minus_zero() -> None:
@@ -251,7 +268,12 @@ def test_lines_are_judged_over_memories(between: tuple[int, ...], outward: tuple
     sentences = observed.embedding(dataclasses.replace(found, probes=tuple(probes))).sentences
     (sentence,) = [one for one in sentences if one.startswith("Half way between")]
     assert sentence.startswith(f"Half way between two triggers {sum(between) / 24 / len(between):.2f}")
-    assert ("[" in sentence) == (len(between) > 4) and f"of {24 * len(between)} points" in sentence
+    assert ("[" in sentence) == (len(between) > 4)
+    alone = wilson(sum(between), 24 * len(between))
+    told = (
+        f"({sum(between)} of {24 * len(between)} points, which alone would allow {alone.low:.2f} to {alone.high:.2f})"
+    )
+    assert told in sentence
     assert word in sentence
 
 
@@ -292,6 +314,30 @@ def test_the_causal_verdict_needs_masks_that_stop_what_random_ones_do_not() -> N
     assert "random masks" in causal(BARE, many, cross(RANDOM, own=0.1, others=0.1, fresh=0.1))
     assert "without a mask" in causal(cross(NO_MASK, own=0.1, others=0.1, fresh=0.1), many, RESISTS)
     assert "every mask is empty" in causal(BARE, dataclasses.replace(many, sizes=(0,) * 18), RESISTS)
+    # Any trigger's mask, of whatever image, would have done the same.
+    assert causal(BARE, many, RESISTS, cross(OTHER_MASKS, own=0.9, others=0.9, fresh=0.9)) == "Wanda: local"
+    assert "another image's" in causal(BARE, many, RESISTS, cross(OTHER_MASKS, own=0.1, others=0.1, fresh=0.1))
+
+
+def test_a_mask_that_spoils_the_model_is_not_called_local() -> None:
+    many = cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1)
+    many = dataclasses.replace(many, again=many.again * 3, fresh=many.fresh * 3, sizes=(5,) * 18)
+    found = dataclasses.replace(records(), crosses=(BARE, many, RESISTS))
+    assert intervened.causal(found).title == "Wanda: local"  # 0.1 to 0.2 is no more than twice
+    dear = [dataclasses.replace(j, frechet=0.21) if j.joined == 1 and j.frechet else j for j in found.joined]
+    spoiled = intervened.causal(dataclasses.replace(found, joined=tuple(dear)))
+    assert spoiled.title == "Wanda: cannot be told, one mask alone spoils ordinary prompts"
+    assert "from 0.100 to 0.210" in spoiled.sentences[0]
+
+
+def test_only_attacks_that_succeed_without_a_mask_are_scored() -> None:
+    """Triggers 0 and 3 fail without one: that their attacks fail under a mask says nothing of the mask."""
+    fails = tuple(0.1 if j in (0, 3) else 0.9 for j in range(6))
+    bare = dataclasses.replace(BARE, again=(fails,))
+    under = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
+    under = dataclasses.replace(under, again=tuple(tuple(map(min, row, fails)) for row in under.again))
+    test = intervened.tested(dataclasses.replace(records(), crosses=(bare, under)), under)
+    assert (test.others.value, test.others.n) == (1, 6) and (test.own.value, test.own.n) == (0, 4)
 
 
 def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> None:
@@ -344,6 +390,11 @@ def test_empty_masks_do_not_count_as_masks() -> None:
 def test_patching_names_what_carries_half_of_the_gap() -> None:
     said_ = intervened.patching(records())
     assert said_.title == "Sufficient: all values; necessary: all values"
+    assert "are alike by: all values 0.30; without a patch 0.30" in said_.sentences[0]
+    two = (*records().patches, *(dataclasses.replace(p, memory="m1", share=0.1) for p in records().patches))
+    assert (
+        "all values 0.45 (0.80, 0.10)" in intervened.patching(dataclasses.replace(records(), patches=two)).sentences[0]
+    )
     assert f"most in {VALUES[0]} (0.40 of the gap between the models, the largest of 2 layers" in said_.sentences[0]
     hardly = dataclasses.replace(
         records(), patches=tuple(dataclasses.replace(p, share=None) for p in records().patches)

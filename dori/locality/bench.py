@@ -113,6 +113,12 @@ class Bench:
         reference = self.judge.descriptor(case.image[None]).cpu()
         return cosine(descriptors, reference).unflatten(0, images.shape[:2])
 
+    def alike(self, images: Tensor, others: Tensor) -> Tensor:
+        """Similarity of images (s, 3, H, W) to others, one by one, shape (s,); what diverged is like nothing."""
+        (mine, finite), (theirs, sound) = finite_images(images), finite_images(others)
+        descriptor = self.judge.descriptor
+        return cosine(descriptor(mine).cpu() * finite[:, None], descriptor(theirs).cpu() * sound[:, None])
+
     def replicates(self, similarities: Tensor) -> Tensor:
         """Which embeddings replicate, booleans (n,): the median over the seeds exceeds the threshold, as in MR."""
         return similarities.double().quantile(0.5, dim=1) > self.judge.descriptor.threshold

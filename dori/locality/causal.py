@@ -28,7 +28,7 @@ class CrossTest:
 
 
 def cross_test(
-    matrix: Sequence[Sequence[bool]], fresh: Sequence[Sequence[bool]], own: Sequence[int] | None = None
+    matrix: Sequence[Sequence[bool]], fresh: Sequence[Sequence[bool]], own: Sequence[int] | None
 ) -> CrossTest:
     """Rates of a matrix of replications (mask i, trigger j) and of fresh attacks under each mask.
 
@@ -38,7 +38,7 @@ def cross_test(
     Args:
         matrix: a row a mask.
         fresh: likewise.
-        own: for each row the trigger whose mask it is; None for masks of nobody.
+        own: for each row the trigger (column) whose mask it is; None for masks of no trigger here.
     """
     columns = list(own) if own is not None else [-1] * len(matrix)
     mine = [[cell for column, cell in enumerate(row) if column == k] for k, row in zip(columns, matrix, strict=True)]

@@ -12,7 +12,7 @@ from dori.cost import Rows, Speed, drawn, forecast
 from dori.locality.activations import activation_rows
 from dori.locality.causal import union_sizes
 from dori.locality.patching import NECESSARY, SUFFICIENT
-from dori.locality.records import NO_MASK, RANDOM, TRIGGERS
+from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS
 from dori.mitigate.nemo import Nemo
 from dori.run import cell_key
 
@@ -82,7 +82,10 @@ def planned(plan: "Plan", sizes: Sizes, methods: tuple[str, ...]) -> dict[str, d
     """Every cell with its cost, by memory; "" holds what belongs to none."""
     shared = {cell_key("memorized", memory): drawing(plan, plan.seeds) for memory in sizes.prompted}
     shared |= {"calibration": Rows(forward=sizes.calibration * plan.nemo.noises)}
-    for group, count in (("memorized prompts", sizes.memorized), ("ordinary prompts", sizes.ordinary)):
+    for group, count in (
+        ("memorized prompts", min(sizes.memorized, plan.set_size)),
+        ("ordinary prompts", sizes.ordinary),
+    ):
         shared |= dict(_set(plan, methods, group, count))
     shared["activations.gaussian-starts"] = Rows(forward=_activations(plan, min(plan.gaussian, plan.set_size)))
     if plan.causal is not None and sizes.quality > 1:
@@ -173,7 +176,7 @@ def _causal(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str) -
     yield cell_key("causal", memory, "", NO_MASK, "0"), single
     yield cell_key("joined", memory, "", NO_MASK, "0"), united
     for method in causal_methods(methods):
-        for masks, count in ((TRIGGERS, causal.triggers), (RANDOM, causal.random)):
+        for masks, count in ((TRIGGERS, causal.triggers), (RANDOM, causal.random), (OTHER_MASKS, causal.other)):
             for row in range(count):
                 yield cell_key("causal", memory, method, masks, str(row)), single
         for number in union_sizes(causal.triggers):

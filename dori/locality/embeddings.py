@@ -13,6 +13,8 @@ import torch
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+EXCHANGES = 10
+
 
 def _flat(embeddings: Tensor) -> Tensor:
     return embeddings.detach().cpu().double().flatten(1)
@@ -70,11 +72,26 @@ def shared_share(first: Tensor, second: Tensor) -> float:
 
 
 def own_start_share(starts: Tensor, ends: Tensor) -> float:
-    """Share of the ends whose nearest start is their own; both (n, l, d). By chance 1/n."""
+    """Share of the ends whose nearest start is their own; both (n, l, d).
+
+    1/n where the ends have forgotten their starts; near 1 for any moves that are shorter than starts are apart,
+    whatever their direction. `exchanged_share` is the level that tells nothing of the moves.
+    """
     if not len(starts):
         return math.nan
     nearest = torch.cdist(_flat(ends), _flat(starts)).argmin(1)
     return float((nearest == torch.arange(len(starts))).double().mean())
+
+
+def exchanged_share(starts: Tensor, ends: Tensor) -> float:
+    """`own_start_share` with every start moved as another one was: the mean over up to `EXCHANGES` cyclic exchanges.
+
+    NaN for fewer than two.
+    """
+    moves, n = ends - starts, len(starts)
+    shifts = range(1, min(n, EXCHANGES + 1))
+    shares = [own_start_share(starts, starts + moves.roll(shift, 0)) for shift in shifts]
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 def line(first: Tensor, second: Tensor, shares: Sequence[float]) -> Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dori.audit.judge import Case, Judge
 from dori.audit.loop import Subjects
@@ -50,19 +49,22 @@ from dori.sampling import named_seed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Analysis:
-    """A memory's analysed triggers, where each began, and their masks by method."""
+    """A memory's analysed triggers, where each began, and their masks by method.
+
+    `again` holds the masks of the first of them under every noise seed.
+    """
 
     case: Case
     triggers: Source
     starts: list[Start]
     masks: Mapping[str, Masks]
+    again: Mapping[str, list[Masks]]
 
-    def pairs(self, starts: Sequence[Start]) -> Tensor:
-        """Which pairs of a trigger from these starts and one of this memory began apart, booleans (n, m).
-
-        Triggers of one image are from different starts too, so that only the image differs.
-        """
-        return torch.tensor([[mine != theirs for theirs in self.starts] for mine in starts])
+    def common(self, starts: Sequence[Start], limit: int | None = None) -> tuple[list[int], list[int]]:
+        """Where the starts that this memory's first triggers share with others lie, there and here, row by row."""
+        there = {start: row for row, start in enumerate(starts)}
+        both = [(there[start], row) for row, start in enumerate(self.starts[:limit]) if start in there]
+        return [row for row, _ in both], [row for _, row in both]
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +101,7 @@ class _Loop:
             for method in method_names(self.bench.plan):
                 masks = self.maskers.of(group.replace(" ", "-"), method, y)
                 records["overlaps"] += measures.overlaps("", group, masks)
+                records["overlaps"] += measures.random_like_prompts(group, masks, seed=self.bench.plan.seed)
                 if method == "NeMo":
                     records["searches"].append(measures.search("", group, masks))
         plan = self.bench.plan
@@ -127,8 +130,14 @@ class _Loop:
         if len(rows) > 1:
             self._activations(memory, found, rows)
             self._activations_across(memory, found, rows)
-            masks = {method: self._weights(memory, found, rows, method) for method in method_names(self.bench.plan)}
-            analysis = self.before = _Analysis(case, found.take(rows), [found.start(row) for row in rows], masks)
+            starts = [found.start(row) for row in rows]
+            drawn = {method: self._weights(memory, found, rows, method) for method in method_names(self.bench.plan)}
+            masks = {method: every for method, (every, _) in drawn.items()}
+            again = {method: first for method, (_, first) in drawn.items()}
+            analysis = _Analysis(case, found.take(rows), starts, masks, again)
+            if self.before is not None:
+                self._weights_across(memory, analysis, self.before)
+            self.before = analysis
         if self.subjects.twins:
             self._beside_a_twin(case)
         self._show(case, found)
@@ -161,19 +170,29 @@ class _Loop:
         )
 
     def _activations_across(self, memory: str, found: Found, rows: list[int]) -> None:
-        """Beside the memory before; half of the triggers of each, so that no more is held at a time.
-
-        The first half holds the prompt-started trigger, so D within it is the fair comparison, not D of all.
-        """
+        """Beside the memory before; half of the triggers of each, so that no more is held at a time."""
         if self.before is None:
             return
         half = max(1, self.bench.plan.set_size // 2)
-        mine = rows[:half]
-        pairs = self.before.pairs([found.start(row) for row in mine])[:, :half]
-        theirs = self.before.triggers.take(range(pairs.shape[1]))
-        self.records["activities"] += stages.discrepancies_across(self.bench, memory, found.take(mine), theirs, pairs)
+        mine, theirs = self.before.common([found.start(row) for row in rows[:half]], half)
+        if len(mine) > 1:
+            triggers = found.take([rows[k] for k in mine]), self.before.triggers.take(theirs)
+            self.records["activities"] += stages.discrepancies_across(self.bench, memory, *triggers)
 
-    def _weights(self, memory: str, found: Found, rows: list[int], method: str) -> Masks:
+    def _weights_across(self, memory: str, mine: _Analysis, before: _Analysis) -> None:
+        """Beside the memory before, by starts that both have: only the image differs."""
+        records, few = self.records["overlaps"], self.bench.plan.ceiling
+        for method, masks in mine.masks.items():
+            rows, theirs = before.common(mine.starts)
+            if len(rows) > 1:
+                records += measures.other_image_overlaps(memory, masks.take(rows), before.masks[method].take(theirs))
+            rows, theirs = before.common(mine.starts[:few], few)
+            if len(rows) > 1:
+                again = [one.take(rows) for one in mine.again[method]]
+                records += measures.apart_overlaps(memory, again, [one.take(theirs) for one in before.again[method]])
+
+    def _weights(self, memory: str, found: Found, rows: list[int], method: str) -> tuple[Masks, list[Masks]]:
+        """Masks of all, and of the first ones under every noise seed; records what needs no other memory."""
         plan, records = self.bench.plan, self.records
         masks = self.maskers.of(memory, method, found.take(rows))
         records["overlaps"] += measures.overlaps(memory, TRIGGERS, masks)
@@ -186,23 +205,21 @@ class _Loop:
             for noise in range(1, plan.ceiling_seeds)
         ]
         records["overlaps"] += measures.ceiling_overlaps(memory, again)
-        if self.before is not None:
-            pairs = self.before.pairs([found.start(row) for row in rows])
-            records["overlaps"] += measures.other_image_overlaps(memory, masks, self.before.masks[method], pairs)
         if method == "NeMo":
             records["searches"].append(measures.search(memory, TRIGGERS, masks))
         if self.excess is not None:
             records["covers"] += measures.covers(memory, masks, self.excess, self.floor)
-        return masks
+        return masks, again
 
     def causal_tests(self, causal: Causal) -> Iterator[None]:
         """Of the memories that wait for theirs; a stop after each method."""
         for analysis in self.to_test:
-            yield from self._causal(analysis, causal)
+            other = next((one for one in (*self.to_test, self.before) if one is not analysis), None)
+            yield from self._causal(analysis, other, causal)
             self.bench.skip(self.cells[analysis.case.memory.id])
         self.to_test = []
 
-    def _causal(self, analysis: _Analysis, causal: Causal) -> Iterator[None]:
+    def _causal(self, analysis: _Analysis, other: _Analysis | None, causal: Causal) -> Iterator[None]:
         chosen, masks = range(min(causal.triggers, len(analysis.triggers))), analysis.masks
         trial = Trial(
             self.bench,
@@ -218,7 +235,9 @@ class _Loop:
         self.records["joined"].append(joined)
         for method in causal_methods(tuple(masks)):
             edits = [masks[method].edit(self.bench.model, k) for k in chosen]
-            self.records["crosses"] += trial.single(method, edits)
+            few = range(min(causal.other, len(other.triggers))) if other is not None else ()
+            others = [other.masks[method].edit(self.bench.model, k) for k in few] if other is not None else []
+            self.records["crosses"] += trial.single(method, edits, others)
             self.records["joined"] += trial.united(method, edits)
             yield
 
@@ -328,6 +347,15 @@ def refuse_another(folder: Path, subjects: Subjects, plan: Plan, sets: Sets, fin
         )
 
 
+def says_less(found: Locality, path: Path) -> bool:
+    """Whether the records so far are of fewer memories or tests than those in a file, as of an earlier, longer run."""
+    try:
+        before = read_locality(path)
+    except DoriError:  # none, or one that nobody can read
+        return False
+    return (len(found.subjects), len(found.crosses)) < (len(before.subjects), len(before.crosses))
+
+
 def locality(
     subjects: Subjects,
     *,
@@ -369,8 +397,8 @@ def locality(
         say(f"memory {number + 1} of {len(sets.cases)}: {case.memory.id}")
         loop.memory(case, number)
         after_part(loop.assembled())
-        if plan.causal is not None and number + 1 == min(len(sets.cases), plan.causal.memories):
-            say(f"causal tests of the first {number + 1}")
+        if plan.causal is not None and number + 1 == min(len(sets.cases), max(2, plan.causal.memories)):
+            say(f"causal tests of the first {min(number + 1, plan.causal.memories)}")  # two: masks of another image
             for _ in loop.causal_tests(plan.causal):
                 after_part(loop.assembled())
     bench.skip(cells[""])

@@ -10,10 +10,12 @@ from dori.locality import embeddings as space
 from dori.locality import truth
 from dori.locality.masks import FACTS, Masks
 from dori.locality.records import (
+    APART,
     MEMORIZED,
     ORDINARY,
     OTHER_IMAGES,
     OTHER_NOISES,
+    OTHERS_APART,
     RANDOM,
     SIMULATED,
     WHOLE,
@@ -57,6 +59,7 @@ def embedding_measures(memory: str, found: Found) -> list[Measure]:
             _mean(memory, f"moved{end}", space.moved(starts, ends)),
             Measure(memory, f"common share of the moves{end}", known(space.common_share(moves)), len(rows)),
             Measure(memory, f"nearest start is the own{end}", known(space.own_start_share(starts, ends)), len(rows)),
+            Measure(memory, f"the same, moves exchanged{end}", known(space.exchanged_share(starts, ends)), len(rows)),
         ]
     prompt = found.rows("prompt")
     measures.append(_mean(memory, "moved, prompt", space.moved(found.starts[prompt], found.ends[prompt])))
@@ -64,27 +67,34 @@ def embedding_measures(memory: str, found: Found) -> list[Measure]:
 
 
 def shared_measures(every: Mapping[str, Found]) -> list[Measure]:
-    """What moves towards each image have in common with those towards the others, from different starts."""
+    """What moves towards each image have in common with those towards the others, from different starts.
+
+    Beside it what they have in common with each other, from the same starts as there: only the image differs.
+    """
     return [
-        _shared(memory, found, [other for name, other in every.items() if name != memory], start)
+        measure
         for memory, found in every.items()
         for start in (None, *ORDER[1:])
+        for measure in _shared(memory, found, [other for name, other in every.items() if name != memory], start)
     ]
 
 
-def _shared(memory: str, found: Found, others: Sequence[Found], start: str | None) -> Measure:
-    shares, count = [], 0
+def _shared(memory: str, found: Found, others: Sequence[Found], start: str | None) -> list[Measure]:
+    own, shared, count = list[float](), list[float](), 0
     for other in others:
         mine = {found.start(row): row for row in found.rows(start) if found.names[row] != "prompt"}
         both = [(mine[key], row) for row in other.rows(start) if (key := other.start(row)) in mine]
         if len(both) > 1:
             here, there = map(list, zip(*both, strict=True))
-            shares.append(
-                space.shared_share(found.ends[here] - found.starts[here], other.ends[there] - other.starts[there])
-            )
+            moves = found.ends[here] - found.starts[here]
+            own.append(space.common_share(moves))
+            shared.append(space.shared_share(moves, other.ends[there] - other.starts[there]))
             count += len(both)
-    value = sum(shares) / len(shares) if shares else math.nan
-    return Measure(memory, f"shared with moves to other images{f', {start}' if start else ''}", known(value), count)
+    end = f", {start}" if start else ""
+    return [
+        Measure(memory, f"{name}{end}", known(sum(shares) / len(shares) if shares else math.nan), count)
+        for name, shares in (("common share, same starts", own), ("shared with moves to other images", shared))
+    ]
 
 
 def maps(
@@ -152,13 +162,36 @@ def ceiling_overlaps(memory: str, again: Sequence[Masks]) -> list[Overlap]:
     return found
 
 
-def other_image_overlaps(memory: str, masks: Masks, other: Masks, pairs: Tensor) -> list[Overlap]:
-    """A_l between masks of this memory's triggers and of another's, over the pairs that count, booleans (n, m)."""
-    theirs = dict(_layers(other))
-    return [
-        _overlap(memory, masks.method, layer, OTHER_IMAGES, agreement_across(mask, theirs[layer], pairs))
-        for layer, mask in _layers(masks)
-    ]
+def other_image_overlaps(memory: str, mine: Masks, theirs: Masks) -> list[Overlap]:
+    """A_l between masks of this memory's triggers and of another's, row by row from the same starts."""
+    return _across(memory, OTHER_IMAGES, [(mine, theirs)])
+
+
+def apart_overlaps(memory: str, mine: Sequence[Masks], theirs: Sequence[Masks]) -> list[Overlap]:
+    """A_l under different noises, within either memory and between the two.
+
+    Triggers whose masks met one noise may agree by that noise; the ceiling's masks met different ones. Here they all
+    do, so that triggers, triggers of other images and ceiling differ by nothing else.
+
+    Args:
+        memory: the one that `mine` belongs to.
+        mine: its triggers' masks under each noise.
+        theirs: those of another memory's triggers, row by row from the same starts, likewise.
+    """
+    noises = [(a, b) for a in range(len(mine)) for b in range(len(mine)) if a != b]
+    within = [(masks[a], masks[b]) for masks in (mine, theirs) for a, b in noises]
+    across = [(mine[a], theirs[b]) for a, b in noises]
+    return _across(memory, APART, within) + _across(memory, OTHERS_APART, across)
+
+
+def _across(memory: str, group: str, halves: Sequence[tuple[Masks, Masks]]) -> list[Overlap]:
+    """A_l over pairs of a mask of one half and one of the other in different rows, all halves together."""
+    method, found = halves[0][0].method, []
+    for layer, _ in _layers(halves[0][0]):
+        pairs = [(dict(_layers(one))[layer], dict(_layers(other))[layer]) for one, other in halves]
+        different = ~torch.eye(len(pairs[0][0]), dtype=torch.bool)
+        found.append(_overlap(memory, method, layer, group, agreement_across(pairs, different)))
+    return found
 
 
 def random_overlaps(memory: str, masks: Masks, *, seed: int) -> list[Overlap]:
@@ -170,9 +203,19 @@ def random_overlaps(memory: str, masks: Masks, *, seed: int) -> list[Overlap]:
     for layer, mask in masks.by_layer.items():
         simulated[layer] = random_like(mask, seed=named_seed("locality random", seed, memory, masks.method, layer))
         pairs, size = agreement(mask).pairs, float(mask.flatten(1).sum(1).double().mean())
-        level = known(random_level(mask))
-        found.append(Overlap(memory, masks.method, layer, RANDOM, level, None, None, known(size), pairs))
+        level, without = (known(random_level(mask, without_empty=left_out)) for left_out in (False, True))
+        found.append(Overlap(memory, masks.method, layer, RANDOM, level, without, None, known(size), pairs))
     return found + overlaps(memory, SIMULATED, Masks(masks.method, simulated, masks.facts))
+
+
+def random_like_prompts(group: str, masks: Masks, *, seed: int) -> list[Overlap]:
+    """A of random masks as large as a reference set's, whole masks alone: prompts' sets have other sizes."""
+    simulated = {
+        layer: random_like(mask, seed=named_seed("locality random", seed, group, masks.method, layer))
+        for layer, mask in masks.by_layer.items()
+    }
+    rows = overlaps("", f"{group}, {RANDOM}", Masks(masks.method, simulated, masks.facts))
+    return [row for row in rows if row.layer == WHOLE]
 
 
 def search(memory: str, group: str, masks: Masks) -> Search:

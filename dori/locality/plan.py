@@ -18,6 +18,7 @@ class Causal:
         triggers: masks and triggers of the matrix, at most as many as replicate.
         fresh: attacks from fresh Gaussian starts under each single mask.
         random: random masks, as large as triggers' masks in each layer, that every trigger meets too.
+        other: masks of another image's triggers that every trigger meets too.
         joined_fresh: attacks from fresh starts under joined masks, and under random ones of the unions' sizes.
         quality_prompts: ordinary prompts that tell what joined masks cost.
     """
@@ -26,6 +27,7 @@ class Causal:
     triggers: int = 16
     fresh: int = 2
     random: int = 4
+    other: int = 4
     joined_fresh: int = 8
     quality_prompts: int = 32
 

@@ -5,14 +5,18 @@ as a table (`pandas.DataFrame(data["overlaps"])`). A memory of "" means that the
 reference sets of prompts). Numbers that could not be measured are null. Groups of embeddings:
 
     triggers; triggers, gaussian; triggers, foreign     of one memory, from the named starts; only what replicates
-    triggers of other images                            pairs of a trigger of this memory and one of the memory before,
-                                                        from different starts of the same kinds: only the image differs
-    triggers, first half                                those of this memory that D compares with the other image's
+    triggers of other images                            pairs of a trigger of this memory and one of the memory before;
+                                                        both from starts at which both memories have triggers, and from
+                                                        different ones: only the image differs
+    triggers, same starts                               pairs within either of the two memories from those same starts
+    triggers, other noises                              as the last, each mask of a pair under noises of its own, as the
+    triggers of other images, other noises              ceiling's are; likewise across the two memories
     gaussian starts                                     the starts themselves, before any attack
     other noises                                        one trigger under different noises (floor of D, ceiling of A)
     memorized prompts; ordinary prompts                 as many different prompts: of memories, whose images they bring
                                                         back, and of no memory
     random; random, simulated                           random masks of the triggers' mask sizes
+    memorized prompts, random; ordinary prompts, random     simulated ones of those prompts' mask sizes
 """
 
 import math
@@ -28,7 +32,9 @@ FILE = "locality.json"
 ENOUGH = 5  # memories, from which on intervals and relations to the dose are given
 TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memorized prompts", "ordinary prompts"
 STARTS, RANDOM, SIMULATED = "gaussian starts", "random", "random, simulated"
-OTHER_IMAGES, HALF, NO_MASK = "triggers of other images", "triggers, first half", "none"
+OTHER_IMAGES, SAME_STARTS = "triggers of other images", "triggers, same starts"
+APART, OTHERS_APART = "triggers, other noises", "triggers of other images, other noises"
+NO_MASK, OTHER_MASKS = "none", "other image"
 ON_TWIN = "attacks that replicate on a twin"
 PROMPTED = "memories' prompts that bring their image back"  # of these alone are the memorized prompts
 WHOLE = "all"  # the layer of a whole mask
@@ -172,13 +178,18 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Similarity to the memory when `layers` put out the other model's activations; `share` of the models' gap."""
+    """Similarity to the memory when `layers` put out the other model's activations; `share` of the models' gap.
+
+    `alike` is the median similarity, seed by seed, to what the model that the activations came from draws itself:
+    images that lose a memory without coming closer to those are ruined, not cured.
+    """
 
     memory: str
     direction: str
     layers: str
     similarity: float
     share: float | None
+    alike: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +197,8 @@ class Cross:
     """Similarities under masks (rows): `replay` of trigger j, `again` attacked from j, `fresh` from new starts.
 
     `masks` is "triggers" (row i: the mask of trigger i), "random" (random masks as large in every layer as some of
-    those) or "none" (one row without a mask, which no method has made: `method` is "").
+    those), "other image" (masks of another memory's triggers) or "none" (one row without a mask, which no method has
+    made: `method` is "").
     """
 
     memory: str

@@ -11,7 +11,7 @@ from dori.locality.activations import activation_rows, activations, discrepancy,
 from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import Rows, drawing, other_noises
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, patch_sets, patched_samples, share_of_gap
-from dori.locality.records import HALF, OTHER_IMAGES, OTHER_NOISES, Activity, Patch, known
+from dori.locality.records import OTHER_IMAGES, OTHER_NOISES, SAME_STARTS, Activity, Patch, known
 from dori.model.stable_diffusion import EVERYWHERE, Site, StableDiffusion
 from dori.run import cell_key
 from dori.sampling import initial_noise, named_seed
@@ -55,21 +55,21 @@ def discrepancies(
     return [record for group, n in counts.items() for record in _records(bench, owner, group, found[group], n)]
 
 
-def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source, pairs: Tensor) -> list[Activity]:
-    """D_l over pairs of a trigger of this memory and one of another, and over pairs of this memory's: like with like.
+def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source) -> list[Activity]:
+    """D_l over pairs of a trigger of this memory and one of another, and over pairs within either: like with like.
 
     Args:
         bench: the bench.
         owner: id of the memory.
-        mine: its triggers, n of them.
-        theirs: m of another memory's.
-        pairs: which pairs across count, booleans (n, m); `n` of their records is their number.
+        mine: n >= 2 of its triggers.
+        theirs: as many of another memory's, row by row from the same starts; no pair is from one start.
     """
-    inputs = _inputs(bench) | {"mine": mine.sha256, "theirs": theirs.sha256, "pairs": pairs.tolist()}
+    inputs = _inputs(bench) | {"mine": mine.sha256, "theirs": theirs.sha256}
     n = len(mine)
+    pairs = ~torch.eye(n, dtype=torch.bool)
     groups: Distances = {
         OTHER_IMAGES: lambda seen: discrepancy_across(seen[:n], seen[n:], pairs),
-        HALF: lambda seen: discrepancy(seen[:n]),
+        SAME_STARTS: lambda seen: (discrepancy(seen[:n]) + discrepancy(seen[n:])) / 2,
     }
     found = bench.tensors(
         cell_key("activations", owner, "across"),
@@ -77,7 +77,7 @@ def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source,
         Rows(forward=bench.plan.activation_noises * activation_rows(n + len(theirs), bench.plan.activation_steps)),
         lambda: _over_noises(bench, groups, torch.cat([mine.y, theirs.y])),
     )
-    counts = {OTHER_IMAGES: int(pairs.sum()), HALF: n}
+    counts = {OTHER_IMAGES: n * (n - 1), SAME_STARTS: n}
     return [record for group, count in counts.items() for record in _records(bench, owner, group, found[group], count)]
 
 
@@ -162,11 +162,20 @@ def patches(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: s
         rows = drawing(plan, plan.patch_seeds * (len(sets) + 2))
         compute = partial(_patched, bench, case, source=source, target=target, prompt=prompt.y, seeds=seeds)
         table = bench.tensors(cell_key("patching", memory, direction), inputs, rows, compute)
-        middle = {name: float(values.double().quantile(0.5)) for name, values in table.items()}
+        like, alike = (
+            {name: float(values[row].double().quantile(0.5)) for name, values in table.items()} for row in (0, 1)
+        )
         for name in (NONE, SOURCE, *sets):
-            share = share_of_gap(middle[name], middle[NONE], middle[SOURCE], direction)
+            share = share_of_gap(like[name], like[NONE], like[SOURCE], direction)
             records.append(
-                Patch(memory, direction, name, round(middle[name], 6), None if share is None else known(share))
+                Patch(
+                    memory,
+                    direction,
+                    name,
+                    round(like[name], 6),
+                    None if share is None else known(share),
+                    round(alike[name], 6),
+                )
             )
     return records
 
@@ -174,6 +183,7 @@ def patches(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: s
 def _patched(
     bench: Bench, case: Case, *, source: StableDiffusion, target: StableDiffusion, prompt: Tensor, seeds: Sequence[int]
 ) -> dict[str, Tensor]:
+    """Similarities to the memory and to the source's own images, shape (2, s), by patched set."""
     plan, noise = bench.plan, initial_noise(bench.model, seeds)
     names = patch_sets(source)
     latents = patched_samples(
@@ -186,4 +196,8 @@ def _patched(
         guidance_scale=plan.guidance_scale,
         null=bench.model.encode([""]),  # both halves from one text encoder, in either direction
     )
-    return {name: bench.similar(case, target.to_images(z).cpu()[None])[0] for name, z in latents.items()}
+    images = {name: target.to_images(z).cpu() for name, z in latents.items()}  # the models share one VAE
+    return {
+        name: torch.stack([bench.similar(case, drawn[None])[0], bench.alike(drawn, images[SOURCE])])
+        for name, drawn in images.items()
+    }

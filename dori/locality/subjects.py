@@ -24,7 +24,7 @@ class Sets:
     Args:
         cases: the analysed memories.
         prompted: memories whose prompts are the reference of the paper, if they bring their images back.
-        memorized: those prompts, different ones.
+        memorized: those prompts, different ones; more than are wanted, since some may bring nothing back.
         ordinary: prompts that belong to no memory.
         foreign: further ones, where attacks begin.
         calibration: further ones, for NeMo's statistics.
@@ -59,10 +59,12 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
     parts = _parts(ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
     subjects.model.check_prompts([text for part in parts for text in part])  # now, not after hours of attacks
     reference, foreign, calibration = (encoded(subjects.model, part) for part in parts[:3])
-    memorized = [texts[index] for index in choose(len(texts), plan.set_size)]
+    first = choose(len(texts), plan.set_size)
+    spare = sorted({*range(len(texts))} - {*first})[: plan.set_size]
+    memorized = [texts[index] for index in (*first, *spare)]
     return Sets(
         tuple(_analysed(pool, plan.memories)),
-        tuple(case for case in subjects.memories if case.memory.text in memorized),
+        tuple(case for text in memorized for case in subjects.memories if case.memory.text == text),
         encoded(subjects.model, memorized),
         reference,
         foreign,
@@ -74,20 +76,21 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
 def keep_memorized(bench: Bench, sets: Sets) -> tuple[Sets, Measure]:
     """The sets with those memorized prompts alone that bring an image of theirs back, and the share that does.
 
-    A prompt whose image the model does not return is no memorized one, whatever the folder says. Where fewer than two
-    are left all stay, since nothing could be compared, and the share says so.
+    A prompt whose image the model does not return is no memorized one, whatever the folder says; further ones are tried
+    until there are as many as are wanted. Where fewer than two are found the first ones stay, since nothing could be
+    compared, and the share says so.
     """
-    replicating = set()
+    wanted, seeds, tried = bench.plan.set_size, bench.plan.fresh_seeds(), dict[str, bool]()
     for case in sets.prompted:
-        text, seeds = str(case.memory.text), bench.plan.fresh_seeds()
+        text = str(case.memory.text)
+        if sum(tried.values()) >= wanted and text not in tried:
+            break
         similar = similarities(bench, cell_key("memorized", case.memory.id), case, encoded(bench.model, [text]), seeds)
-        if bench.replicates(similar)[0]:
-            replicating.add(text)
-    texts = _texts(sets.prompted)
-    share = Measure("", PROMPTED, known(len(replicating) / len(texts)), len(texts))
-    if len(replicating) < 2:
-        return sets, share
-    return replace(sets, memorized=encoded(bench.model, [text for text in texts if text in replicating])), share
+        tried[text] = tried.get(text, False) or bool(bench.replicates(similar)[0])
+    replicating = [text for text, back in tried.items() if back]
+    share = Measure("", PROMPTED, known(len(replicating) / len(tried)), len(tried))
+    kept = replicating if len(replicating) > 1 else list(tried)[:wanted]
+    return replace(sets, memorized=encoded(bench.model, kept)), share
 
 
 def _texts(cases: Sequence[Case]) -> list[str]:

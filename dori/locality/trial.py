@@ -1,7 +1,8 @@
 """The causal test of one memory: its triggers, and fresh attacks, under masks of single triggers and under joined ones.
 
-No mask, and random masks as large in every layer, meet the same attacks with the same noises: without them nobody could
-say whether a mask stopped a trigger, or whether the place of what it prunes had anything to do with it.
+No mask, random masks as large in every layer, and masks of another image's triggers meet the same attacks with the same
+noises: without them nobody could say whether a mask stopped a trigger, whether the place of what it prunes had anything
+to do with it, or whether any trigger's mask, of whatever image, would have done the same.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from dori.locality.bench import Bench, Source
 from dori.locality.causal import joined
 from dori.locality.costs import QUALITY, crossing, drawing
 from dori.locality.plan import Causal
-from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, Cross, Joined, known
+from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, known
 from dori.locality.triggers import gaussian_source
 from dori.mitigate.random_mask import random_neurons, random_weights
 from dori.run import cell_key
@@ -55,12 +56,13 @@ class Trial:
         self.bench.count(QUALITY, drawing(self.bench.plan, drawn if quality else 0))
         return self._cross("", NO_MASK, [no_edit()]), self._join("", NO_MASK, 0, no_edit(), quality)
 
-    def single(self, method: str, edits: Sequence[WeightMask]) -> list[Cross]:
-        """Under the mask of every trigger, and under random masks: all triggers as they are, attacked again, fresh."""
+    def single(self, method: str, edits: Sequence[WeightMask], others: Sequence[WeightMask]) -> list[Cross]:
+        """All triggers as they are and attacked again, and fresh attacks: under each trigger's mask, and others."""
         full = [edit for edit in edits if edit.size]
         like = [full[row] for row in choose(len(full), self.causal.random)]
         random = [self._random(method, edit, row) for row, edit in enumerate(like)]
-        return [self._cross(method, TRIGGERS, edits)] + ([self._cross(method, RANDOM, random)] if random else [])
+        kinds = ((TRIGGERS, edits), (OTHER_MASKS, others), (RANDOM, random))
+        return [self._cross(method, masks, given) for masks, given in kinds if given]
 
     def united(self, method: str, edits: Sequence[WeightMask]) -> list[Joined]:
         """Fresh attacks under the union of 1, 2, 4, ... masks and under random masks as large; what unions cost."""

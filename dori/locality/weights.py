@@ -43,6 +43,8 @@ class Agreement:
 
 def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """|M_i n N_j| and |M_i u N_j| of boolean masks (n, w) and (m, w), each (n, m), float64, exact."""
+    if first.dtype != torch.bool or second.dtype != torch.bool:
+        raise TypeError(f"masks are booleans, not {first.dtype} and {second.dtype}; give `weights != 0` or the like")
     both = torch.zeros(len(first), len(second), dtype=torch.float64)
     for part, other in zip(first.split(COLUMNS, dim=1), second.split(COLUMNS, dim=1), strict=True):
         both += (part.float() @ other.float().T).double()  # float32 counts exactly up to 2^24
@@ -51,7 +53,11 @@ def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def agreement(masks: Tensor) -> Agreement:
-    """A_l(Y) of the boolean masks of one layer, shape (n, ...)."""
+    """A_l(Y) of the boolean masks of one layer, shape (n, ...).
+
+    Raises:
+        TypeError: the masks are no booleans.
+    """
     return agreement_within([masks])
 
 
@@ -67,17 +73,17 @@ def agreement_within(groups: Sequence[Tensor]) -> Agreement:
     return _mean(both, either, float(sizes.double().mean()))
 
 
-def agreement_across(first: Tensor, second: Tensor, pairs: Tensor) -> Agreement:
+def agreement_across(halves: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> Agreement:
     """As `agreement`, over pairs of a mask of one group, shape (n, ...), and one of another, shape (m, ...).
 
     Args:
-        first: boolean masks of one layer.
-        second: further ones of the same layer.
-        pairs: which pairs count, booleans (n, m).
+        halves: boolean masks of one layer and further ones of the same layer; the pairs of all halves together count.
+        pairs: which pairs of each half, booleans (n, m).
     """
-    both, either = overlaps(first.flatten(1), second.flatten(1))
-    sizes = torch.cat([first.flatten(1).sum(1), second.flatten(1).sum(1)])
-    return _mean(both[pairs], either[pairs], float(sizes.double().mean()))
+    parts = [overlaps(first.flatten(1), second.flatten(1)) for first, second in halves]
+    both, either = (torch.cat([table[pairs] for table in kind]) for kind in zip(*parts, strict=True))
+    sizes = torch.cat([group.flatten(1).sum(1) for half in halves for group in half])
+    return _mean(both, either, float(sizes.double().mean()))
 
 
 def _mean(both: Tensor, either: Tensor, size: float) -> Agreement:
@@ -110,13 +116,17 @@ def random_agreement(first: int, second: int, weights: int) -> float:
     return float((stats.hypergeom(weights, first, second).pmf(k) * k / (first + second - k)).sum())
 
 
-def random_level(masks: Tensor) -> float:
+def random_level(masks: Tensor, *, without_empty: bool = False) -> float:
     """Closed form of A_l for random masks of the same sizes as these (n, ...); NaN without pairs.
 
-    Over all pairs, or `PAIRS` of them, evenly spread, where there are more.
+    Over all pairs, or `PAIRS` of them, evenly spread, where there are more; if so wished over those alone of which not
+    both masks are empty.
     """
     sizes = masks.flatten(1).sum(1)
     first, second = torch.triu_indices(len(sizes), len(sizes), 1)
+    if without_empty:
+        full = sizes[first] + sizes[second] > 0
+        first, second = first[full], second[full]
     chosen = torch.linspace(0, len(first) - 1, min(PAIRS, len(first))).round().long()
     pairs = zip(sizes[first[chosen]].tolist(), sizes[second[chosen]].tolist(), strict=True)
     levels = [random_agreement(a, b, masks[0].numel()) for a, b in pairs]

@@ -8,10 +8,12 @@ from matplotlib.axes import Axes
 from dori.locality.page.intervened import patch_shares
 from dori.locality.page.summary import Dose
 from dori.locality.patching import NECESSARY, SUFFICIENT
-from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, Cross, Joined, Locality
+from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
 from dori.stats import wilson
 
+ROWS = {TRIGGERS: "mask of\ntrigger i", OTHER_MASKS: "other\nimage's", RANDOM: "random\nmasks", NO_MASK: "no mask"}
+LARGEST = 16  # groups of a figure
 LETTERS = {"prompt": "P", "gaussian": "G", "foreign": "F"}
 
 
@@ -33,7 +35,11 @@ def cross_figures(found: Locality, cross: Cross) -> list[Picture]:
 
 
 def _beside(other: Cross, cross: Cross) -> bool:
-    return other.memory == cross.memory and (other.method, other.masks) in ((cross.method, RANDOM), ("", NO_MASK))
+    return other.memory == cross.memory and (other.method, other.masks) in (
+        (cross.method, RANDOM),
+        (cross.method, OTHER_MASKS),
+        ("", NO_MASK),
+    )
 
 
 def _stacked(blocks: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
@@ -58,7 +64,7 @@ def _matrix(
         first = 0
         for block in blocks:
             ticks.append(first + (len(block.sizes) - 1) / 2)
-            names.append({TRIGGERS: "mask of\ntrigger i", RANDOM: "random\nmasks", NO_MASK: "no mask"}[block.masks])
+            names.append(ROWS[block.masks])
             first += len(block.sizes) + 1
         axes.set_yticks(ticks, names, fontsize=8.5)
         fresh = range(count + 1, values.shape[1]) if wide else range(0)
@@ -147,23 +153,30 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
         return picture(figure, f"{title} {'; '.join(told)}.")
 
 
-def excess_figure(found: Locality) -> Picture:
-    """Which part of the planted change lies where, with the twins' own difference as its floor."""
-    rows = [c for c in found.changes if c.level == "kind" and c.change > 0]
-    total, title = sum(c.change for c in rows), "Where did planting change the weights?"
+def excess_figure(found: Locality, level: str) -> Picture | None:
+    """Which share of the planted excess lies in which kind or layer of weights, beside its share of all weights."""
+    every = [c for c in found.changes if c.level == level]
+    excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in every}
+    total, weights = sum(excess.values()), sum(c.weights for c in every)
+    rows = sorted(every, key=lambda c: -excess[c.group])[:LARGEST]
+    if not total:
+        return None
+    title = f"Where did planting change the weights? By {level}{' (the largest)' if len(rows) < len(every) else ''}"
     with drawing(WIDTH, 1.4 + 0.24 * len(rows), title=title) as figure:
         axes, y = figure.subplots(), np.arange(len(rows))[::-1]
-        axes.barh(y, [c.change / total for c in rows], 0.7, color=BLUE, label="planted - twin")
-        if rows and rows[0].floor is not None:
-            floors = [(c.floor or 0) / total for c in rows]
-            axes.barh(y, floors, 0.35, color=ORANGE, hatch="//", edgecolor="white", label="twin - twin (floor)")
-        axes.set_yticks(y, [c.group for c in rows], fontsize=8)
+        label = "share of the change" if every[0].floor is None else "share of the excess (beyond twin - twin)"
+        axes.barh(y, [excess[c.group] / total for c in rows], 0.7, color=BLUE, label=label)
+        held = [c.weights / weights for c in rows]
+        axes.plot(held, y, "|", color=ORANGE, ms=11, mew=2.5, label="share of all weights")
+        names = [c.group.replace(".transformer_blocks.0", "").replace("attentions", "att") for c in rows]
+        axes.set_yticks(y, names, fontsize=8)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel("Share of all squared change")
+        axes.set_xlabel("Share")
         legend_above(axes, 1)
-        return picture(
-            figure, f"{title} Shares: " + ", ".join(f"{c.group} {c.change / total:.2f}" for c in rows[:6]) + "."
+        told = ", ".join(
+            f"{c.group} {excess[c.group] / total:.2f} (weights {c.weights / weights:.2f})" for c in rows[:6]
         )
+        return picture(figure, f"{title}. Shares: {told}.")
 
 
 def dose_figure(one: Dose) -> Picture:

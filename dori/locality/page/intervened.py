@@ -11,24 +11,37 @@ from dori.locality.causal import CrossTest, cross_test, enough
 from dori.locality.costs import causal_methods
 from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, ends, methods, over_memories, said
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
-from dori.locality.records import NO_MASK, RANDOM, TRIGGERS, WHOLE, Cross, Joined, Locality
+from dori.locality.records import ENOUGH, NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, WHOLE, Cross, Joined, Locality
+from dori.report.verdict import SPOILED
 from dori.stats import Estimate, wilson
 
 COVERED, HALF, RARELY = (1.1, 2.0), 0.5, 0.05  # cuts of the rules; the level of significance
+TOGETHER = "all "  # begins the names of layers patched together
 
 # ------------------------------------------------------------------------------------------------------- causal test
 
 
 def tested(found: Locality, cross: Cross) -> CrossTest:
-    """Rates of one matrix; masks that prune nothing are left out, without any mask every attack is a trial."""
+    """Rates of one matrix; masks that prune nothing are left out, without any mask every attack is a trial.
+
+    Under masks only those attacks are scored that succeed without one: whatever a mask did, the others would have
+    failed.
+    """
     again, fresh = (
         [[value > found.threshold for value in row] for row in table] for table in (cross.again, cross.fresh)
     )
     if cross.masks == NO_MASK:
-        return cross_test([[cell] for row in again for cell in row], [[cell] for row in fresh for cell in row])
+        return cross_test([[cell] for row in again for cell in row], [[cell] for row in fresh for cell in row], None)
+    bare = next((c for c in found.crosses if (c.memory, c.masks) == (cross.memory, NO_MASK)), None)
+    columns, new = (
+        [k for k in range(len(table[0])) if bare is None or getattr(bare, name)[0][k] > found.threshold]
+        for name, table in (("again", again), ("fresh", fresh))
+    )
     kept = [row for row, size in enumerate(cross.sizes) if size]
-    own = kept if cross.masks == TRIGGERS else None
-    return cross_test([again[row] for row in kept], [fresh[row] for row in kept], own)
+    own = [columns.index(row) if row in columns else -1 for row in kept] if cross.masks == TRIGGERS else None
+    return cross_test(
+        [[again[row][k] for k in columns] for row in kept], [[fresh[row][k] for k in new] for row in kept], own
+    )
 
 
 def causal(found: Locality) -> Said:
@@ -70,21 +83,32 @@ def _left_out(found: Locality, setting: str) -> str:
 
 def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     """The verdict on one method's masks of one memory, and the sentence that bears it."""
-    bare, random = (
+    bare, random, other = (
         next((tested(found, c) for c in found.crosses if (c.memory, c.method, c.masks) == key), None)
-        for key in ((cross.memory, "", NO_MASK), (cross.memory, cross.method, RANDOM))
+        for key in (
+            (cross.memory, "", NO_MASK),
+            (cross.memory, cross.method, RANDOM),
+            (cross.memory, cross.method, OTHER_MASKS),
+        )
     )
     mine = tested(found, cross)
     empty = sum(size == 0 for size in cross.sizes)
     if empty == len(cross.sizes):
         word = f"cannot be told, {EMPTY}"
         return word, f"{cross.memory}, {cross.method}: all {empty} masks are empty and prune nothing: {word}."
-    word = causal_word(mine, bare, random)
+    price = _single_price(found, cross)
+    word = causal_word(mine, bare, random, other, spoils=price is not None and price[1] > SPOILED * price[0])
     beside = "".join(
-        f" {name} {said(test.others)} and {said(test.fresh)}."
-        for name, test in (("Under random masks as large:", random), ("Without a mask:", bare))
+        f" {name} {said(test.others)} and {said(test.fresh)}{more}."
+        for name, test, more in (
+            ("Under random masks as large:", random, ""),
+            ("Under masks of another image's triggers:", other, ""),
+            ("Without a mask:", bare, "; what fails there is not scored"),
+        )
         if test is not None
     )
+    if price is not None:
+        beside += f" One mask takes the Fréchet distance of ordinary prompts from {price[0]:.3f} to {price[1]:.3f}."
     left_out = f" {empty} of the {len(cross.sizes)} masks are empty and left out." if empty else ""
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
@@ -93,23 +117,47 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     )
 
 
-def causal_word(mine: CrossTest, bare: CrossTest | None, random: CrossTest | None) -> str:
-    """Local, partly local or not, by whichever resists more: other triggers attacked again, or fresh attacks."""
-    kinds = [kind for kind in ("others", "fresh") if getattr(mine, kind).n]
+def _single_price(found: Locality, cross: Cross) -> tuple[float, float] | None:
+    """Fréchet distance of ordinary prompts without a mask, and under the first trigger's."""
+    one = {
+        j.joined: j.frechet
+        for j in found.joined
+        if j.memory == cross.memory
+        and (j.method, j.masks) in (("", NO_MASK), (cross.method, TRIGGERS))
+        and j.frechet is not None
+    }
+    return (one[0], one[1]) if {0, 1} <= one.keys() else None
+
+
+def causal_word(
+    mine: CrossTest, bare: CrossTest | None, random: CrossTest | None, other: CrossTest | None, *, spoils: bool
+) -> str:
+    """Local, partly local or not, by whichever resists more: other triggers attacked again, or fresh attacks.
+
+    Args:
+        mine: under the masks of this memory's triggers.
+        bare: without a mask.
+        random: under random masks as large.
+        other: under masks of another image's triggers.
+        spoils: whether one mask alone spoils ordinary prompts.
+    """
+    kinds = [kind for kind in ("others", "fresh") if bare is None or getattr(bare, kind).value > 0.5]
+    if not kinds:
+        return "cannot be told, most attacks fail without a mask"
+    kinds = [kind for kind in kinds if getattr(mine, kind).n]
     if not kinds:
         return "cannot be told, too few triggers"
     worst = max(kinds, key=lambda kind: getattr(mine, kind).value)
     rate: Estimate = getattr(mine, worst)
-    if bare is not None and getattr(bare, worst).value <= 0.5:
-        return "cannot be told, most attacks fail without a mask"
     if rate.low > 0.5:
         return "not local"
     word = "local" if rate.high < 0.25 else "partly local" if rate.low > 0.1 and rate.high < 0.9 else ""
     if not word:
         return "cannot be told"
-    if random is not None and getattr(random, worst).low <= rate.high:
-        return "cannot be told, random masks as large stop about as many"
-    return word
+    for control, name in ((random, "random masks as large"), (other, "masks of another image's triggers")):
+        if control is not None and getattr(control, worst).low <= rate.high:
+            return f"cannot be told, {name} stop about as many"
+    return "cannot be told, one mask alone spoils ordinary prompts" if spoils else word
 
 
 def _joined(found: Locality, cross: Cross) -> list[str]:
@@ -161,20 +209,46 @@ def patching(found: Locality) -> Said:
     sentences, carried = [], []
     for direction, words in ((SUFFICIENT, "put into the twin bring"), (NECESSARY, "taken from the twin remove")):
         shares = patch_shares(found, direction)
-        single = {name: value for name, value in shares.items() if not name.startswith("all ")}
+        single = {name: value for name, value in shares.items() if not name.startswith(TOGETHER)}
         if not single:
             continue
         best = max(single, key=lambda name: single[name].value)
-        kinds = ", ".join(f"{name} {said(value)}" for name, value in shares.items() if name not in single)
+        kinds = ", ".join(
+            f"{name} {said(value)}{_each(found, direction, name)}"
+            for name, value in shares.items()
+            if name not in single
+        )
         sentences.append(
             f"A single layer's activations {words} most in {best} ({said(single[best])} of the gap between the models, "
-            f"the largest of {len(single)} layers tried); {kinds}."
+            f"the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
         )
         carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
         carried.append(f"{direction}: {', '.join(carrying) or 'none of the tried sets'}")
     if not sentences:
         return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
     return Said("; ".join(carried).capitalize(), tuple(sentences))
+
+
+def _each(found: Locality, direction: str, name: str) -> str:
+    """Memory by memory, where they are too few for an interval."""
+    shares = [p.share for p in found.patches if (p.direction, p.layers) == (direction, name) and p.share is not None]
+    return f" ({', '.join(f'{share:.2f}' for share in shares)})" if 1 < len(shares) < ENOUGH else ""
+
+
+def _sound(found: Locality, direction: str) -> str:
+    """Whether what is drawn comes closer to the other model's own images, or is merely ruined."""
+    like = {
+        name: over_memories(p.alike for p in found.patches if (p.direction, p.layers) == (direction, name))
+        for name in dict.fromkeys(p.layers for p in found.patches)
+        if name == NONE or name.startswith(TOGETHER)
+    }
+    told = ", ".join(f"{name} {said(one)}" for name, one in like.items() if name != NONE and one.n)
+    if not told or NONE not in like:
+        return ""
+    return (
+        f" To the images that the other model draws itself the patched ones are alike by: {told}; without a patch "
+        f"{said(like[NONE])}. Where that does not rise with the share, the patch ruins images instead of carrying them."
+    )
 
 
 def patch_shares(found: Locality, direction: str) -> Mapping[str, Estimate]:

@@ -37,14 +37,15 @@ from dori.report.drawing import (
 )
 from dori.stats import Estimate
 
+NARROW = 26  # letters, with which two columns of a legend and their lines fit
 Style = tuple[str, str]  # colour; marker and line
 STYLES: dict[str, tuple[str, Style]] = {
     TRIGGERS: ("triggers of one image", (BLUE, "o-")),
-    OTHER_NOISES: ("one trigger, other noises", (GREEN, "^-.")),
+    OTHER_NOISES: ("one trigger, more noises", (GREEN, "^-.")),
     OTHER_IMAGES: ("triggers, different images", (SKY, "D:")),
     MEMORIZED: (MEMORIZED, (VERMILION, "s--")),
     ORDINARY: (ORDINARY, (ORANGE, "v:")),
-    STARTS: ("Gaussian starts, no attack", (PURPLE, "P:")),
+    STARTS: ("bare Gaussian starts", (PURPLE, "P:")),
     RANDOM: ("random, closed form", (GREY, "--")),
     SIMULATED: ("random, simulated", (GREY, "x")),
 }
@@ -64,19 +65,19 @@ def activity_figure(found: Locality, site: str, name: str, step: int) -> Picture
 
 
 def overlap_figure(found: Locality, method: str) -> Picture:
-    """A_l of triggers between random masks and other seeds; hollow circles leave out pairs of two empty masks."""
+    """A_l of triggers between random masks and other seeds, pairs of two empty masks left out; hollow: as published."""
     title = f"Do {method} masks agree? Mean IoU, 1 is the same mask"
     with drawing(WIDTH, 4.1, title=title) as figure:
         axes, names = figure.subplots(), layers(found, method)
         told = [
-            _line(axes, *STYLES[group], [overlap(found, method, layer, group) for layer in names])
+            _line(axes, *STYLES[group], [overlap(found, method, layer, group, without_empty=True) for layer in names])
             for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, RANDOM, SIMULATED)
         ]
         without = [overlap(found, method, layer, TRIGGERS, without_empty=True).value for layer in names]
         plain = [overlap(found, method, layer, TRIGGERS).value for layer in names]
-        spots = [(x, b) for x, (a, b) in enumerate(zip(plain, without, strict=True), 1) if abs(a - b) > 0.005]
+        spots = [(x, a) for x, (a, b) in enumerate(zip(plain, without, strict=True), 1) if not abs(a - b) <= 0.005]
         if spots:
-            label = "triggers, no empty pairs"
+            label = "triggers, two empty masks 1 (published)"
             axes.plot(*zip(*spots, strict=True), "o", mfc="none", color=BLUE, ms=7, label=label)
         axes.set_ylim(0, 1.05)
         _finish(axes, names, "Agreement (IoU)")
@@ -165,8 +166,9 @@ def _finish(axes: Axes, names: Sequence[str], label: str, *, columns: int = 2) -
             ha="center",
             va="top",
         )
-    if axes.get_legend_handles_labels()[1]:
-        legend_above(axes, columns)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        legend_above(axes, columns if max(map(len, labels)) <= NARROW else 1)
 
 
 def _told(figure: Figure, title: str, lines: Sequence[str]) -> Picture:

@@ -4,12 +4,14 @@ import math
 
 from dori.locality.embeddings import gaussian_distance
 from dori.locality.page.summary import (
+    ALONE,
     EMPTY,
     Said,
     activity_ratio,
     banded,
     empty_share,
     ends,
+    layers,
     measure,
     methods,
     over_memories,
@@ -20,11 +22,15 @@ from dori.locality.page.summary import (
 )
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
 from dori.locality.records import (
-    HALF,
+    APART,
+    ENOUGH,
     MEMORIZED,
     ORDINARY,
     OTHER_IMAGES,
     OTHER_NOISES,
+    OTHERS_APART,
+    RANDOM,
+    SAME_STARTS,
     SIMULATED,
     STARTS,
     TRIGGERS,
@@ -32,23 +38,25 @@ from dori.locality.records import (
     Locality,
     Search,
 )
-from dori.stats import Estimate
+from dori.locality.triggers import ORDER
+from dori.stats import Estimate, wilson
 
 NONE_REPLICATE = Said("Too few triggers", ("No memory has two triggers, so nothing is compared.",))
 SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
 COMMON, NEAR, PLACE = (0.1, 0.5), (0.9, 1.1), (0.1, 0.9)  # the cuts of the rules
 CONVERGED = 0.5  # share of the searches; below, a verdict says that they were cut short
+NAMES = {"gaussian": "from N(0, I)", "foreign": "from other prompts"}
+MORE = 0.05  # of IoU, by which a layer is named
 SAME = 0.01  # of IoU; two agreements that differ by less are called the same
 
 
 def embedding(found: Locality) -> Said:
     """Distances, moves and the region that replicates."""
-    common, other = measure(found, "common share of the moves"), measure(found, "shared with moves to other images")
+    common, own = measure(found, "common share of the moves"), own_share(found)
     if math.isnan(common.value):
         return NONE_REPLICATE
-    words = ("no common direction", "a common part", "mostly one direction")
-    word = banded(own_share(found), COMMON, words)
-    if math.isnan(other.value) and word != words[0]:
+    word = banded(own, COMMON, ("no common direction", "a common part", "mostly one direction"))
+    if math.isnan(own.value):
         word = "cannot be told, with a single image"
     entries = math.prod(found.settings["embedding_shape"])
     sentences = [
@@ -58,16 +66,25 @@ def embedding(found: Locality) -> Said:
         f"{said(measure(found, 'between memorized prompts'), 1)}. Gaussian starts are {gaussian_distance(entries):.1f} "
         "apart by construction, so these distances decide nothing.",
         f"The attack moves a start by {said(measure(found, 'moved'), 1)}; "
-        f"{said(measure(found, 'nearest start is the own'))} of the triggers remain nearest to their own start.",
+        f"{said(measure(found, 'nearest start is the own'))} of the triggers remain nearest to their own start (had "
+        f"each been moved as another one was, {said(measure(found, 'the same, moves exchanged'))}).",
         f"With the starts taken out, {said(common)} of the moves is common to the triggers of an image (0 independent, "
-        "1 the same move)"
-        + (
-            "; with a single image it stays open whether moves to any image share as much."
-            if math.isnan(other.value)
-            else f", {said(other)} to moves towards different images: {said(own_share(found))} is the image's own."
-        ),
+        "1 the same move)" + _own(found, own),
     ]
     return Said(f"The moves of triggers: {word}", (*sentences, *_lines(found), *_balls(found)))
+
+
+def _own(found: Locality, own: Estimate) -> str:
+    """How much of that is the image's, from starts that two images have in common; by kind of start too."""
+    if math.isnan(own.value):
+        return "; with a single image it stays open whether moves to any image share as much."
+    same, other = measure(found, "common share, same starts"), measure(found, "shared with moves to other images")
+    kinds = {start: own_share(found, start) for start in ORDER[1:]}
+    by_kind = ", ".join(f"{NAMES[start]} {said(one)}" for start, one in kinds.items() if one.n)
+    return (
+        f". From the same starts moves towards one image share {said(same)}, towards different images {said(other)}: "
+        f"{said(own)} is the image's own{f' ({by_kind})' if by_kind else ''}."
+    )
 
 
 def rate(found: Locality, kind: str, at: float) -> Estimate:
@@ -75,9 +92,12 @@ def rate(found: Locality, kind: str, at: float) -> Estimate:
     return over_memories(p.successes / p.n for p in found.probes if p.kind == kind and p.at == at and p.n)
 
 
-def _points(found: Locality, kind: str) -> int:
-    """How many points half way were probed."""
-    return sum(p.n for p in found.probes if p.kind == kind and p.at == 0.5)
+def _points(found: Locality, kind: str) -> str:
+    """How many points half way replicate, with what chance alone would leave open were they independent."""
+    rows = [(p.successes, p.n) for p in found.probes if p.kind == kind and p.at == 0.5]
+    successes, points = (sum(column) for column in zip(*rows, strict=True))
+    bounds = wilson(successes, points)
+    return f"{successes} of {points} points, which alone would allow {bounds.low:.2f} to {bounds.high:.2f}"
 
 
 def _lines(found: Locality) -> list[str]:
@@ -94,8 +114,8 @@ def _lines(found: Locality) -> list[str]:
     else:
         word = "whether straight lines connect triggers cannot be told"
     return [
-        f"Half way between two triggers {said(middle)} of {_points(found, BETWEEN)} points replicate, half way to an "
-        f"ordinary prompt {said(outward)} of {_points(found, OUTWARD)}: {word}."
+        f"Half way between two triggers {said(middle)} replicate ({_points(found, BETWEEN)}), half way to an ordinary "
+        f"prompt {said(outward)} ({_points(found, OUTWARD)}): {word}."
     ]
 
 
@@ -117,32 +137,31 @@ def _balls(found: Locality) -> list[str]:
     ]
 
 
-def _to_other_images(found: Locality, site: str) -> str:
-    """What the image alone changes; nothing after a run's first memory."""
-    ratio = activity_ratio(found, site, HALF, OTHER_IMAGES)
-    return "" if math.isnan(ratio.value) else f"to triggers of different images {said(ratio)}; "
-
-
 def activations(found: Locality) -> Said:
-    """Ratios of D, site by site."""
+    """Ratios of D, site by site; judged by triggers of other images, which began at the same starts."""
     sentences, words = [], []
     for site, name in SITES.items():
-        ratio = activity_ratio(found, site, TRIGGERS, MEMORIZED)
-        if math.isnan(ratio.value):
+        image = activity_ratio(found, site, SAME_STARTS, OTHER_IMAGES)
+        prompts = activity_ratio(found, site, TRIGGERS, MEMORIZED)
+        if math.isnan(prompts.value):
             continue
-        word = banded(ratio, NEAR, ("closer together", "about as far apart", "farther apart"))
+        word = banded(image, NEAR, ("closer together", "about as far apart", "farther apart"))
+        word = f"cannot be told, {ALONE}" if math.isnan(image.value) else word
         words.append(f"{name}: {word}")
+        bare = activity_ratio(found, site, STARTS, MEMORIZED)
         starts = activity_ratio(found, site, f"{TRIGGERS}, gaussian", STARTS)
         noises = activity_ratio(found, site, OTHER_NOISES, TRIGGERS)
         sentences.append(
-            f"In the {name} D of triggers of one image is {said(ratio)} times that of different memorized prompts: "
-            f"{word}. To ordinary prompts the ratio is {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; "
-            f"{_to_other_images(found, site)}of Gaussian-started triggers to their bare starts {said(starts)}; of one "
-            f"trigger under other noises to triggers {said(noises)}."
+            f"In the {name} D of triggers of one image is {said(image)} times that of triggers of different "
+            f"images from the same starts: {word}. It is {said(prompts)} times that of different memorized prompts, "
+            f"but bare Gaussian starts, before any attack, are at {said(bare)} already (Gaussian-started triggers to "
+            f"their starts {said(starts)}), so that figure is of kinds of starts as much as of the image. To ordinary "
+            f"prompts the ratio is {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; of one trigger under other "
+            f"noises to triggers {said(noises)}."
         )
     if not words:
         return NONE_REPLICATE
-    return Said("Triggers against different memorized prompts. " + "; ".join(words).capitalize(), tuple(sentences))
+    return Said("Triggers of one image against those of others. " + "; ".join(words).capitalize(), tuple(sentences))
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -189,24 +208,43 @@ def _from_triggers(found: Locality) -> list[Search]:
 def _agreement(found: Locality, method: str) -> str:
     level = {
         group: overlap(found, method, WHOLE, group, without_empty=True)
-        for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED)
+        for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED, APART, OTHERS_APART)
     }
+    chance = overlap(found, method, WHOLE, f"{MEMORIZED}, {RANDOM}", without_empty=True)
     triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
     if place.why_not == EMPTY:
         return f"{method} selects nothing for any trigger, so all masks agree (1 as published): cannot be told."
     where = (
         ""
         if place.why_not
-        else f" They lie {said(place.estimate)} of the way from the highest reference ({place.reference}) to the "
-        "ceiling (other seeds)."
+        else f" Under noises of their own, as the ceiling's are, and from the same starts, triggers agree by "
+        f"{said(level[APART])} and those of different images by {said(level[OTHERS_APART])}: {said(place.estimate)} of "
+        f"the way from the highest reference ({place.reference}) to the ceiling (other seeds)."
     )
     return (
         f"Triggers of one image agree on {method} weights {_against(triggers, prompts)} different memorized prompts do "
-        f"({said(triggers)} against {said(prompts)}); triggers of different images {said(level[OTHER_IMAGES])}, "
+        f"({said(triggers)} against {said(prompts)}, where random masks of the prompts' sizes have {said(chance)}); "
+        f"triggers of different images {said(level[OTHER_IMAGES])}, "
         f"ordinary prompts {said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same "
         f"trigger under other seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}"
-        f"{_empty(found, method)}"
+        f"{_where(found, method)}{_empty(found, method)}"
     )
+
+
+def _where(found: Locality, method: str) -> str:
+    """Layers in which triggers of one image agree more than those of different images do."""
+    names = layers(found, method)
+    gain = {
+        name: overlap(found, method, name, APART, without_empty=True).value
+        - overlap(found, method, name, OTHERS_APART, without_empty=True).value
+        for name in names
+    }
+    above = sorted((name for name in names if gain[name] > MORE), key=lambda name: -gain[name])
+    if all(math.isnan(value) for value in gain.values()):
+        return ""
+    told = ", ".join(f"layer {names.index(name) + 1} +{gain[name]:.2f}" for name in above[:3])
+    most = f" (most in {told})" if above else ""
+    return f" Beyond those of different images that is more than {MORE:g} in {len(above)} of {len(names)} layers{most}."
 
 
 def _against(triggers: Estimate, prompts: Estimate) -> str:
@@ -240,13 +278,17 @@ def _searches(found: Locality) -> list[str]:
         return []
     mean = {
         name: sum(getattr(one, name) for one in rows) / len(rows)
-        for name in ("median_size", "flagged", "localized", "converged")
+        for name in ("median_size", "flagged", "localized", "suppressed", "converged")
     }
-    beside = {one.group: one.median_size for one in found.searches if one.group in (MEMORIZED, ORDINARY)}
-    sizes = "".join(f", {group} {size:.0f}" for group, size in beside.items())
+    beside = [one for one in found.searches if one.group in (MEMORIZED, ORDINARY)]
+    sizes = "".join(f", {one.group} {one.median_size:.0f}" for one in beside)
+    capped = "".join(f", {one.group} {1 - one.converged:.2f}" for one in beside)
+    single = ", ".join(f"{one.suppressed:.2f}" for one in rows)
     return [
         f"NeMo takes {mean['flagged']:.2f} of the triggers for memorized and calls {mean['localized']:.2f} "
         f"localized. Its sets hold {mean['median_size']:.0f} neurons in the median{sizes} (largest of a trigger "
-        f"{max(one.largest_size for one in rows)}); {1 - mean['converged']:.2f} of the searches met the cap on "
-        "refinement and are only upper bounds. Gaussian-started embeddings lie far outside its statistics."
+        f"{max(one.largest_size for one in rows)}). {mean['suppressed']:.2f} of the searches found a set that "
+        f"suppresses the memory{f' ({single} memory by memory)' if 1 < len(rows) < ENOUGH else ''}; the others' sets "
+        f"do not hold it. {1 - mean['converged']:.2f} met the cap on refinement{capped}: their sets, where they "
+        "suppress, are upper bounds. Gaussian-started embeddings lie far outside its statistics."
     ]

@@ -11,7 +11,18 @@ from pathlib import Path
 from dori.locality.page import cause_figures, layer_figures, space_figures, verdict
 from dori.locality.page.observed import SITES
 from dori.locality.page.summary import Said, dose_relations, methods, over_memories, overlap, said
-from dori.locality.records import MEMORIZED, ORDINARY, OTHER_IMAGES, OTHER_NOISES, SIMULATED, TRIGGERS, WHOLE, Locality
+from dori.locality.records import (
+    APART,
+    MEMORIZED,
+    ORDINARY,
+    OTHER_IMAGES,
+    OTHER_NOISES,
+    OTHERS_APART,
+    SIMULATED,
+    TRIGGERS,
+    WHOLE,
+    Locality,
+)
 from dori.report.drawing import Picture
 from dori.report.nested import sheet
 from dori.report.page import page
@@ -23,6 +34,8 @@ COLUMNS = {
     f"{TRIGGERS}, foreign": "those from other prompts",
     OTHER_NOISES: "one trigger, other noises (ceiling)",
     OTHER_IMAGES: "triggers of different images",
+    APART: "triggers of one image, different noises",
+    OTHERS_APART: "triggers of different images, different noises",
     MEMORIZED: MEMORIZED,
     ORDINARY: ORDINARY,
     SIMULATED: "random, equal size",
@@ -152,7 +165,8 @@ def _truth(found: Locality) -> Drawn:
     if not found.changes:
         return [], []
     covered = dict.fromkeys(one.method for one in found.covers)
-    return [cause_figures.excess_figure(found), *(layer_figures.cover_figure(found, method) for method in covered)], []
+    drawn = [cause_figures.excess_figure(found, level) for level in ("kind", "layer")]
+    return [*(one for one in drawn if one), *(layer_figures.cover_figure(found, method) for method in covered)], []
 
 
 def _agreement(found: Locality) -> Iterator[tuple[str, list[tuple[str, ...]]]]:

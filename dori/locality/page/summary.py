@@ -9,11 +9,12 @@ import numpy as np
 from scipy import stats
 
 from dori.locality.records import (
+    APART,
     ENOUGH,
     MEMORIZED,
     ORDINARY,
-    OTHER_IMAGES,
     OTHER_NOISES,
+    OTHERS_APART,
     SIMULATED,
     TRIGGERS,
     WHOLE,
@@ -24,7 +25,8 @@ from dori.report.tables import number
 from dori.stats import Estimate, bootstrap
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
-REFERENCES = (OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED)
+REFERENCES = (OTHERS_APART, MEMORIZED, ORDINARY, SIMULATED)
+CLOSE = 0.02  # from a cut, within which a value without an interval is said to lie close to it
 LEAST = 0.05  # ceiling above reference, below which a place between them means nothing
 EMPTY = "every mask is empty"
 ALONE = "no other image has triggers to compare with"
@@ -73,7 +75,10 @@ def banded(estimate: Estimate, cuts: Sequence[float], words: Sequence[str]) -> s
     if math.isnan(estimate.value):
         return "not measured"
     first, last = (words[bisect_right(cuts, end)] for end in ends(estimate))
-    return first if first == last else f"cannot be told ({first} to {last})"
+    if first != last:
+        return f"cannot be told ({first} to {last})"
+    close = math.isnan(estimate.low) and any(abs(estimate.value - cut) < CLOSE for cut in cuts)
+    return f"{first}, but close to the border" if close else first
 
 
 def measure(found: Locality, name: str) -> Estimate:
@@ -81,14 +86,19 @@ def measure(found: Locality, name: str) -> Estimate:
     return over_memories(m.value for m in found.measures if m.name == name)
 
 
-def own_share(found: Locality) -> Estimate:
-    """What the moves towards an image share beyond what they share with moves towards other images."""
+def own_share(found: Locality, start: str = "") -> Estimate:
+    """What the moves towards an image share beyond what they share with moves towards other images, from same starts.
+
+    Args:
+        found: the records.
+        start: a kind of start; else all together.
+    """
+    end = f", {start}" if start else ""
     common, other = (
-        {m.memory: m.value for m in found.measures if m.name == name and m.value is not None}
-        for name in ("common share of the moves", "shared with moves to other images")
+        {m.memory: m.value for m in found.measures if m.name == f"{name}{end}" and m.value is not None}
+        for name in ("common share, same starts", "shared with moves to other images")
     )
-    beyond = {memory: value - other[memory] for memory, value in common.items() if memory in other}
-    return over_memories((beyond or common).values())
+    return over_memories(value - other[memory] for memory, value in common.items() if memory in other)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -131,12 +141,11 @@ def way(found: Locality, method: str, *, seed: int = 0) -> Way:
     """The place of triggers between reference and ceiling, pairs of two empty masks left out.
 
     (mean over memories of triggers - reference) / (ceiling - reference), all resampled together over memories; the
-    reference is the highest of `REFERENCES`.
+    reference is the highest of `REFERENCES`. Triggers, those of other images and ceiling all compare masks that met
+    different noises; prompts' masks met one noise, which makes them agree rather more.
     """
-    tables = {
-        group: levels(found, method, group, without_empty=True) for group in (TRIGGERS, OTHER_NOISES, *REFERENCES)
-    }
-    memories = [memory for memory in tables[TRIGGERS] if memory in tables[OTHER_NOISES]]
+    tables = {group: levels(found, method, group, without_empty=True) for group in (APART, OTHER_NOISES, *REFERENCES)}
+    memories = [memory for memory in tables[APART] if memory in tables[OTHER_NOISES]]
 
     def level(group: str, chosen: Sequence[str]) -> float:
         table = tables[group]
@@ -146,17 +155,15 @@ def way(found: Locality, method: str, *, seed: int = 0) -> Way:
         chosen = [memories[int(row)] for row in rows]
         reference = max(level(group, chosen) for group in references)
         ceiling = level(OTHER_NOISES, chosen)
-        return (
-            (level(TRIGGERS, chosen) - reference) / (ceiling - reference) if ceiling - reference >= LEAST else math.nan
-        )
+        return (level(APART, chosen) - reference) / (ceiling - reference) if ceiling - reference >= LEAST else math.nan
 
     references = [group for group in REFERENCES if tables[group]]
-    if not memories or not references:
-        empty = empty_share(found, method).value == 1
-        return Way(NOTHING, "", EMPTY if empty else "too few triggers")
+    triggers = levels(found, method, TRIGGERS)
+    if not triggers or empty_share(found, method).value == 1:
+        return Way(NOTHING, "", EMPTY if triggers else "too few triggers")
+    if not memories:  # without other images one image's masks might agree as those of any image do
+        return Way(NOTHING, "", ALONE)
     highest = max(references, key=lambda group: level(group, memories))
-    if not tables[OTHER_IMAGES]:  # else one image's masks might agree as those of any image do
-        return Way(NOTHING, highest, ALONE)
     if empty_share(found, method).value >= HALF_EMPTY:
         return Way(NOTHING, highest, "half of the masks or more are empty")
     value, count = place(range(len(memories))), len(memories)

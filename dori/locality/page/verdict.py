@@ -10,23 +10,29 @@ RULES = (
     "with fewer than two of a memory nothing is compared for it.",
     "Intervals are 95 % bootstrap intervals over memories; with fewer than 5 memories the value stands alone and "
     "decides. An interval that crosses the border between two verdicts: cannot be told.",
+    "Without an interval a value within 0.02 of a border is said to lie close to it.",
     "Embedding space: the moves have no common direction where less than 0.1 of their mean square is common beyond "
-    "what moves to different images share, mostly one direction from 0.5 on, and a common part between. Gaussian "
+    "what moves to different images from the same starts share, mostly one direction from 0.5 on, and a common part "
+    "between. Gaussian "
     "starts are far apart by construction, so distances between triggers decide nothing.",
     "Lines: triggers are connected where at least half of the middle points replicate, and more than on lines to "
     "ordinary prompts (intervals over memories apart); not connected where the interval lies below a half.",
-    "Activations: closer together or farther apart than different memorized prompts where the mean ratio of D lies "
-    "below 0.9 or from 1.1 on, else about as far apart.",
+    "Activations: closer together or farther apart than triggers of different images from the same starts where the "
+    "mean ratio of D lies below 0.9 or from 1.1 on, else about as far apart. Prompts stand beside and do not judge, "
+    "since Gaussian starts differ from them before any attack.",
     "Weights: between the highest reference (triggers of different images, different memorized prompts, ordinary "
-    "prompts, random masks of equal size) and the ceiling (the same trigger under other noise seeds), agreement is not "
+    "prompts, random masks of equal size) and the ceiling (the same trigger under other noise seeds), agreement, of "
+    "masks under different noises as the ceiling's are, is not "
     "local below a tenth of the way, local from nine tenths on, partly local between. Where ceiling and reference are "
     "less than 0.05 apart, half of the masks are empty (a quarter of the pairs), or no other image has triggers, "
     "nothing can be told. Pairs of two empty masks are left out of this comparison. Where less than "
     "half of NeMo's searches ended before their cap, the verdict says that it speaks of sets cut short.",
     "Causal test, by other triggers attacked again or by fresh attacks, whichever succeed more under a mask: not local "
     "where more than a half succeed, local where less than a quarter, partly local between a tenth and nine tenths, "
-    "each with the whole Wilson interval, in which a mask counts as one trial. It is not called local where the "
-    "interval under random masks as large reaches down to it, nor where half of the attacks fail without a mask.",
+    "each with the whole Wilson interval, in which a mask counts as one trial. Only attacks that succeed without a "
+    "mask are scored. It is not called local where the interval under random masks as large, or under masks of another "
+    "image's triggers, reaches down to it, where half of the attacks fail without a mask, nor where one mask alone "
+    "more than doubles the Fréchet distance of ordinary prompts.",
     "Patching: a set of layers is sufficient (necessary) where its activations carry at least half of the gap between "
     "the models, with the lower end of the interval. Memories that the planted model does not draw at least 0.2 more "
     "alike than its twin are left out.",
