@@ -210,7 +210,7 @@ def test_a_band_is_told_only_where_the_whole_interval_lies_in_it() -> None:
 def test_activations_are_judged_by_triggers_of_different_images() -> None:
     said_ = observed.activations(records())
     assert said_.title.endswith("Value projections: closer together; feed-forward layers: closer together")
-    assert "is 0.50 times that of triggers of different images" in said_.sentences[0]
+    assert "is 0.50 times that of different images from the same starts: closer together." in said_.sentences[0]
     assert "0.60 times that of different memorized prompts, but bare Gaussian starts" in said_.sentences[0]
     assert "are at 0.80 already" in said_.sentences[0] and "prompts the ratio is 1.20; of" in said_.sentences[0]
     # Closer together than prompts, but no closer than triggers of other images: the image has no part in it.

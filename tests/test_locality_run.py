@@ -16,9 +16,9 @@ from dori.audit.judge import Judge, draw
 from dori.audit.loop import Subjects, make_cases
 from dori.cost import Rows, Speed
 from dori.errors import DoriError
-from dori.locality.bench import Bench
+from dori.locality.bench import Bench, encoded
 from dori.locality.costs import Sizes, by_stage, planned
-from dori.locality.loop import costs, locality
+from dori.locality.loop import costs, locality, says_less
 from dori.locality.masks import method_names
 from dori.locality.page.render import render
 from dori.locality.plan import PRESETS, Causal, Plan
@@ -379,6 +379,32 @@ def test_memorized_prompts_are_those_that_bring_their_image_back(tiny: StableDif
         sets, share = keep_memorized(bench, choose_sets(subjects, PLAN))
         assert set(sets.memorized.origin["texts"]) == kept and len(sets.memorized) == len(kept)  # type: ignore[call-overload]
         assert share.value == pytest.approx((3 - missed) / 3, abs=1e-6) and share.n == 3
+
+
+def test_where_a_prompt_brings_nothing_back_the_next_one_is_tried(tiny: StableDiffusion, tmp_path: Path) -> None:
+    """Two are wanted: the first and the last text are tried, then the one between, if one of them failed."""
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    texts, plan = ("abcde", "bcde", "cde"), dataclasses.replace(PLAN, set_size=2)
+    named = [Memory(f"m{k}", text, Path("a.png")) for k, text in enumerate(texts)]
+    cases = make_cases(tiny, named, images, "memory")
+    subjects = dataclasses.replace(tiny_subjects(tiny), memories=cases)
+    for failing, kept in (((), ("abcde", "cde")), (("m0",), ("cde", "bcde")), (("m0", "m1"), ("abcde", "cde"))):
+        run = Run(tmp_path / "-".join(("run", *failing)), modules=())
+        bench = Bench(tiny, judge(0.0), plan, run, "tiny", {"descriptor": 0.0})
+        for case in cases:  # what is stored is taken, so that the test decides who comes back
+            like = torch.full((1, plan.seeds), -1.0 if case.memory.id in failing else 1.0)
+            inputs = bench.judged_inputs(case, encoded(tiny, [str(case.memory.text)]), plan.fresh_seeds())
+            bench.tensors(f"memorized.{case.memory.id}", inputs, Rows(), lambda like=like: {"similarity": like})
+        sets, share = keep_memorized(bench, choose_sets(subjects, plan))
+        assert sets.memorized.origin["texts"] == list(kept)
+        assert (share.value, share.n) == {0: (1.0, 2), 1: (0.666667, 3), 2: (0.333333, 3)}[len(failing)]
+
+
+def test_a_shorter_run_does_not_replace_a_longer_ones_records(whole: Whole) -> None:
+    path, found = whole.folder / "locality.json", whole.found
+    assert not says_less(found, path) and not says_less(found, path.with_name("none.json"))
+    assert says_less(dataclasses.replace(found, crosses=()), path)
+    assert says_less(dataclasses.replace(found, subjects=found.subjects[:1]), path)
 
 
 def test_few_memories_are_the_most_duplicated_and_many_are_spread(tiny: StableDiffusion) -> None:

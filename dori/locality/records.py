@@ -181,7 +181,7 @@ class Patch:
     """Similarity to the memory when `layers` put out the other model's activations; `share` of the models' gap.
 
     `alike` is the median similarity, seed by seed, to what the model that the activations came from draws itself:
-    images that lose a memory without coming closer to those are ruined, not cured.
+    images that lose a memory without coming closer to those are ruined, not cured. Null in older records.
     """
 
     memory: str
@@ -189,7 +189,7 @@ class Patch:
     layers: str
     similarity: float
     share: float | None
-    alike: float
+    alike: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ def excess_figure(found: Locality, level: str) -> Picture | None:
     title = f"Where did planting change the weights? By {level}{' (the largest)' if len(rows) < len(every) else ''}"
     with drawing(WIDTH, 1.4 + 0.24 * len(rows), title=title) as figure:
         axes, y = figure.subplots(), np.arange(len(rows))[::-1]
-        label = "share of the change" if every[0].floor is None else "share of the excess (beyond twin - twin)"
+        label = "share of the change" if every[0].floor is None else "share of the excess"
         axes.barh(y, [excess[c.group] / total for c in rows], 0.7, color=BLUE, label=label)
         held = [c.weights / weights for c in rows]
         axes.plot(held, y, "|", color=ORANGE, ms=11, mew=2.5, label="share of all weights")

@@ -37,7 +37,7 @@ from dori.report.drawing import (
 )
 from dori.stats import Estimate
 
-NARROW = 26  # letters, with which two columns of a legend and their lines fit
+LETTERS = 46  # of the longest labels of a legend's two columns, which fit beside each other
 Style = tuple[str, str]  # colour; marker and line
 STYLES: dict[str, tuple[str, Style]] = {
     TRIGGERS: ("triggers of one image", (BLUE, "o-")),
@@ -168,7 +168,9 @@ def _finish(axes: Axes, names: Sequence[str], label: str, *, columns: int = 2) -
         )
     labels = axes.get_legend_handles_labels()[1]
     if labels:
-        legend_above(axes, columns if max(map(len, labels)) <= NARROW else 1)
+        half = -(-len(labels) // 2)  # of the labels stand in the first column
+        widths = [max(map(len, column), default=0) for column in (labels[:half], labels[half:])]
+        legend_above(axes, columns if sum(widths) <= LETTERS else 1)
 
 
 def _told(figure: Figure, title: str, lines: Sequence[str]) -> Picture:

@@ -137,6 +137,13 @@ def _balls(found: Locality) -> list[str]:
     ]
 
 
+def _by_image(ratio: Estimate, word: str) -> str:
+    """D of one image against that of different ones; nothing after a run's first memory."""
+    if math.isnan(ratio.value):
+        return f"what the image adds {word}."
+    return f"D of triggers of one image is {said(ratio)} times that of different images from the same starts: {word}."
+
+
 def activations(found: Locality) -> Said:
     """Ratios of D, site by site; judged by triggers of other images, which began at the same starts."""
     sentences, words = [], []
@@ -152,8 +159,7 @@ def activations(found: Locality) -> Said:
         starts = activity_ratio(found, site, f"{TRIGGERS}, gaussian", STARTS)
         noises = activity_ratio(found, site, OTHER_NOISES, TRIGGERS)
         sentences.append(
-            f"In the {name} D of triggers of one image is {said(image)} times that of triggers of different "
-            f"images from the same starts: {word}. It is {said(prompts)} times that of different memorized prompts, "
+            f"In the {name} {_by_image(image, word)} It is {said(prompts)} times that of different memorized prompts, "
             f"but bare Gaussian starts, before any attack, are at {said(bare)} already (Gaussian-started triggers to "
             f"their starts {said(starts)}), so that figure is of kinds of starts as much as of the image. To ordinary "
             f"prompts the ratio is {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; of one trigger under other "
@@ -211,6 +217,7 @@ def _agreement(found: Locality, method: str) -> str:
         for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED, APART, OTHERS_APART)
     }
     chance = overlap(found, method, WHOLE, f"{MEMORIZED}, {RANDOM}", without_empty=True)
+    beside = "" if math.isnan(chance.value) else f", where random masks of the prompts' sizes have {said(chance)}"
     triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
     if place.why_not == EMPTY:
         return f"{method} selects nothing for any trigger, so all masks agree (1 as published): cannot be told."
@@ -223,7 +230,7 @@ def _agreement(found: Locality, method: str) -> str:
     )
     return (
         f"Triggers of one image agree on {method} weights {_against(triggers, prompts)} different memorized prompts do "
-        f"({said(triggers)} against {said(prompts)}, where random masks of the prompts' sizes have {said(chance)}); "
+        f"({said(triggers)} against {said(prompts)}{beside}); "
         f"triggers of different images {said(level[OTHER_IMAGES])}, "
         f"ordinary prompts {said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same "
         f"trigger under other seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}"
