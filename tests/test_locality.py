@@ -244,12 +244,18 @@ def test_agreement_across_pairs_masks_of_two_images_where_their_starts_differ() 
     pairs = torch.tensor([[False, True], [True, False], [True, True]])
     chosen = [(a, b) for i, a in enumerate(sets(one)) for j, b in enumerate(sets(two)) if pairs[i, j]]
     slow = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in chosen]
-    found = agreement_across([(one, two)], pairs)
+    found = agreement_across([([one], [two])], pairs)
     assert found.published == pytest.approx(sum(slow) / 4, rel=1e-12) and found.pairs == 4
     assert found.empty_share == 0.25 and found.without_empty == pytest.approx((sum(slow) - 1) / 3)
-    twice = agreement_across([(one, two), (one, ~two)], pairs)  # the pairs of both halves count alike
-    more = agreement_across([(one, ~two)], pairs)
+    twice = agreement_across([([one], [two]), ([one], [~two])], pairs)  # the pairs of both halves count alike
+    more = agreement_across([([one], [~two])], pairs)
     assert twice.pairs == 8 and twice.published == pytest.approx((found.published + more.published) / 2)
+
+
+def test_several_layers_together_are_one_mask() -> None:
+    one, two, pairs = masks(3, 20, seed=1), masks(2, 20, seed=2), torch.ones(3, 2, dtype=torch.bool)
+    split = [[group[:, :7], group[:, 7:]] for group in (one, two)]
+    assert agreement_across([split], pairs) == agreement_across([([one], [two])], pairs)
 
 
 def test_only_booleans_are_masks() -> None:

@@ -29,6 +29,7 @@ from dori.locality.records import (
     OTHERS_APART,
     PROMPTED,
     RANDOM,
+    SIMULATED,
     TRIGGERS,
     WHOLE,
     Cross,
@@ -134,8 +135,9 @@ def test_the_way_starts_from_the_highest_reference_and_leaves_the_rest_out() -> 
     place = way(records(), "Wanda")
     assert place.reference == OTHERS_APART and place.estimate.value == pytest.approx((0.41 - 0.24) / (0.83 - 0.24))
     assert math.isnan(place.estimate.low)
-    higher = way(records(levels=LEVELS | {MEMORIZED: 0.4}), "Wanda")
-    assert higher.reference == MEMORIZED and higher.estimate.value == pytest.approx(0.01 / 0.43)
+    higher = way(records(levels=LEVELS | {SIMULATED: 0.4}), "Wanda")
+    assert higher.reference == SIMULATED and higher.estimate.value == pytest.approx(0.01 / 0.43)
+    assert way(records(levels=LEVELS | {MEMORIZED: 0.4}), "Wanda") == place  # prompts' masks met one noise
     assert "half of the masks" in way(records(empty=0.3), "Wanda").why_not
     assert way(records(), "nothing").why_not == "too few triggers"
     # Masks that met one noise agree by that noise too: they decide nothing.
@@ -211,8 +213,9 @@ def test_activations_are_judged_by_triggers_of_different_images() -> None:
     said_ = observed.activations(records())
     assert said_.title.endswith("Value projections: closer together; feed-forward layers: closer together")
     assert "is 0.50 times that of different images from the same starts: closer together." in said_.sentences[0]
-    assert "0.60 times that of different memorized prompts, but bare Gaussian starts" in said_.sentences[0]
-    assert "are at 0.80 already" in said_.sentences[0] and "prompts the ratio is 1.20; of" in said_.sentences[0]
+    assert "D is 0.60 times that of different memorized prompts; of bare Gaussian" in said_.sentences[0]
+    assert "before any attack, it is 0.80 times that" in said_.sentences[0]
+    assert "ordinary prompts the ratio of triggers is 1.20; of" in said_.sentences[0]
     # Closer together than prompts, but no closer than triggers of other images: the image has no part in it.
     like = tuple(dataclasses.replace(a, value=4.0) if a.group == OTHER_IMAGES else a for a in records().activities)
     same = observed.activations(dataclasses.replace(records(), activities=like))
@@ -300,6 +303,7 @@ def causal(*crosses: Cross) -> str:
     return intervened.causal(dataclasses.replace(records(), crosses=crosses, joined=())).title
 
 
+OTHERS = cross(OTHER_MASKS, own=0.9, others=0.9, fresh=0.9)
 BARE, RESISTS = cross(NO_MASK, own=0.9, others=0.9, fresh=0.9), cross(RANDOM, own=0.9, others=0.9, fresh=0.9)
 
 
@@ -310,23 +314,31 @@ def test_the_causal_verdict_needs_masks_that_stop_what_random_ones_do_not() -> N
     # 6 masks: none of them lets anything pass, which bounds the share at 0.39; that is not below a quarter.
     assert causal(BARE, hidden, RESISTS) == "Wanda: cannot be told"
     many = dataclasses.replace(hidden, again=hidden.again * 3, fresh=hidden.fresh * 3, sizes=(5,) * 18)
-    assert causal(BARE, many, RESISTS) == "Wanda: local"
+    assert causal(BARE, many, RESISTS, OTHERS) == "Wanda: local"
     assert "random masks" in causal(BARE, many, cross(RANDOM, own=0.1, others=0.1, fresh=0.1))
     assert "without a mask" in causal(cross(NO_MASK, own=0.1, others=0.1, fresh=0.1), many, RESISTS)
     assert "every mask is empty" in causal(BARE, dataclasses.replace(many, sizes=(0,) * 18), RESISTS)
     # Any trigger's mask, of whatever image, would have done the same.
-    assert causal(BARE, many, RESISTS, cross(OTHER_MASKS, own=0.9, others=0.9, fresh=0.9)) == "Wanda: local"
-    assert "another image's" in causal(BARE, many, RESISTS, cross(OTHER_MASKS, own=0.1, others=0.1, fresh=0.1))
+    alike = cross(OTHER_MASKS, own=0.1, others=0.1, fresh=0.1)
+    assert causal(BARE, many, RESISTS, alike).endswith("masks of another image's triggers stop about as many")
+    no = "no masks of another image's triggers to compare with"
+    assert no in causal(BARE, many, RESISTS)
+    assert no in causal(BARE, many, RESISTS, dataclasses.replace(OTHERS, sizes=(0,) * 8))  # they prune nothing
+    # Half of the masks let all pass: a share up to 0.74, of which eight masks that stop nothing can just not tell.
+    some = dataclasses.replace(
+        many, again=many.again[:9] + stays.again[:3] * 3, fresh=many.fresh[:9] + stays.fresh[:3] * 3
+    )
+    assert causal(BARE, some, RESISTS, OTHERS) == "Wanda: cannot be told, there are too few random masks as large"
 
 
 def test_a_mask_that_spoils_the_model_is_not_called_local() -> None:
     many = cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1)
     many = dataclasses.replace(many, again=many.again * 3, fresh=many.fresh * 3, sizes=(5,) * 18)
-    found = dataclasses.replace(records(), crosses=(BARE, many, RESISTS))
+    found = dataclasses.replace(records(), crosses=(BARE, many, RESISTS, OTHERS))
     assert intervened.causal(found).title == "Wanda: local"  # 0.1 to 0.2 is no more than twice
     dear = [dataclasses.replace(j, frechet=0.21) if j.joined == 1 and j.frechet else j for j in found.joined]
     spoiled = intervened.causal(dataclasses.replace(found, joined=tuple(dear)))
-    assert spoiled.title == "Wanda: cannot be told, one mask alone spoils ordinary prompts"
+    assert spoiled.title == "Wanda: cannot be told, the first trigger's mask alone spoils ordinary prompts"
     assert "from 0.100 to 0.210" in spoiled.sentences[0]
 
 

@@ -161,7 +161,7 @@ def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
     across = {a.n for a in found.activities if a.group == "triggers of other images"}
     assert half == across == {2}  # two starts that both halves have, and the two pairs of different ones
     apart = {o.pairs for o in found.overlaps if o.group == "triggers, other noises"}
-    assert apart == {8}  # two starts, in two orders, of two noises, of two memories
+    assert apart == {4}  # two starts in two orders, two noises
     layers = found.settings["layers"]
     assert {a.layer for a in found.activities} == {*layers["attention_value"], *layers["feed_forward"]}
     measured = {m.name for m in found.measures if m.memory in ("m1", "")}

@@ -172,11 +172,12 @@ def crossing(plan: "Plan", triggers: int, fresh: int) -> Rows:
 def _causal(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str) -> Iterator[tuple[str, Rows]]:
     causal = plan.causal
     assert causal is not None  # asked only then
+    others = causal.other if len(sizes.memories) > 1 else 0
     single, united = crossing(plan, causal.triggers, causal.fresh), crossing(plan, 0, causal.joined_fresh)
     yield cell_key("causal", memory, "", NO_MASK, "0"), single
     yield cell_key("joined", memory, "", NO_MASK, "0"), united
     for method in causal_methods(methods):
-        for masks, count in ((TRIGGERS, causal.triggers), (RANDOM, causal.random), (OTHER_MASKS, causal.other)):
+        for masks, count in ((TRIGGERS, causal.triggers), (RANDOM, causal.random), (OTHER_MASKS, others)):
             for row in range(count):
                 yield cell_key("causal", memory, method, masks, str(row)), single
         for number in union_sizes(causal.triggers):

@@ -45,6 +45,7 @@ from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import EVERYWHERE
 from dori.run import Run, cell_key, write_bytes
 from dori.sampling import named_seed
+from dori.stats import choose
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,8 +62,11 @@ class _Analysis:
     again: Mapping[str, list[Masks]]
 
     def common(self, starts: Sequence[Start], limit: int | None = None) -> tuple[list[int], list[int]]:
-        """Where the starts that this memory's first triggers share with others lie, there and here, row by row."""
-        there = {start: row for row, start in enumerate(starts)}
+        """Where the starts that this memory's first triggers share with others lie, there and here, row by row.
+
+        A memory's own prompt is no other's start.
+        """
+        there = {start: row for row, start in enumerate(starts) if start[0] != "prompt"}
         both = [(there[start], row) for row, start in enumerate(self.starts[:limit]) if start in there]
         return [row for row, _ in both], [row for _, row in both]
 
@@ -86,6 +90,7 @@ class _Loop:
     found: dict[str, Found] = field(default_factory=dict)
     maps: dict[str, dict[str, object]] = field(default_factory=dict)
     before: _Analysis | None = None
+    analysed: int = 0
     to_test: list[_Analysis] = field(default_factory=list)
     records: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in LISTS})
 
@@ -135,6 +140,7 @@ class _Loop:
             masks = {method: every for method, (every, _) in drawn.items()}
             again = {method: first for method, (_, first) in drawn.items()}
             analysis = _Analysis(case, found.take(rows), starts, masks, again)
+            self.analysed += 1
             if self.before is not None:
                 self._weights_across(memory, analysis, self.before)
             self.before = analysis
@@ -235,8 +241,10 @@ class _Loop:
         self.records["joined"].append(joined)
         for method in causal_methods(tuple(masks)):
             edits = [masks[method].edit(self.bench.model, k) for k in chosen]
-            few = range(min(causal.other, len(other.triggers))) if other is not None else ()
-            others = [other.masks[method].edit(self.bench.model, k) for k in few] if other is not None else []
+            others = []
+            if other is not None:
+                few = choose(min(causal.triggers, len(other.triggers)), causal.other)
+                others = [other.masks[method].edit(self.bench.model, k) for k in few]
             self.records["crosses"] += trial.single(method, edits, others)
             self.records["joined"] += trial.united(method, edits)
             yield
@@ -397,8 +405,10 @@ def locality(
         say(f"memory {number + 1} of {len(sets.cases)}: {case.memory.id}")
         loop.memory(case, number)
         after_part(loop.assembled())
-        if plan.causal is not None and number + 1 == min(len(sets.cases), max(2, plan.causal.memories)):
-            say(f"causal tests of the first {min(number + 1, plan.causal.memories)}")  # two: masks of another image
+        last = number + 1 == len(sets.cases)
+        ready = plan.causal is not None and number + 1 >= plan.causal.memories and loop.analysed > 1
+        if plan.causal is not None and loop.to_test and (ready or last):  # masks of another image are a control
+            say(f"causal tests of the first {plan.causal.memories}")
             for _ in loop.causal_tests(plan.causal):
                 after_part(loop.assembled())
     bench.skip(cells[""])

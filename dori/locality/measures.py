@@ -168,29 +168,31 @@ def other_image_overlaps(memory: str, mine: Masks, theirs: Masks) -> list[Overla
 
 
 def apart_overlaps(memory: str, mine: Sequence[Masks], theirs: Sequence[Masks]) -> list[Overlap]:
-    """A_l under different noises, within either memory and between the two.
+    """A_l under different noises, within a memory and between it and another.
 
     Triggers whose masks met one noise may agree by that noise; the ceiling's masks met different ones. Here they all
     do, so that triggers, triggers of other images and ceiling differ by nothing else.
 
     Args:
         memory: the one that `mine` belongs to.
-        mine: its triggers' masks under each noise.
+        mine: its triggers' masks under each noise; with fewer than two noises nothing is compared.
         theirs: those of another memory's triggers, row by row from the same starts, likewise.
     """
     noises = [(a, b) for a in range(len(mine)) for b in range(len(mine)) if a != b]
-    within = [(masks[a], masks[b]) for masks in (mine, theirs) for a, b in noises]
-    across = [(mine[a], theirs[b]) for a, b in noises]
+    if not noises:
+        return []
+    within, across = ([(mine[a], masks[b]) for a, b in noises] for masks in (mine, theirs))
     return _across(memory, APART, within) + _across(memory, OTHERS_APART, across)
 
 
 def _across(memory: str, group: str, halves: Sequence[tuple[Masks, Masks]]) -> list[Overlap]:
     """A_l over pairs of a mask of one half and one of the other in different rows, all halves together."""
-    method, found = halves[0][0].method, []
-    for layer, _ in _layers(halves[0][0]):
-        pairs = [(dict(_layers(one))[layer], dict(_layers(other))[layer]) for one, other in halves]
-        different = ~torch.eye(len(pairs[0][0]), dtype=torch.bool)
-        found.append(_overlap(memory, method, layer, group, agreement_across(pairs, different)))
+    first, different = halves[0][0], ~torch.eye(len(halves[0][0]), dtype=torch.bool)
+    parts = {layer: (layer,) for layer in first.by_layer} | {WHOLE: tuple(first.by_layer)}
+    found = []
+    for layer, names in parts.items():
+        pairs = [tuple([masks.by_layer[name] for name in names] for masks in half) for half in halves]
+        found.append(_overlap(memory, first.method, layer, group, agreement_across(pairs, different)))
     return found
 
 

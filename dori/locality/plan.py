@@ -26,8 +26,8 @@ class Causal:
     memories: int = 2
     triggers: int = 16
     fresh: int = 2
-    random: int = 4
-    other: int = 4
+    random: int = 8
+    other: int = 8
     joined_fresh: int = 8
     quality_prompts: int = 32
 
@@ -154,7 +154,7 @@ def quick() -> Plan:
         set_size=12,
         nemo=Nemo(max_refinement_passes=24),
         wandas=(Wanda(sparsity=0.10),),
-        ceiling=2,
+        ceiling=4,
         ceiling_seeds=3,
         calibration_prompts=48,
         causal=None,

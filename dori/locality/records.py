@@ -8,7 +8,7 @@ reference sets of prompts). Numbers that could not be measured are null. Groups 
     triggers of other images                            pairs of a trigger of this memory and one of the memory before;
                                                         both from starts at which both memories have triggers, and from
                                                         different ones: only the image differs
-    triggers, same starts                               pairs within either of the two memories from those same starts
+    triggers, same starts                               pairs of this memory's triggers from those same starts
     triggers, other noises                              as the last, each mask of a pair under noises of its own, as the
     triggers of other images, other noises              ceiling's are; likewise across the two memories
     gaussian starts                                     the starts themselves, before any attack

@@ -56,7 +56,7 @@ def discrepancies(
 
 
 def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source) -> list[Activity]:
-    """D_l over pairs of a trigger of this memory and one of another, and over pairs within either: like with like.
+    """D_l over pairs of a trigger of this memory and one of another, and over pairs of this one's: like with like.
 
     Args:
         bench: the bench.
@@ -69,7 +69,7 @@ def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source)
     pairs = ~torch.eye(n, dtype=torch.bool)
     groups: Distances = {
         OTHER_IMAGES: lambda seen: discrepancy_across(seen[:n], seen[n:], pairs),
-        SAME_STARTS: lambda seen: (discrepancy(seen[:n]) + discrepancy(seen[n:])) / 2,
+        SAME_STARTS: lambda seen: discrepancy(seen[:n]),
     }
     found = bench.tensors(
         cell_key("activations", owner, "across"),

@@ -73,17 +73,24 @@ def agreement_within(groups: Sequence[Tensor]) -> Agreement:
     return _mean(both, either, float(sizes.double().mean()))
 
 
-def agreement_across(halves: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> Agreement:
-    """As `agreement`, over pairs of a mask of one group, shape (n, ...), and one of another, shape (m, ...).
+def agreement_across(halves: Sequence[Sequence[Sequence[Tensor]]], pairs: Tensor) -> Agreement:
+    """As `agreement`, over pairs of a mask of one group and one of another; several layers together are one mask.
+
+    Layers are counted one by one, so that the masks of a large model are never laid beside each other.
 
     Args:
-        halves: boolean masks of one layer and further ones of the same layer; the pairs of all halves together count.
+        halves: two groups each, by layer: boolean masks (n, ...), and (m, ...) of the same layers. The pairs of all
+            halves together count.
         pairs: which pairs of each half, booleans (n, m).
     """
-    parts = [overlaps(first.flatten(1), second.flatten(1)) for first, second in halves]
-    both, either = (torch.cat([table[pairs] for table in kind]) for kind in zip(*parts, strict=True))
-    sizes = torch.cat([group.flatten(1).sum(1) for half in halves for group in half])
-    return _mean(both, either, float(sizes.double().mean()))
+    both, either, sizes = list[Tensor](), list[Tensor](), list[Tensor]()
+    for first, second in halves:
+        counted = [overlaps(a.flatten(1), b.flatten(1)) for a, b in zip(first, second, strict=True)]
+        shared, joined = (torch.stack(tables).sum(0)[pairs] for tables in zip(*counted, strict=True))
+        both.append(shared)
+        either.append(joined)
+        sizes += [torch.stack([mask.flatten(1).sum(1) for mask in group]).sum(0) for group in (first, second)]
+    return _mean(torch.cat(both), torch.cat(either), float(torch.cat(sizes).double().mean()))
 
 
 def _mean(both: Tensor, either: Tensor, size: float) -> Agreement:

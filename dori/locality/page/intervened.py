@@ -108,7 +108,8 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
         if test is not None
     )
     if price is not None:
-        beside += f" One mask takes the Fréchet distance of ordinary prompts from {price[0]:.3f} to {price[1]:.3f}."
+        cost = f"from {price[0]:.3f} to {price[1]:.3f}"
+        beside += f" The first trigger's mask takes the Fréchet distance of ordinary prompts {cost}."
     left_out = f" {empty} of the {len(cross.sizes)} masks are empty and left out." if empty else ""
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
@@ -118,7 +119,7 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
 
 
 def _single_price(found: Locality, cross: Cross) -> tuple[float, float] | None:
-    """Fréchet distance of ordinary prompts without a mask, and under the first trigger's."""
+    """Fréchet distance of ordinary prompts without a mask, and under the first trigger's; None if that is empty."""
     one = {
         j.joined: j.frechet
         for j in found.joined
@@ -126,7 +127,7 @@ def _single_price(found: Locality, cross: Cross) -> tuple[float, float] | None:
         and (j.method, j.masks) in (("", NO_MASK), (cross.method, TRIGGERS))
         and j.frechet is not None
     }
-    return (one[0], one[1]) if {0, 1} <= one.keys() else None
+    return (one[0], one[1]) if {0, 1} <= one.keys() and cross.sizes[0] else None
 
 
 def causal_word(
@@ -139,25 +140,30 @@ def causal_word(
         bare: without a mask.
         random: under random masks as large.
         other: under masks of another image's triggers.
-        spoils: whether one mask alone spoils ordinary prompts.
+        spoils: whether the first trigger's mask alone spoils ordinary prompts.
     """
-    kinds = [kind for kind in ("others", "fresh") if bare is None or getattr(bare, kind).value > 0.5]
+    kinds = [kind for kind in ("others", "fresh") if getattr(mine, kind).n]
     if not kinds:
-        return "cannot be told, most attacks fail without a mask"
-    kinds = [kind for kind in kinds if getattr(mine, kind).n]
-    if not kinds:
-        return "cannot be told, too few triggers"
+        fail = bare is not None and max(bare.others.value, bare.fresh.value) <= 0.5
+        return f"cannot be told, {'most attacks fail without a mask' if fail else 'too few triggers'}"
     worst = max(kinds, key=lambda kind: getattr(mine, kind).value)
     rate: Estimate = getattr(mine, worst)
+    if bare is not None and getattr(bare, worst).value <= 0.5:
+        return "cannot be told, most attacks fail without a mask"
     if rate.low > 0.5:
         return "not local"
     word = "local" if rate.high < 0.25 else "partly local" if rate.low > 0.1 and rate.high < 0.9 else ""
     if not word:
         return "cannot be told"
     for control, name in ((random, "random masks as large"), (other, "masks of another image's triggers")):
-        if control is not None and getattr(control, worst).low <= rate.high:
+        stopped: Estimate | None = None if control is None else getattr(control, worst)
+        if stopped is None or not stopped.n:
+            return f"cannot be told, there are no {name} to compare with"
+        if stopped.value <= rate.high:
             return f"cannot be told, {name} stop about as many"
-    return "cannot be told, one mask alone spoils ordinary prompts" if spoils else word
+        if stopped.low <= rate.high:
+            return f"cannot be told, there are too few {name}"
+    return "cannot be told, the first trigger's mask alone spoils ordinary prompts" if spoils else word
 
 
 def _joined(found: Locality, cross: Cross) -> list[str]:

@@ -157,13 +157,13 @@ def activations(found: Locality) -> Said:
         words.append(f"{name}: {word}")
         bare = activity_ratio(found, site, STARTS, MEMORIZED)
         starts = activity_ratio(found, site, f"{TRIGGERS}, gaussian", STARTS)
+        ordinary = activity_ratio(found, site, TRIGGERS, ORDINARY)
         noises = activity_ratio(found, site, OTHER_NOISES, TRIGGERS)
         sentences.append(
-            f"In the {name} {_by_image(image, word)} It is {said(prompts)} times that of different memorized prompts, "
-            f"but bare Gaussian starts, before any attack, are at {said(bare)} already (Gaussian-started triggers to "
-            f"their starts {said(starts)}), so that figure is of kinds of starts as much as of the image. To ordinary "
-            f"prompts the ratio is {said(activity_ratio(found, site, TRIGGERS, ORDINARY))}; of one trigger under other "
-            f"noises to triggers {said(noises)}."
+            f"In the {name} {_by_image(image, word)} D is {said(prompts)} times that of different memorized prompts; "
+            f"of bare Gaussian starts, before any attack, it is {said(bare)} times that, and of triggers from there "
+            f"{said(starts)} times that of their starts. To ordinary prompts the ratio of triggers is {said(ordinary)}"
+            f"; of one trigger under other noises to triggers {said(noises)}."
         )
     if not words:
         return NONE_REPLICATE

@@ -11,8 +11,6 @@ from scipy import stats
 from dori.locality.records import (
     APART,
     ENOUGH,
-    MEMORIZED,
-    ORDINARY,
     OTHER_NOISES,
     OTHERS_APART,
     SIMULATED,
@@ -25,11 +23,11 @@ from dori.report.tables import number
 from dori.stats import Estimate, bootstrap
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
-REFERENCES = (OTHERS_APART, MEMORIZED, ORDINARY, SIMULATED)
+REFERENCES = (OTHERS_APART, SIMULATED)  # prompts' masks met one noise, which makes them agree more
 CLOSE = 0.02  # from a cut, within which a value without an interval is said to lie close to it
 LEAST = 0.05  # ceiling above reference, below which a place between them means nothing
 EMPTY = "every mask is empty"
-ALONE = "no other image has triggers to compare with"
+ALONE = "no other image has triggers from the same starts"
 HALF_EMPTY = 0.25  # of the pairs are of two empty masks where half of the masks are empty
 
 
@@ -141,8 +139,8 @@ def way(found: Locality, method: str, *, seed: int = 0) -> Way:
     """The place of triggers between reference and ceiling, pairs of two empty masks left out.
 
     (mean over memories of triggers - reference) / (ceiling - reference), all resampled together over memories; the
-    reference is the highest of `REFERENCES`. Triggers, those of other images and ceiling all compare masks that met
-    different noises; prompts' masks met one noise, which makes them agree rather more.
+    reference is the higher of `REFERENCES`. Triggers, those of other images and ceiling all compare masks that met
+    different noises.
     """
     tables = {group: levels(found, method, group, without_empty=True) for group in (APART, OTHER_NOISES, *REFERENCES)}
     memories = [memory for memory in tables[APART] if memory in tables[OTHER_NOISES]]

@@ -20,19 +20,19 @@ RULES = (
     "Activations: closer together or farther apart than triggers of different images from the same starts where the "
     "mean ratio of D lies below 0.9 or from 1.1 on, else about as far apart. Prompts stand beside and do not judge, "
     "since Gaussian starts differ from them before any attack.",
-    "Weights: between the highest reference (triggers of different images, different memorized prompts, ordinary "
-    "prompts, random masks of equal size) and the ceiling (the same trigger under other noise seeds), agreement, of "
-    "masks under different noises as the ceiling's are, is not "
-    "local below a tenth of the way, local from nine tenths on, partly local between. Where ceiling and reference are "
-    "less than 0.05 apart, half of the masks are empty (a quarter of the pairs), or no other image has triggers, "
-    "nothing can be told. Pairs of two empty masks are left out of this comparison. Where less than "
-    "half of NeMo's searches ended before their cap, the verdict says that it speaks of sets cut short.",
+    "Weights: between the higher reference (triggers of different images from the same starts, random masks of equal "
+    "size) and the ceiling (the same trigger under other noise seeds), all of masks under different noises, agreement "
+    "is not local below a tenth of the way, local from nine tenths on, partly local between. Where ceiling and "
+    "reference are less than 0.05 apart, half of the masks are empty (a quarter of the pairs), or no other image has "
+    "triggers from the same starts, nothing can be told. Prompts' masks met one noise; they stand beside. Pairs of two "
+    "empty masks are left out of this comparison. Where less than half of NeMo's searches ended before their cap, the "
+    "verdict says that it speaks of sets cut short.",
     "Causal test, by other triggers attacked again or by fresh attacks, whichever succeed more under a mask: not local "
     "where more than a half succeed, local where less than a quarter, partly local between a tenth and nine tenths, "
     "each with the whole Wilson interval, in which a mask counts as one trial. Only attacks that succeed without a "
     "mask are scored. It is not called local where the interval under random masks as large, or under masks of another "
-    "image's triggers, reaches down to it, where half of the attacks fail without a mask, nor where one mask alone "
-    "more than doubles the Fréchet distance of ordinary prompts.",
+    "image's triggers, reaches down to it or there are none, where half of the attacks fail without a mask, nor where "
+    "the first trigger's mask alone more than doubles the Fréchet distance of ordinary prompts.",
     "Patching: a set of layers is sufficient (necessary) where its activations carry at least half of the gap between "
     "the models, with the lower end of the interval. Memories that the planted model does not draw at least 0.2 more "
     "alike than its twin are left out.",
