@@ -226,7 +226,7 @@ def _agreement(found: Locality, method: str) -> str:
         if place.why_not
         else f" Under noises of their own, as the ceiling's are, and from the same starts, triggers agree by "
         f"{said(level[APART])} and those of different images by {said(level[OTHERS_APART])}: {said(place.estimate)} of "
-        f"the way from the highest reference ({place.reference}) to the ceiling (other seeds)."
+        f"the way from the higher reference ({place.reference}) to the ceiling (other seeds)."
     )
     return (
         f"Triggers of one image agree on {method} weights {_against(triggers, prompts)} different memorized prompts do "

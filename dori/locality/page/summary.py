@@ -128,7 +128,7 @@ def empty_share(found: Locality, method: str) -> Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How far triggers' agreement lies from the highest reference (0) to the ceiling (1); or why that is not known."""
+    """How far triggers' agreement lies from the higher reference (0) to the ceiling (1); or why that is not known."""
 
     estimate: Estimate
     reference: str
