@@ -211,6 +211,15 @@ def test_the_causal_test_fills_its_matrix_for_the_first_memory_alone(whole: Whol
     assert {p.memory for p in whole.found.patches} == {"m1"}
 
 
+def test_patched_images_are_compared_with_what_the_other_model_draws(whole: Whole) -> None:
+    alike = {(p.direction, p.layers): p.alike for p in whole.found.patches}
+    for direction in ("sufficient", "necessary"):
+        assert alike[direction, "source"] == pytest.approx(1, abs=1e-5)  # with itself
+        assert max(value for (way, _), value in alike.items() if way == direction and value is not None) <= 1 + 1e-5
+    # Without a patch both directions compare the same two images, the one model's with the other's.
+    assert alike["sufficient", "none"] == pytest.approx(alike["necessary", "none"], abs=1e-5) != 1
+
+
 def test_a_run_leaves_the_weights_as_they_were(whole: Whole) -> None:
     assert whole.fingerprints[0] == whole.fingerprints[1]
 
