@@ -1,0 +1,127 @@
+"""What a locality page says of interventions and of the ground truth: pruning, patching, planted weights."""
+
+import dataclasses
+
+from synthetic_locality import VALUES, cross, records
+
+from dori.locality.page import intervened
+from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross
+
+
+def causal(*crosses: Cross) -> str:
+    """The title of the causal test."""
+    return intervened.causal(dataclasses.replace(records(), crosses=crosses, joined=())).title
+
+
+OTHERS = cross(OTHER_MASKS, own=0.9, others=0.9, fresh=0.9)
+BARE, RESISTS = cross(NO_MASK, own=0.9, others=0.9, fresh=0.9), cross(RANDOM, own=0.9, others=0.9, fresh=0.9)
+
+
+def test_the_causal_verdict_needs_masks_that_stop_what_random_ones_do_not() -> None:
+    hidden = cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1)
+    stays = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
+    assert causal(BARE, stays, RESISTS) == "Wanda: not local"
+    # 6 masks: none of them lets anything pass, which bounds the share at 0.39; that is not below a quarter.
+    assert causal(BARE, hidden, RESISTS) == "Wanda: cannot be told"
+    many = dataclasses.replace(hidden, again=hidden.again * 3, fresh=hidden.fresh * 3, sizes=(5,) * 18)
+    assert causal(BARE, many, RESISTS, OTHERS) == "Wanda: local"
+    assert "random masks" in causal(BARE, many, cross(RANDOM, own=0.1, others=0.1, fresh=0.1))
+    assert "without a mask" in causal(cross(NO_MASK, own=0.1, others=0.1, fresh=0.1), many, RESISTS)
+    assert "every mask is empty" in causal(BARE, dataclasses.replace(many, sizes=(0,) * 18), RESISTS)
+    # Any trigger's mask, of whatever image, would have done the same.
+    alike = cross(OTHER_MASKS, own=0.1, others=0.1, fresh=0.1)
+    assert causal(BARE, many, RESISTS, alike).endswith("masks of another image's triggers stop about as many")
+    no = "no masks of another image's triggers to compare with"
+    assert no in causal(BARE, many, RESISTS)
+    assert no in causal(BARE, many, RESISTS, dataclasses.replace(OTHERS, sizes=(0,) * 8))  # they prune nothing
+    # Half of the masks let all pass: a share up to 0.74, of which eight masks that stop nothing can just not tell.
+    some = dataclasses.replace(
+        many, again=many.again[:9] + stays.again[:3] * 3, fresh=many.fresh[:9] + stays.fresh[:3] * 3
+    )
+    assert causal(BARE, some, RESISTS, OTHERS) == "Wanda: cannot be told, there are too few random masks as large"
+
+
+def test_a_mask_that_spoils_the_model_is_not_called_local() -> None:
+    many = cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1)
+    many = dataclasses.replace(many, again=many.again * 3, fresh=many.fresh * 3, sizes=(5,) * 18)
+    found = dataclasses.replace(records(), crosses=(BARE, many, RESISTS, OTHERS))
+    assert intervened.causal(found).title == "Wanda: local"  # 0.1 to 0.2 is no more than twice
+    dear = [dataclasses.replace(j, frechet=0.21) if j.joined == 1 and j.frechet else j for j in found.joined]
+    spoiled = intervened.causal(dataclasses.replace(found, joined=tuple(dear)))
+    assert spoiled.title == "Wanda: cannot be told, the first trigger's mask alone spoils ordinary prompts"
+    assert "from 0.100 to 0.210" in spoiled.sentences[0]
+
+
+def test_only_attacks_that_succeed_without_a_mask_are_scored() -> None:
+    """Triggers 0 and 3 fail without one: that their attacks fail under a mask says nothing of the mask."""
+    fails = tuple(0.1 if j in (0, 3) else 0.9 for j in range(6))
+    bare = dataclasses.replace(BARE, again=(fails,))
+    under = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
+    under = dataclasses.replace(under, again=tuple(tuple(map(min, row, fails)) for row in under.again))
+    test = intervened.tested(dataclasses.replace(records(), crosses=(bare, under)), under)
+    assert (test.others.value, test.others.n) == (1, 6) and (test.own.value, test.own.n) == (0, 4)
+
+
+def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> None:
+    said_ = intervened.causal(records())
+    assert said_.title == "Wanda: not local"
+    assert "0.00 [0.00, 0.39] of these triggers" in said_.sentences[0]
+    assert "1.00 [0.61, 1.00] of the others" in said_.sentences[0] and "Without a mask: 1.00" in said_.sentences[0]
+    assert "from 2 on (0.20 of the layers' weights) none of 8 fresh attacks" in said_.sentences[1]
+    assert "even 2 (0.20 of the layers' weights) leave 8 of 8" in said_.sentences[1]  # random masks
+    assert "0.300 on ordinary prompts (0.100 without a mask)" in said_.sentences[1]
+
+
+def test_a_causal_test_that_was_stopped_says_how_far_it_came() -> None:
+    found = records()
+    planned = dataclasses.replace(found, planned=3, settings=dict(found.settings) | {"causal": {"memories": 2}})
+    assert "not finished" not in str(intervened.causal(found).sentences)
+    assert intervened.causal(planned).sentences[-1] == ("The test is not finished: so far 1 of 2 memories with Wanda.")
+    bare = intervened.causal(dataclasses.replace(planned, crosses=(), joined=()))
+    assert bare.title == "Not run" and "0 of 2 memories with Wanda" in bare.sentences[0]
+    (first, *others) = found.subjects
+    hopeless = dataclasses.replace(planned, subjects=(dataclasses.replace(first, triggers=1), *others))
+    assert "not finished" not in str(intervened.causal(hopeless).sentences)  # no test was possible on the second
+
+
+def test_empty_masks_do_not_count_as_masks() -> None:
+    some = dataclasses.replace(cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1), sizes=(0, 5, 5, 5, 5, 5))
+    again = ((0.9,) * 6, *some.again[1:])  # an empty mask stops nothing
+    test = intervened.tested(records(), dataclasses.replace(some, again=again))
+    assert test.others.value == 0 and test.others.n == 5 and test.own.value == 0
+
+
+def test_patching_names_what_carries_half_of_the_gap() -> None:
+    said_ = intervened.patching(records())
+    assert said_.title == "Sufficient: all values; necessary: all values"
+    assert "are alike by: all values 0.30; without a patch 0.30" in said_.sentences[0]
+    two = (*records().patches, *(dataclasses.replace(p, memory="m1", share=0.1) for p in records().patches))
+    assert (
+        "all values 0.45 (0.80, 0.10)" in intervened.patching(dataclasses.replace(records(), patches=two)).sentences[0]
+    )
+    assert f"most in {VALUES[0]} (0.40 of the gap between the models, the largest of 2 layers" in said_.sentences[0]
+    hardly = dataclasses.replace(
+        records(), patches=tuple(dataclasses.replace(p, share=None) for p in records().patches)
+    )
+    assert intervened.patching(hardly).title == "Cannot be told"
+
+
+def test_ground_truth_is_held_against_random_masks_as_large_in_every_layer() -> None:
+    said_ = intervened.ground_truth(records())
+    assert "values, down 1.00" in said_.sentences[0] and said_.title == "Wanda: finds it"  # 0.3 against 0.12
+    assert "2.50 times as much" in said_.sentences[1]
+    weak = tuple(dataclasses.replace(c, random=0.25) for c in records().covers)
+    assert intervened.ground_truth(dataclasses.replace(records(), covers=weak)).title.endswith(
+        "somewhat better than chance"
+    )
+    # With one twin there is no floor, and no mask is said to have found the memory.
+    single = tuple(dataclasses.replace(c, floor=None) for c in records().changes)
+    alone = intervened.ground_truth(
+        dataclasses.replace(
+            records(), changes=single, covers=tuple(dataclasses.replace(c, twins=None) for c in records().covers)
+        )
+    )
+    assert alone.title == "Wanda: holds much of the change" and "twin minus twin is not known" in alone.sentences[1]
+    assert "difference between twins" not in alone.sentences[2]
+    unknown = tuple(dataclasses.replace(c, share=None, random=None) for c in weak)
+    assert intervened.ground_truth(dataclasses.replace(records(), covers=unknown)).title == "Wanda: not measured"
