@@ -40,7 +40,16 @@ from dori.locality.records import (
 )
 from dori.locality.subjects import Sets, choose_sets, keep_memorized, sizes
 from dori.locality.trial import Trial
-from dori.locality.triggers import ORDER, Found, Start, find_triggers, gaussian_starts, replicating_on, trigger_records
+from dori.locality.triggers import (
+    ORDER,
+    Found,
+    Start,
+    common_starts,
+    find_triggers,
+    gaussian_starts,
+    replicating_on,
+    trigger_records,
+)
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import EVERYWHERE
 from dori.run import Run, cell_key, write_bytes
@@ -60,15 +69,6 @@ class _Analysis:
     starts: list[Start]
     masks: Mapping[str, Masks]
     again: Mapping[str, list[Masks]]
-
-    def common(self, starts: Sequence[Start], limit: int | None = None) -> tuple[list[int], list[int]]:
-        """Where the starts that this memory's first triggers share with others lie, there and here, row by row.
-
-        A memory's own prompt is no other's start.
-        """
-        there = {start: row for row, start in enumerate(starts) if start[0] != "prompt"}
-        both = [(there[start], row) for row, start in enumerate(self.starts[:limit]) if start in there]
-        return [row for row, _ in both], [row for _, row in both]
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +90,6 @@ class _Loop:
     found: dict[str, Found] = field(default_factory=dict)
     maps: dict[str, dict[str, object]] = field(default_factory=dict)
     before: _Analysis | None = None
-    analysed: int = 0
     to_test: list[_Analysis] = field(default_factory=list)
     records: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in LISTS})
 
@@ -140,7 +139,6 @@ class _Loop:
             masks = {method: every for method, (every, _) in drawn.items()}
             again = {method: first for method, (_, first) in drawn.items()}
             analysis = _Analysis(case, found.take(rows), starts, masks, again)
-            self.analysed += 1
             if self.before is not None:
                 self._weights_across(memory, analysis, self.before)
             self.before = analysis
@@ -180,7 +178,7 @@ class _Loop:
         if self.before is None:
             return
         half = max(1, self.bench.plan.set_size // 2)
-        mine, theirs = self.before.common([found.start(row) for row in rows[:half]], half)
+        mine, theirs = common_starts([found.start(row) for row in rows[:half]], self.before.starts[:half])
         if len(mine) > 1:
             triggers = found.take([rows[k] for k in mine]), self.before.triggers.take(theirs)
             self.records["activities"] += stages.discrepancies_across(self.bench, memory, *triggers)
@@ -189,10 +187,10 @@ class _Loop:
         """Beside the memory before, by starts that both have: only the image differs."""
         records, few = self.records["overlaps"], self.bench.plan.ceiling
         for method, masks in mine.masks.items():
-            rows, theirs = before.common(mine.starts)
+            rows, theirs = common_starts(mine.starts, before.starts)
             if len(rows) > 1:
                 records += measures.other_image_overlaps(memory, masks.take(rows), before.masks[method].take(theirs))
-            rows, theirs = before.common(mine.starts[:few], few)
+            rows, theirs = common_starts(mine.starts[:few], before.starts[:few])
             if len(rows) > 1:
                 again = [one.take(rows) for one in mine.again[method]]
                 records += measures.apart_overlaps(memory, again, [one.take(theirs) for one in before.again[method]])
@@ -406,8 +404,10 @@ def locality(
         loop.memory(case, number)
         after_part(loop.assembled())
         last = number + 1 == len(sets.cases)
-        ready = plan.causal is not None and number + 1 >= plan.causal.memories and loop.analysed > 1
-        if plan.causal is not None and loop.to_test and (ready or last):  # masks of another image are a control
+        if plan.causal is None or not loop.to_test:
+            continue
+        another = loop.before is not loop.to_test[0]  # whose masks are a control
+        if last or (another and number + 1 >= plan.causal.memories):
             say(f"causal tests of the first {plan.causal.memories}")
             for _ in loop.causal_tests(plan.causal):
                 after_part(loop.assembled())

@@ -26,7 +26,7 @@ from dori.locality.records import (
     Search,
     known,
 )
-from dori.locality.triggers import ORDER, Found
+from dori.locality.triggers import ORDER, Found, common_starts
 from dori.locality.weights import Agreement, agreement, agreement_across, agreement_within, random_level, random_like
 from dori.sampling import named_seed
 
@@ -82,14 +82,14 @@ def shared_measures(every: Mapping[str, Found]) -> list[Measure]:
 def _shared(memory: str, found: Found, others: Sequence[Found], start: str | None) -> list[Measure]:
     own, shared, count = list[float](), list[float](), 0
     for other in others:
-        mine = {found.start(row): row for row in found.rows(start) if found.names[row] != "prompt"}
-        both = [(mine[key], row) for row in other.rows(start) if (key := other.start(row)) in mine]
-        if len(both) > 1:
-            here, there = map(list, zip(*both, strict=True))
+        mine, theirs = found.rows(start), other.rows(start)
+        both = common_starts([found.start(row) for row in mine], [other.start(row) for row in theirs])
+        here, there = [mine[k] for k in both[0]], [theirs[k] for k in both[1]]
+        if len(here) > 1:
             moves = found.ends[here] - found.starts[here]
             own.append(space.common_share(moves))
             shared.append(space.shared_share(moves, other.ends[there] - other.starts[there]))
-            count += len(both)
+            count += len(here)
     end = f", {start}" if start else ""
     return [
         Measure(memory, f"{name}{end}", known(sum(shares) / len(shares) if shares else math.nan), count)
@@ -201,23 +201,27 @@ def random_overlaps(memory: str, masks: Masks, *, seed: int) -> list[Overlap]:
 
     Layers, methods and memories draw from streams of their own; `seed` is their root.
     """
-    found, simulated = [], {}
+    found = []
     for layer, mask in masks.by_layer.items():
-        simulated[layer] = random_like(mask, seed=named_seed("locality random", seed, memory, masks.method, layer))
         pairs, size = agreement(mask).pairs, float(mask.flatten(1).sum(1).double().mean())
         level, without = (known(random_level(mask, without_empty=left_out)) for left_out in (False, True))
         found.append(Overlap(memory, masks.method, layer, RANDOM, level, without, None, known(size), pairs))
-    return found + overlaps(memory, SIMULATED, Masks(masks.method, simulated, masks.facts))
+    return found + overlaps(memory, SIMULATED, _simulated(memory, masks, seed))
 
 
 def random_like_prompts(group: str, masks: Masks, *, seed: int) -> list[Overlap]:
     """A of random masks as large as a reference set's, whole masks alone: prompts' sets have other sizes."""
-    simulated = {
-        layer: random_like(mask, seed=named_seed("locality random", seed, group, masks.method, layer))
+    whole = _simulated(group, masks, seed).whole()
+    return [_overlap("", masks.method, WHOLE, f"{group}, {RANDOM}", agreement(whole))]
+
+
+def _simulated(owner: str, masks: Masks, seed: int) -> Masks:
+    """Random masks as large as these in every layer."""
+    drawn = {
+        layer: random_like(mask, seed=named_seed("locality random", seed, owner, masks.method, layer))
         for layer, mask in masks.by_layer.items()
     }
-    rows = overlaps("", f"{group}, {RANDOM}", Masks(masks.method, simulated, masks.facts))
-    return [row for row in rows if row.layer == WHOLE]
+    return Masks(masks.method, drawn, masks.facts)
 
 
 def search(memory: str, group: str, masks: Masks) -> Search:

@@ -74,6 +74,16 @@ class Found:
         return kept + turns[: limit - len(kept)]
 
 
+def common_starts(mine: Sequence[Start], theirs: Sequence[Start]) -> tuple[list[int], list[int]]:
+    """Where the starts that two memories share lie among the one's and the other's, row by row.
+
+    A memory's own prompt is no other's start.
+    """
+    there = {start: row for row, start in enumerate(mine) if start[0] != "prompt"}
+    both = [(there[start], row) for row, start in enumerate(theirs) if start in there]
+    return [row for row, _ in both], [row for _, row in both]
+
+
 def gaussian_source(bench: Bench, seeds: Sequence[int]) -> Source:
     """Gaussian starts of given seeds."""
     y = gaussian(bench.model, seeds) if seeds else torch.zeros(0, *bench.model.embedding_shape)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dori.locality.page.intervened import patch_shares
+from dori.locality.page.intervened import excess_shares, patch_shares
 from dori.locality.page.summary import Dose
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality
@@ -155,28 +155,25 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
 
 def excess_figure(found: Locality, level: str) -> Picture | None:
     """Which share of the planted excess lies in which kind or layer of weights, beside its share of all weights."""
-    every = [c for c in found.changes if c.level == level]
-    excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in every}
-    total, weights = sum(excess.values()), sum(c.weights for c in every)
-    rows = sorted(every, key=lambda c: -excess[c.group])[:LARGEST]
-    if not total:
+    every = {c.group: c for c in found.changes if c.level == level}
+    weights, shares = sum(c.weights for c in every.values()), excess_shares(found, level)
+    if not shares:
         return None
+    rows = [*shares][:LARGEST]
+    held = [every[group].weights / weights for group in rows]
     title = f"Where did planting change the weights? By {level}{' (the largest)' if len(rows) < len(every) else ''}"
     with drawing(WIDTH, 1.4 + 0.24 * len(rows), title=title) as figure:
         axes, y = figure.subplots(), np.arange(len(rows))[::-1]
-        label = "share of the change" if every[0].floor is None else "share of the excess"
-        axes.barh(y, [excess[c.group] / total for c in rows], 0.7, color=BLUE, label=label)
-        held = [c.weights / weights for c in rows]
+        label = "share of the change" if every[rows[0]].floor is None else "share of the excess"
+        axes.barh(y, [shares[group] for group in rows], 0.7, color=BLUE, label=label)
         axes.plot(held, y, "|", color=ORANGE, ms=11, mew=2.5, label="share of all weights")
-        names = [c.group.replace(".transformer_blocks.0", "").replace("attentions", "att") for c in rows]
+        names = [group.replace(".transformer_blocks.0", "").replace("attentions", "att") for group in rows]
         axes.set_yticks(y, names, fontsize=8)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("Share")
         legend_above(axes, 1)
-        told = ", ".join(
-            f"{c.group} {excess[c.group] / total:.2f} (weights {c.weights / weights:.2f})" for c in rows[:6]
-        )
-        return picture(figure, f"{title}. Shares: {told}.")
+        told = [f"{group} {shares[group]:.2f} (weights {share:.2f})" for group, share in zip(rows, held, strict=True)]
+        return picture(figure, f"{title}. Shares: {', '.join(told[:6])}.")
 
 
 def dose_figure(one: Dose) -> Picture:

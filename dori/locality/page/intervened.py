@@ -32,7 +32,7 @@ def tested(found: Locality, cross: Cross) -> CrossTest:
     )
     if cross.masks == NO_MASK:
         return cross_test([[cell] for row in again for cell in row], [[cell] for row in fresh for cell in row], None)
-    bare = next((c for c in found.crosses if (c.memory, c.masks) == (cross.memory, NO_MASK)), None)
+    bare = _beside(found, cross, "", NO_MASK)
     columns, new = (
         [k for k in range(len(table[0])) if bare is None or getattr(bare, name)[0][k] > found.threshold]
         for name, table in (("again", again), ("fresh", fresh))
@@ -42,6 +42,12 @@ def tested(found: Locality, cross: Cross) -> CrossTest:
     return cross_test(
         [[again[row][k] for k in columns] for row in kept], [[fresh[row][k] for k in new] for row in kept], own
     )
+
+
+def _beside(found: Locality, cross: Cross, method: str, masks: str) -> Cross | None:
+    """The same memory's attacks under other masks, if they were made."""
+    key = (cross.memory, method, masks)
+    return next((c for c in found.crosses if (c.memory, c.method, c.masks) == key), None)
 
 
 def causal(found: Locality) -> Said:
@@ -84,11 +90,11 @@ def _left_out(found: Locality, setting: str) -> str:
 def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     """The verdict on one method's masks of one memory, and the sentence that bears it."""
     bare, random, other = (
-        next((tested(found, c) for c in found.crosses if (c.memory, c.method, c.masks) == key), None)
-        for key in (
-            (cross.memory, "", NO_MASK),
-            (cross.memory, cross.method, RANDOM),
-            (cross.memory, cross.method, OTHER_MASKS),
+        None if control is None else tested(found, control)
+        for control in (
+            _beside(found, cross, "", NO_MASK),
+            _beside(found, cross, cross.method, RANDOM),
+            _beside(found, cross, cross.method, OTHER_MASKS),
         )
     )
     mine = tested(found, cross)
@@ -276,10 +282,8 @@ def ground_truth(found: Locality) -> Said:
     if not kinds:
         return Said("Not known", ("Without a model that never saw the memories there is no ground truth.",))
     one_twin = kinds[0].floor is None
-    excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in kinds}
-    total, beyond = sum(excess.values()), "" if one_twin else " beyond the twins' own difference"
-    ranked = sorted(excess.items(), key=lambda item: -item[1])[:4]
-    largest = ", ".join(f"{group} {value / total:.2f}" for group, value in ranked) if total else ""
+    beyond = "" if one_twin else " beyond the twins' own difference"
+    largest = ", ".join(f"{group} {share:.2f}" for group, share in [*excess_shares(found, "kind").items()][:4])
     sentences = [
         f"Of what planting changed{beyond}, the largest parts lie in {largest}."
         if largest
@@ -301,6 +305,13 @@ def ground_truth(found: Locality) -> Said:
         words.append(f"{method}: {word}")
         sentences.append(sentence)
     return Said("; ".join(words) or "No trigger has a mask", tuple(sentences))
+
+
+def excess_shares(found: Locality, level: str) -> dict[str, float]:
+    """Which share of the planted excess lies in each kind or layer, largest first; empty where there is none."""
+    excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in found.changes if c.level == level}
+    total = sum(excess.values())
+    return {group: excess[group] / total for group in sorted(excess, key=lambda group: -excess[group])} if total else {}
 
 
 def _covered(found: Locality, method: str, best: str) -> tuple[str, str]:
