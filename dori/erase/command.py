@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dori.audit.folders import OwnJudge
 from dori.audit.judge import Case, Judge, pixels_sha256
@@ -244,9 +245,13 @@ def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Mater
 def _table(request: Request, kind: Kind, own: Bench) -> list[str]:
     methods = contestants(kind, own)
     _announce(own, list(contest_costs(own, kind, methods).values()))
-    record = contest(own, kind, methods)
-    write_json(request.out / "table.json", record)
-    write_text(request.out / "table.md", to_markdown(record))
+
+    def write(record: dict[str, Any]) -> None:
+        write_json(request.out / "table.json", record)
+        write_text(request.out / "table.md", to_markdown(record))
+
+    record = contest(own, kind, methods, write)
+    write(record)
     return [to_markdown(record), f"table: {request.out / 'table.md'}"]
 
 

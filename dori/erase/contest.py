@@ -6,7 +6,7 @@ its damage and its cost. The frontier goes from mild to strong: learning rate, r
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,23 +67,27 @@ def contest_costs(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict
     return found | gauge_of(own, protocol).costs(states)
 
 
-def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, Any]:
+def contest(
+    own: Bench, kind: Kind, methods: Mapping[str, Eraser], after: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Make and judge every edit of a table; an eraser that cannot do it leaves its reason instead.
 
     Args:
         own: what is erased and what judges it; the caller holds the lock of its folder.
         kind: which table.
         methods: its rows, as `contestants` gives them.
+        after: called with the record so far after each row, so that an interrupted table shows what it has.
 
     Returns:
-        A JSON-able record: header, rows as texts, entries, outcomes, tests, damage, and the rows of the search for
-        surrogates, which is made once for all.
+        A JSON-able record: header, rows as texts, names of rows still to come, entries, outcomes, tests, damage, and
+        the rows of the search for surrogates, which is made once for all.
     """
     subjects, protocol = own.material.subjects, own.plan.tables
     own.run.plan(kind, {key: rows.weight for key, rows in contest_costs(own, kind, methods).items()})
-    searched = _searched(methods)
-    forget = own.forget(surrogates=searched)
-    states, entries, made = _fixed(own), [], dict[str, WeightDelta]()
+    forget = own.forget(surrogates=_searched(methods))
+    battery, gauge, cases = battery_of(own, protocol), gauge_of(own, protocol), (*subjects.memories, *subjects.controls)
+    states, entries, made = _fixed(own), list[Entry](), dict[str, WeightDelta]()
+    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
     for name, method in methods.items():
         try:
             edit = own.edit(_key(kind, name), _as_long_as(made.get("adversarial"), method), forget)
@@ -93,9 +97,21 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
         entries.append(Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name))))
         states.append(State(name, subjects.model, (edit,)))
         made[name] = edit
-    battery, cases = battery_of(own, protocol), (*subjects.memories, *subjects.controls)
-    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
-    damage = gauge_of(own, protocol).measure(states, battery.fingerprints)
+        outcomes += battery.measure(states[-1], cases)
+        if after is not None:
+            after(_record(own, kind, methods, entries, outcomes, gauge.measure(states, battery.fingerprints)))
+    return _record(own, kind, methods, entries, outcomes, gauge.measure(states, battery.fingerprints))
+
+
+def _record(
+    own: Bench,
+    kind: Kind,
+    methods: Mapping[str, Eraser],
+    entries: Sequence[Entry],
+    outcomes: Sequence[Outcome],
+    damage: Sequence[Damage],
+) -> dict[str, Any]:
+    subjects, protocol = own.material.subjects, own.plan.tables
     tests = compare(outcomes, protocol, [twin.name for twin in subjects.twins])
     record = {
         "kind": kind,
@@ -103,8 +119,9 @@ def contest(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, 
         "images": [len(subjects.memories), len(subjects.controls)],
         "header": [*ways(outcomes), *TAIL],
         "rows": _rows(outcomes, damage, tests, entries, protocol=protocol),
+        "left": [*methods][len(entries) :],
         "failures": {entry.name: entry.failure for entry in entries if entry.failure},
-        "surrogate_rows": own.surrogate_rows().count if searched else 0,
+        "surrogate_rows": own.surrogate_rows().count if _searched(methods) else 0,
         "entries": [dataclasses.asdict(entry) for entry in entries],
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "tests": [dataclasses.asdict(test) for test in tests],
@@ -186,6 +203,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines = ["| | " + " | ".join(record["header"]) + " |", "|" + "---|" * (len(record["header"]) + 1)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in record["rows"]]
     lines += [f"\n{name}: {reason}" for name, reason in record["failures"].items()]
+    if record["left"]:
+        lines += ["\nNot made yet: " + ", ".join(record["left"]) + "; the same command goes on."]
     memories, controls = record["images"]
     lines += [f"\n{memories} memories, {controls} controls; split: {record['split']}."]
     if made := record["surrogate_rows"]:

@@ -7,8 +7,9 @@ explain m,
     L = E w_x |eps_x(m) - eps_theta(m)|^2 - kappa E w_a |eps_a(m) - eps_theta(m)|^2,
     w_x = q(m|x) / ((1 - lambda) q(m|x) + lambda q(m|a)),   w_a likewise,
 
-where kappa is set by the norms of the two gradients. Settings on SD 1.4: lambda .5, forget gradient of norm 750 or a
-tenth of the keep gradient's, AdamW 1e-5, decay .01, clip 1, batch 16, 35 steps.
+where kappa is set by the norms of the two gradients. Settings on SD 1.4: lambda .5, forget gradient of norm 750
+(`forget_norm`) or a tenth of the keep gradient's, AdamW 1e-5, decay .01, clip 1, batch 16, 35 steps. A fixed norm
+belongs to one network's size, so the share is the default.
 
 Traps: the released scripts for Stable Diffusion and CelebA draw t = T - 1 alone (`as_released`); in latent space the
 weights are one-hot at nearly all other timesteps (the log says how often), so importance sampling becomes a coin flip
@@ -72,6 +73,7 @@ class Siss:
         batch: rows in each.
         mixing: lambda, the share of rows drawn from the memory.
         forget_share: norm of the forget gradient as a share of the keep gradient's.
+        forget_norm: a fixed norm of the forget gradient instead; None takes the share.
         timesteps: first and one past the last; None takes all.
         tuner: how weights move.
     """
@@ -81,6 +83,7 @@ class Siss:
     batch: int = 16
     mixing: float = 0.5
     forget_share: float = 0.1
+    forget_norm: float | None = None
     timesteps: tuple[int, int] | None = None
     tuner: Tuner = field(default_factory=Tuner)
 
@@ -120,7 +123,8 @@ class Siss:
         grad_x, loss_x = self._gradient(tuned, batch, noisy, keep, w_x)
         grad_a, loss_a = self._gradient(tuned, batch, noisy, forget, w_a)
         norm_x, norm_a = (sum(float(g.double().square().sum()) for g in grads) ** 0.5 for grads in (grad_x, grad_a))
-        scale = self.forget_share * norm_x / norm_a if norm_a else 0.0
+        wanted = self.forget_share * norm_x if self.forget_norm is None else self.forget_norm
+        scale = wanted / norm_a if norm_a else 0.0
         tuned.update([x - scale * a for x, a in zip(grad_x, grad_a, strict=True)])
         saturated = (w_a < SATURATED) | (w_x < SATURATED)
         return {"keep": loss_x, "forget": loss_a, "scale": scale, "saturated": float(saturated.float().mean())}
