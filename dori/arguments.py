@@ -194,6 +194,13 @@ def _locality(locality: argparse.ArgumentParser) -> None:
     locality.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for reference")
     _twins(locality)
     _running(locality, "quick", "full")
+    locality.add_argument("--limit", type=_count, metavar="N", help="at most so many memories (default the preset's)")
+    locality.add_argument(
+        "--attacks",
+        type=_count,
+        metavar="N",
+        help="attacks of each memory from noise, and as many from other prompts (default the preset's)",
+    )
     _judging(locality)
     _shown(locality)
     locality.set_defaults(controls=None, clip=None)

@@ -227,6 +227,7 @@ def _locality(arguments: argparse.Namespace) -> int:
 
     plan = PRESETS[arguments.preset]()
     sampling = _sampling(arguments, plan)
+    plan = plan.of_size(memories=arguments.limit, attacks=arguments.attacks)
     plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed)
     run = Run(arguments.out, say=say, modules=LOCATING)
     with run.locked():

@@ -188,8 +188,8 @@ def _causal(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str) -
 
 
 def causal_methods(methods: tuple[str, ...]) -> tuple[str, ...]:
-    """The methods of the causal test: NeMo, and the last (largest) Wanda setting."""
-    return tuple(dict.fromkeys((*methods[:1], *methods[-1:])))
+    """The methods of the causal test: the last (largest) Wanda setting, whose masks always exist, and NeMo."""
+    return tuple(dict.fromkeys((*methods[-1:], *methods[:1])))
 
 
 def by_stage(cells: Mapping[str, Rows]) -> dict[str, Rows]:

@@ -1,8 +1,8 @@
 """The locality run's one loop: reference sets first, then memory by memory, every stage in resumable cells.
 
-The causal tests, each longer than all the rest of its memory, begin when their memories are analysed, so that what
-compares the triggers of two images does not wait for them. After each memory, and after each method of a causal test,
-the records so far are handed over: a run that is stopped still has a page, and says of how many memories it is made.
+The causal tests, each longer than all the rest of its memory, come last, and one method goes through all its memories
+before the next one. After each memory, and after each method of a causal test, the records so far are handed over: a
+run that is stopped still has a page, and says of how many memories it is made.
 """
 
 import dataclasses
@@ -216,15 +216,21 @@ class _Loop:
         return masks, again
 
     def causal_tests(self, causal: Causal) -> Iterator[None]:
-        """Of the memories that wait for theirs; a stop after each method."""
+        """Of the memories that wait for theirs; a stop after each method of each."""
+        for method in causal_methods(method_names(self.bench.plan)):
+            for analysis in self.to_test:
+                other = next((one for one in (*self.to_test, self.before) if one is not analysis), None)
+                self._causal(analysis, other, method, causal)
+                yield
         for analysis in self.to_test:
-            other = next((one for one in (*self.to_test, self.before) if one is not analysis), None)
-            yield from self._causal(analysis, other, causal)
             self.bench.skip(self.cells[analysis.case.memory.id])
-        self.to_test = []
 
-    def _causal(self, analysis: _Analysis, other: _Analysis | None, causal: Causal) -> Iterator[None]:
-        chosen, masks = range(min(causal.triggers, len(analysis.triggers))), analysis.masks
+    def _causal(self, analysis: _Analysis, other: _Analysis | None, method: str, causal: Causal) -> None:
+        chosen, masks, memory = (
+            range(min(causal.triggers, len(analysis.triggers))),
+            analysis.masks,
+            analysis.case.memory,
+        )
         trial = Trial(
             self.bench,
             analysis.case,
@@ -234,18 +240,17 @@ class _Loop:
             self.sets.quality,
             self.subjects.held_out,
         )
-        cross, joined = trial.without_mask()
-        self.records["crosses"].append(cross)
-        self.records["joined"].append(joined)
-        for method in causal_methods(tuple(masks)):
-            edits = [masks[method].edit(self.bench.model, k) for k in chosen]
-            others = []
-            if other is not None:
-                few = choose(min(causal.triggers, len(other.triggers)), causal.other)
-                others = [other.masks[method].edit(self.bench.model, k) for k in few]
-            self.records["crosses"] += trial.single(method, edits, others)
-            self.records["joined"] += trial.united(method, edits)
-            yield
+        if not any(cross.memory == memory.id for cross in self.records["crosses"]):
+            cross, joined = trial.without_mask()
+            self.records["crosses"].append(cross)
+            self.records["joined"].append(joined)
+        edits = [masks[method].edit(self.bench.model, k) for k in chosen]
+        others = []
+        if other is not None:
+            few = choose(min(causal.triggers, len(other.triggers)), causal.other)
+            others = [other.masks[method].edit(self.bench.model, k) for k in few]
+        self.records["crosses"] += trial.single(method, edits, others)
+        self.records["joined"] += trial.united(method, edits)
 
     def _beside_a_twin(self, case: Case) -> None:
         plan, twin, memory = self.bench.plan, self.subjects.twins[0], case.memory.id
@@ -403,13 +408,9 @@ def locality(
         say(f"memory {number + 1} of {len(sets.cases)}: {case.memory.id}")
         loop.memory(case, number)
         after_part(loop.assembled())
-        last = number + 1 == len(sets.cases)
-        if plan.causal is None or not loop.to_test:
-            continue
-        another = loop.before is not loop.to_test[0]  # whose masks are a control
-        if last or (another and number + 1 >= plan.causal.memories):
-            say(f"causal tests of the first {plan.causal.memories}")
-            for _ in loop.causal_tests(plan.causal):
-                after_part(loop.assembled())
+    if plan.causal is not None:
+        say(f"causal tests of the first {plan.causal.memories}")
+        for _ in loop.causal_tests(plan.causal):
+            after_part(loop.assembled())
     bench.skip(cells[""])
     return loop.assembled()

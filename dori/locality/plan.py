@@ -109,6 +109,11 @@ class Plan:
             activation_steps=tuple(dict.fromkeys(places)),
         )
 
+    def of_size(self, *, memories: int | None, attacks: int | None) -> "Plan":
+        """The plan with at most so many memories, and so many attacks of each from noise and from other prompts."""
+        plan = self if memories is None else replace(self, memories=memories)
+        return plan if attacks is None else replace(plan, gaussian=attacks, foreign=attacks)
+
     def judging(self) -> auditing.Plan:
         """The audit's plan for drawing images, for calibration and for quality."""
         return auditing.Plan(
