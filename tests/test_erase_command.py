@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,8 +205,9 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: Stable
         # All memories come back; the arms' surrogates could not be told from copies then.
         own = dataclasses.replace(own, judge=Judge(dataclasses.replace(DESCRIPTOR, threshold=-1.0)))
     planned = contest_costs(own, kind, few)  # type: ignore[arg-type]
+    parts: list[Any] = []
     with own.run.locked():
-        record = contest(own, kind, few)  # type: ignore[arg-type]
+        record = contest(own, kind, few, parts.append)  # type: ignore[arg-type]
     cells = {path.stem for path in (tmp_path / "run" / "cells").iterdir() if not path.stem.startswith("seconds")}
     failed = {key for key in planned if "esd" in key} if kind == "erasers" else set()
     assert cells == set(planned) - failed
@@ -216,6 +218,9 @@ def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: Stable
         for o in record["outcomes"]
         if o["state"] == "original" and statistics.median(o["similarities"]) > o["threshold"]
     }
+    assert [part["left"] for part in parts] == ([[]] if kind == "erasers" else [["LoRA"], []])  # ESD came first
+    assert parts[0]["rows"] == record["rows"][:3] and parts[-1] == record
+    assert ("Not made yet: LoRA" in to_markdown(parts[0])) == (kind == "ablations")
     compared = {count for test in record["tests"] for count in test["found"]["counts"][:1]}
     assert all(count <= len(stored) for count in compared)
     made = [row[0] for row in record["rows"]]

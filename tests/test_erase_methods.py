@@ -180,6 +180,25 @@ def test_siss_as_released_sees_the_last_timestep_alone(tiny: StableDiffusion) ->
     assert torch.cat(seen).unique().tolist() == [999]
 
 
+def test_siss_brings_the_forget_gradient_to_its_share_or_to_a_fixed_norm(
+    tiny: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    measured = Siss._gradient
+
+    def noting(self: Siss, *given: Any) -> Any:
+        gradient, loss = measured(self, *given)
+        norms.append(float(torch.cat([g.double().flatten() for g in gradient]).norm()))
+        return gradient, loss
+
+    monkeypatch.setattr(Siss, "_gradient", noting)
+    for settings in ({"forget_share": 0.3}, {"forget_norm": 750.0}):
+        norms.clear()
+        log = Siss(steps=2, batch=4, tuner=FAST, **settings)(tiny, forget(tiny), retain(tiny), seed=0).details["log"]
+        for step, (keep, away) in zip(log, (norms[:2], norms[2:]), strict=True):
+            assert step["scale"] * away == pytest.approx(settings.get("forget_norm", 0.3 * keep), rel=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["bome", "released"])
 def test_erase_diff_balances_as_its_rule_says(rule: str) -> None:
     for seed in range(20):
