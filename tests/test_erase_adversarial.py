@@ -19,12 +19,12 @@ from dori.edit import no_edit
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.decide import PART, deciding, deciding_pairs
 from dori.erase.delta import CannotErase
-from dori.erase.pairs import Batch, Work, step_generator
+from dori.erase.pairs import Batch, Work, former_losses, step_generator
 from dori.erase.processes import Processes
 from dori.erase.starts import starting_points
 from dori.erase.surrogates import Surrogates, SurrogateSearch, anchor_prompt, filtered, shortened
 from dori.erase.tuning import Tuner, tuning
-from dori.erase.unprompted import unconditional_losses, without_prompt
+from dori.erase.unprompted import without_prompt
 from dori.erase.watch import Watch
 from dori.errors import DoriError
 from dori.metrics.similarity import Descriptor, cosine, masked_similarity
@@ -190,7 +190,7 @@ def test_the_unconditional_term_teaches_the_memory_as_the_model_saw_it_without_a
     with tuning(tiny, dataclasses.replace(tuner, learning_rate=1e-2)) as tuned:
         tuned.update([torch.ones_like(weight) for weight in tuned.weights.values()])
         weights = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
-        gradient, loss = tuned.gradient(unconditional_losses(tuned, Batch(memories.latents, y, noise, t)), 3)
+        gradient, loss = tuned.gradient(former_losses(tuned, Batch(memories.latents, y, noise, t), null), 3)
         assert all(torch.equal(weight, weights[name]) for name, weight in tuned.weights.items())
         wanted = (tiny.unet(noisy, t, y).sample - before).square().mean()
         slow = torch.autograd.grad(wanted, list(tuned.weights.values()), allow_unused=True)

@@ -26,18 +26,18 @@ from dori.erase.cells import Bench
 from dori.erase.certificate import render
 from dori.erase.command import Request, audit_rows, written
 from dori.erase.contest import contest, contest_costs, contestants, to_markdown
-from dori.erase.damage import Damage, neighbours, spoiled
+from dori.erase.damage import Damage, spoiled
 from dori.erase.erasers import arms, eraser, frontier, ordinary
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.material import Material, Uses, divided, of_split
 from dori.erase.pairs import Pairs, Work
 from dori.erase.plan import PRESETS, Plan, fitted, scaled
+from dori.erase.premise import Unprompted, unprompted_contrast
 from dori.erase.proof import ORDINARY, Proof, proof_costs, prove
 from dori.erase.protocol import Protocol
 from dori.erase.relearn import Relearning
 from dori.erase.surrogates import SurrogateSearch
 from dori.erase.tuning import Tuner
-from dori.erase.unprompted import Unprompted, unprompted_contrast
 from dori.errors import DoriError
 from dori.findings import read_audit
 from dori.mitigate.wanda import Wanda
@@ -181,16 +181,16 @@ def test_a_killed_search_for_surrogates_goes_on_with_the_next_memory(tiny: Stabl
             raise KeyboardInterrupt
 
     before = tiny.rows
-    whole = bench(tmp_path / "whole", given).forget(surrogates=True)
+    whole = bench(tmp_path / "whole", given).forget([PLAN.adversarial.paper()])
     used = tiny.rows - before
     with pytest.raises(KeyboardInterrupt):
-        bench(tmp_path / "killed", given, say=die).forget(surrogates=True)
+        bench(tmp_path / "killed", given, say=die).forget([PLAN.adversarial.paper()])
     before = tiny.rows
-    resumed = bench(tmp_path / "killed", given, say=said.append).forget(surrogates=True)
+    resumed = bench(tmp_path / "killed", given, say=said.append).forget([PLAN.adversarial.paper()])
     assert [line.split(":")[0] for line in said] == ["surrogates of memory-1"] and 0 < tiny.rows - before < used
     assert all(torch.equal(a, b) for a, b in zip(whole.surrogates, resumed.surrogates, strict=True))
     before = tiny.rows
-    bench(tmp_path / "killed", given).forget(surrogates=True)
+    bench(tmp_path / "killed", given).forget([PLAN.adversarial.paper()])
     assert tiny.rows == before  # with all stored, not even the mitigations are made
 
 
@@ -373,20 +373,6 @@ def test_splits_are_disjoint_and_prompts_serve_one_use(tiny: StableDiffusion) ->
         divided(["a", "b", "c"], subjects, 4)
 
 
-def test_neighbours_differ_from_a_caption_in_one_word() -> None:
-    texts, words = ["red fox here", "one"], ["blue sky", "a tree"]
-    found = neighbours(texts, words, each=5, seed=0)
-    assert found and len(set(found)) == len(found) and found == neighbours(texts, words, each=5, seed=0)
-    for text in found:
-        best = min(
-            sum(a != b for a, b in zip(text.split(), source.split(), strict=True))
-            for source in texts
-            if len(source.split()) == len(text.split())
-        )
-        assert best == 1
-    assert neighbours([], words, each=5, seed=0) == ()
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -428,7 +414,7 @@ def test_an_erasure_that_was_killed_between_rounds_goes_on(tiny: StableDiffusion
 
     def made(folder: Path, say: Callable[[str], None]) -> str:
         own = bench(folder, given, plan, say)
-        made = own.edit("adversarial", plan.adversarial, own.forget(surrogates=True)).fingerprint
+        made = own.edit("adversarial", plan.adversarial, own.forget([PLAN.adversarial.paper()])).fingerprint
         assert (own.seconds("adversarial") is None) == (folder.name == "killed")  # half its time is not its time
         return made
 

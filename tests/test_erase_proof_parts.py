@@ -11,9 +11,10 @@ from scipy import stats
 
 from dori.erase.equivalence import equivalence
 from dori.erase.latent_attack import LatentAttack, norm_positions
+from dori.erase.premise import Unprompted, unprompted_contrast
 from dori.erase.relearn import Relearning
 from dori.erase.tuning import Tuner
-from dori.erase.unprompted import Unprompted, unprompted_contrast, unprompted_errors
+from dori.erase.unprompted import unprompted_errors
 from dori.errors import DoriError
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion

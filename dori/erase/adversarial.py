@@ -18,6 +18,13 @@ z_t the noised latent of the memory, theta0 the model as it was, y_null the empt
 `esd.py` counts it, at the memory and under triggers. It fits as far as the model does not know the memory without a
 prompt, which `without_prompt` measures first. What either loss does to the testbed: docs/erasure.md. `paper()` gives
 the paper's loss.
+
+Damage hides near the erased captions. With `near_weight` the erasure holds what the model said there,
+
+    L_Near = || eps_theta(z_t, t, y_near) - eps_theta0(z_t, t, y_near) ||^2,
+
+y_near a caption with one word exchanged, z_t the noised image that the model as it was drew from it
+(`dori.erase.neighbours`: none that shows a memory).
 """
 
 import dataclasses
@@ -35,13 +42,14 @@ from torch import Tensor
 from dori.attack.dori import Dori
 from dori.audit.plan import Start
 from dori.cost import Rows
-from dori.erase.delta import WeightDelta, making
+from dori.erase.delta import CannotErase, WeightDelta, making
 from dori.erase.pairs import (
     Forget,
     Pairs,
     Work,
     denoising_losses,
     even_rows,
+    former_losses,
     noised,
     ordinary_batch,
     step_generator,
@@ -49,7 +57,7 @@ from dori.erase.pairs import (
 )
 from dori.erase.starts import starting_points
 from dori.erase.tuning import RowLosses, Tuned, Tuner, tuning
-from dori.erase.unprompted import NOISES, unconditional_losses, without_prompt
+from dori.erase.unprompted import NOISES, without_prompt
 from dori.erase.watch import Watch
 from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
@@ -119,6 +127,7 @@ class AdversarialErasure:
         retain_weight: of L_DM; 0 leaves it out.
         adversarial_weight: of L_Adv; 1 is the paper's, and 0 needs no surrogates.
         unconditional_weight: of L_Unc; 0 is the paper's.
+        near_weight: of L_Near; 0 leaves it out.
         safe_every: a memory whose last trigger drew nothing like it is attacked every so many rounds; 1 is always.
         safe_below: "nothing like it" is a similarity below this share of the threshold that decides.
         check_every: rounds between two held-out attacks; 0 makes none.
@@ -140,6 +149,7 @@ class AdversarialErasure:
     retain_weight: float = 1.0
     adversarial_weight: float = 0.0
     unconditional_weight: float = 1.0
+    near_weight: float = 0.0
     safe_every: int = 1
     safe_below: float = 0.7
     check_every: int = 0
@@ -177,11 +187,14 @@ class AdversarialErasure:
             watch: judge of progress; without one every memory is visited in every round and nothing stops early.
 
         Raises:
-            CannotErase: a memory has no surrogate although L_Adv weighs, or training diverged.
+            CannotErase: a memory has no surrogate although L_Adv weighs, there is no neighbour although L_Near does, or
+                training diverged.
             DoriError: the checkpoint belongs to another erasure.
         """
         if self.needs_surrogates:
             memories.need_surrogates("adversarial fine-tuning")
+        if self.near_weight:
+            near_pairs(memories)
         memories = dataclasses.replace(
             memories, surrogates=tuple(images[: self.surrogates] for images in memories.surrogates)
         )
@@ -213,6 +226,7 @@ class AdversarialErasure:
                 "seed": seed,
                 "memories": [memories.source, memories.ids, memories.texts, memories.ordinary],
                 "surrogates": tensors_sha256(taught),
+                "near": memories.near.source if memories.near and self.near_weight else "",
                 "retain": retain.source,
                 "model": tensors_sha256(model.unet.state_dict()),
             }
@@ -227,7 +241,8 @@ class AdversarialErasure:
 
     def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
         rows, terms = self.steps_per_round * self.batch, sum(weight != 0 for _, weight in self._weights())
-        found = Rows(rows * (self.unconditional_weight != 0), trained=rows * terms)
+        former = (self.unconditional_weight != 0) + (self.near_weight != 0)  # terms that ask the model as it was
+        found = Rows(rows * former, trained=rows * terms)
         triggers = len(self.starts) * memories
         if self._searches(number):
             found += Rows(attacked=triggers * self._attack(number).steps * self.attack.batch)
@@ -242,6 +257,7 @@ class AdversarialErasure:
             ("adversarial", self.adversarial_weight),
             ("retain", self.retain_weight),
             ("unconditional", self.unconditional_weight),
+            ("near", self.near_weight),
         )
 
     def _searches(self, number: int) -> bool:
@@ -337,9 +353,16 @@ class AdversarialErasure:
 
         def unconditional() -> RowLosses:
             which, embeddings = self._asked(memories, triggers, visited, generator)
-            return unconditional_losses(tuned, noised(model, memories.latents[which].float(), embeddings, generator))
+            batch = noised(model, memories.latents[which].float(), embeddings, generator)
+            return former_losses(tuned, batch, model.encode([""]))
 
-        terms = {"adversarial": surrogate, "retain": ordinary, "unconditional": unconditional}
+        def near() -> RowLosses:
+            held = near_pairs(memories)
+            which = torch.randint(len(held), (self.batch,), generator=generator)
+            batch = noised(model, held.latents[which].float(), held.embeddings[which].float(), generator)
+            return former_losses(tuned, batch, batch.embeddings)
+
+        terms = {"adversarial": surrogate, "retain": ordinary, "unconditional": unconditional, "near": near}
         total, losses = [torch.zeros_like(weight) for weight in tuned.weights.values()], dict[str, float]()
         for name, weight in self._weights():
             losses[name] = 0.0
@@ -400,6 +423,20 @@ class AdversarialErasure:
         triggers = memories.embeddings.float().repeat(len(self.starts), 1, 1, 1)
         unseen = torch.full((len(memories),), NEVER)
         return _Progress(0, 0, int(task.work.processes.sum([spent])[0]), unseen, triggers, [], found)
+
+
+def near_pairs(memories: Forget) -> Pairs:
+    """What L_Near holds.
+
+    Raises:
+        CannotErase: there is nothing.
+    """
+    if memories.near is None or not len(memories.near):
+        raise CannotErase(
+            "no neighbour of the memories' captions draws anything but a memory, so that there is nothing to hold; "
+            "leave out near_weight"
+        )
+    return memories.near
 
 
 def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> None:

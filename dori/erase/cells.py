@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -15,21 +15,23 @@ from torch import Tensor
 from dori.attack.dori import Dori
 from dori.audit.edits import wanda_name
 from dori.audit.judge import Case, Judge, pixels_sha256
-from dori.cost import Rows
+from dori.cost import Rows, drawn
 from dori.edit import Edit
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.decide import limit
 from dori.erase.delta import WeightDelta
 from dori.erase.erasers import Eraser
 from dori.erase.material import Material
-from dori.erase.pairs import Forget, Work
+from dori.erase.neighbours import drawn_neighbours, neighbours
+from dori.erase.pairs import Forget, Pairs, Work
 from dori.erase.plan import Plan
 from dori.erase.surrogates import anchor_prompt
 from dori.erase.watch import Watch
 from dori.run import Run, canonical_sha256, cell_key, tensors_sha256
-from dori.sampling import named_seed
+from dori.sampling import Sampling, named_seed
 
 SURROGATES = "surrogates"  # first part of their cells' names
+NEAR = "neighbours"  # the cell of what their captions draw
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,12 +58,9 @@ class Bench:
         """The same for one process."""
         return dataclasses.replace(self, work=Work(say=self.work.say))
 
-    def forget(self, *, surrogates: bool) -> Forget:
-        """The memories as tensors.
-
-        Args:
-            surrogates: with surrogates, from their cells; otherwise with none.
-        """
+    def forget(self, methods: Iterable[Eraser]) -> Forget:
+        """The memories as tensors, with what these erasers learn from beside: surrogates, neighbours of captions."""
+        methods = list(methods)
         model, cases = self.material.subjects.model, self._cases
         texts, source = tuple(case.memory.text for case in cases), canonical_sha256(self._base())
         none = torch.zeros(0, *model.latent_shape)
@@ -70,11 +69,47 @@ class Bench:
             texts,
             torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
-            self._surrogates(source) if surrogates else (none,) * len(cases),
+            self._surrogates(source) if searched(methods) else (none,) * len(cases),
             model.encode([anchor_prompt(text) for text in texts]).cpu(),
             self.material.prompts.erasing,
             source,
+            self._near(source) if _held(methods) else None,
         )
+
+    def _near(self, source: str) -> Pairs:
+        """What the model draws from neighbours of the captions, without copies: one cell."""
+        model, search = self.material.subjects.model, self.plan.surrogates
+        inputs = {"memories": source, "texts": self.taught_neighbours(), "search": search, "judge": self._judged_by()}
+
+        def compute() -> dict[str, Tensor]:
+            found = drawn_neighbours(
+                model,
+                self.taught_neighbours(),
+                self._cases,
+                self.judge.descriptor,
+                below=search.below_target,
+                sampling=Sampling(search.sampling_steps, search.guidance_scale),
+                seed=named_seed("taught neighbours", self.plan.seed),
+            )
+            self.work.say(f"neighbours of the captions: {len(found)} of {len(self.taught_neighbours())} show no memory")
+            return {"latents": found.latents, "embeddings": found.embeddings}
+
+        found = self.run.once_tensors(NEAR, inputs, compute)
+        return Pairs(found["latents"], found["embeddings"], tensors_sha256(found))
+
+    def judged_neighbours(self) -> tuple[str, ...]:
+        """Neighbours of the captions in the damage table."""
+        return self._neighbours(self.material.prompts.quality, self.plan.neighbours, self.plan.seed)
+
+    def taught_neighbours(self) -> tuple[str, ...]:
+        """Those that an erasure may hold: none of the damage table's."""
+        seed, judged = named_seed("taught neighbours", self.plan.seed), set(self.judged_neighbours())
+        found = self._neighbours(self.material.prompts.erasing, self.plan.taught_neighbours, seed)
+        return tuple(text for text in found if text not in judged)
+
+    def _neighbours(self, words: Sequence[str], each: int, seed: int) -> tuple[str, ...]:
+        texts = [case.memory.text for case in self._cases if case.memory.text]
+        return neighbours(self.material.subjects.model, texts, words, each=each, seed=seed)
 
     def _surrogates(self, source: str) -> tuple[Tensor, ...]:
         """Latents of each memory's surrogates; each memory is a cell, so that a killed search goes on with the next."""
@@ -86,11 +121,11 @@ class Bench:
         }
         shared = cache(self._mitigations), cache(self._references)  # made once, and not at all if all is stored
         return tuple(
-            self.run.once_tensors(key, {**inputs, "memory": row}, partial(self._searched, row, *shared))["latents"]
+            self.run.once_tensors(key, {**inputs, "memory": row}, partial(self._search_for, row, *shared))["latents"]
             for row, key in enumerate(self.surrogate_costs())
         )
 
-    def _searched(
+    def _search_for(
         self, row: int, mitigations: Callable[[], Sequence[Edit]], references: Callable[[], Tensor]
     ) -> dict[str, Tensor]:
         """The surrogates of the memory of this position."""
@@ -143,6 +178,7 @@ class Bench:
             "surrogates": tensors_sha256({str(i): kept for i, kept in enumerate(forget.surrogates)})
             if method.needs_surrogates
             else "",
+            "near": forget.near.source if forget.near and _held([method]) else "",
             "retain": self.material.retain.source,
         }
         processes, asked = self.work.processes, False
@@ -208,6 +244,15 @@ class Bench:
         each = self.plan.surrogates.rows(1, len(mitigations)) + pruned
         return {cell_key(SURROGATES, case.memory.id): each for case in self._cases}
 
+    def drawn_costs(self, methods: Iterable[Eraser]) -> dict[str, Rows]:
+        """The cells of what these erasers learn from beside the memories, with their cost, at most."""
+        methods, search = list(methods), self.plan.surrogates
+        found = self.surrogate_costs() if searched(methods) else {}
+        if _held(methods):
+            images, steps, scale = len(self.taught_neighbours()), search.sampling_steps, search.guidance_scale
+            found |= {NEAR: drawn(images, sampling_steps=steps, guidance_scale=scale)}
+        return found
+
     def surrogate_rows(self) -> Rows:
         """At most so many U-Net rows of the search for surrogates, the mitigations' own included."""
         return sum(self.surrogate_costs().values(), Rows())
@@ -237,6 +282,16 @@ class Bench:
             "images": pixels_sha256(torch.stack([case.image for case in cases])),
             "prompts": self.material.prompts.erasing,
         }
+
+
+def searched(methods: Iterable[Eraser]) -> bool:
+    """Whether surrogates are needed at all."""
+    return any(method.needs_surrogates for method in methods)
+
+
+def _held(methods: Iterable[Eraser]) -> bool:
+    """Whether neighbours of the captions are held at all."""
+    return any(isinstance(method, AdversarialErasure) and method.near_weight != 0 for method in methods)
 
 
 def _packed(edit: WeightDelta) -> dict[str, Tensor]:

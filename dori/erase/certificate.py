@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dori.erase.outcomes import Outcome
+from dori.erase.premise import Unprompted, unprompted_contrast
 from dori.erase.rates import DASH, Line, rates, ways
-from dori.erase.unprompted import Unprompted, unprompted_contrast
 from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, RULES
 from dori.report.nested import sheet
 from dori.report.page import page

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dori.cost import Rows
 from dori.erase import ERASERS
 from dori.erase.battery import State
-from dori.erase.cells import Bench
+from dori.erase.cells import Bench, searched
 from dori.erase.damage import Damage
 from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erasers import Eraser, arms, frontier
@@ -59,7 +59,7 @@ def contest_costs(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict
     """Every cell of `contest` with its cost, at most."""
     subjects, protocol = own.material.subjects, own.plan.tables
     states = [*_fixed(own), *(State(name, subjects.model) for name in methods)]
-    found = own.surrogate_costs() if _searched(methods) else {}
+    found = own.drawn_costs(methods.values())
     found |= {cell_key("edit", _key(kind, name)): own.edit_rows(method) for name, method in methods.items()}
     battery = battery_of(own, protocol)
     for state in states:
@@ -84,7 +84,7 @@ def contest(
     """
     subjects, protocol = own.material.subjects, own.plan.tables
     own.run.plan(kind, {key: rows.weight for key, rows in contest_costs(own, kind, methods).items()})
-    forget = own.forget(surrogates=_searched(methods))
+    forget = own.forget(methods.values())
     battery, gauge, cases = battery_of(own, protocol), gauge_of(own, protocol), (*subjects.memories, *subjects.controls)
     states, entries, made = _fixed(own), list[Entry](), dict[str, WeightDelta]()
     outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
@@ -121,7 +121,7 @@ def _record(
         "rows": _rows(outcomes, damage, tests, entries, protocol=protocol),
         "left": [*methods][len(entries) :],
         "failures": {entry.name: entry.failure for entry in entries if entry.failure},
-        "surrogate_rows": own.surrogate_rows().count if _searched(methods) else 0,
+        "surrogate_rows": own.surrogate_rows().count if searched(methods.values()) else 0,
         "entries": [dataclasses.asdict(entry) for entry in entries],
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "tests": [dataclasses.asdict(test) for test in tests],
@@ -129,11 +129,6 @@ def _record(
         "provenance": own.run.provenance(),
     }
     return json.loads(json.dumps(record))  # as it will be read again
-
-
-def _searched(methods: Mapping[str, Eraser]) -> bool:
-    """Whether surrogates are needed at all."""
-    return any(method.needs_surrogates for method in methods.values())
 
 
 def _as_long_as(erased: WeightDelta | None, method: Eraser) -> Eraser:

@@ -59,26 +59,6 @@ class Damage:
     neighbour_to_original: float | None
 
 
-def neighbours(texts: Sequence[str], ordinary: Sequence[str], *, each: int, seed: int) -> tuple[str, ...]:
-    """Captions with one word exchanged for a word of an ordinary prompt, `each` for every text, none twice.
-
-    Args:
-        texts: the erased captions.
-        ordinary: prompts that lend words.
-        each: number wanted for each text.
-        seed: of the draws.
-    """
-    words = sorted({word for prompt in ordinary for word in prompt.split()})
-    generator = torch.Generator().manual_seed(named_seed("neighbours", seed))
-    found: dict[str, None] = {}
-    for text in texts:
-        parts = text.split()
-        for _ in range(each if parts and words else 0):
-            place, word = (int(torch.randint(n, (), generator=generator)) for n in (len(parts), len(words)))
-            found.setdefault(" ".join([*parts[:place], words[word], *parts[place + 1 :]]))
-    return tuple(text for text in found if text not in texts)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Gauge:
     """Measures damage.

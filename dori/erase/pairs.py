@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dori.erase.delta import CannotErase
 from dori.erase.processes import Processes
-from dori.erase.tuning import RowLosses
+from dori.erase.tuning import RowLosses, Tuned
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import named_seed
 
@@ -52,6 +52,7 @@ class Forget:
         anchors: embeddings of each prompt's shortened form, shape (n, l, d).
         ordinary: prompts that belong to no memory.
         source: names what latents and embeddings were made from, as in `Pairs`.
+        near: what the model draws from neighbours of the prompts, without copies; None where nobody asked for it.
     """
 
     ids: tuple[str, ...]
@@ -62,6 +63,7 @@ class Forget:
     anchors: Tensor
     ordinary: tuple[str, ...]
     source: str
+    near: Pairs | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -213,6 +215,30 @@ def denoising_losses(model: StableDiffusion, batch: Batch) -> RowLosses:
         return model.denoising_error(
             batch.latents[rows], batch.noise[rows], batch.timestep[rows], batch.embeddings[rows]
         )
+
+    return losses
+
+
+def former_losses(tuned: Tuned, batch: Batch, under: Tensor) -> RowLosses:
+    """Each row's squared distance to what the model as it was predicts there under another embedding, or the same.
+
+    In the network's own parametrisation, as all training losses.
+
+    Args:
+        tuned: the model in training.
+        batch: clean latents with the embeddings that are taught.
+        under: embeddings of the target, shape (b, l, d) or (1, l, d).
+    """
+    model = tuned.model
+    noisy = model.add_noise(batch.latents, batch.noise, batch.timestep)
+    under = under.to(batch.embeddings).expand_as(batch.embeddings)
+
+    def losses(rows: Tensor) -> Tensor:
+        rows = rows.to(noisy.device)
+        z, t = noisy[rows], batch.timestep[rows]
+        with tuned.as_before():
+            target = model.predict(z, t, under[rows])
+        return (model.predict(z, t, batch.embeddings[rows]) - target).square().flatten(1).mean(1)
 
     return losses
 

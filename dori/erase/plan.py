@@ -39,7 +39,8 @@ class Plan:
         retain: ordinary pairs to train on, at most.
         held_out: ordinary pairs for the held-out loss and, as images, for the quality distances.
         quality_prompts: ordinary prompts of the damage table.
-        neighbours: of each erased caption.
+        neighbours: of each erased caption, in the damage table.
+        taught_neighbours: others, of each, that an erasure with `near_weight` holds.
         watch_seeds: images by which the erasure watches its own progress; 0 does not watch.
         seed: root of all random streams.
     """
@@ -56,6 +57,7 @@ class Plan:
     held_out: int = 256
     quality_prompts: int = 256
     neighbours: int = 4
+    taught_neighbours: int = 8
     watch_seeds: int = 2
     seed: int = 0
 

@@ -15,14 +15,14 @@ from dori.audit.judge import Case, pixels_sha256
 from dori.cost import Rows
 from dori.erase.battery import Battery, State
 from dori.erase.cells import Bench
-from dori.erase.damage import Gauge, neighbours, spoiled
+from dori.erase.damage import Gauge, spoiled
 from dori.erase.delta import WeightDelta
 from dori.erase.equivalence import Equivalence
 from dori.erase.erasers import Eraser, eraser, ordinary
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.plan import Plan
+from dori.erase.premise import unprompted_in, unprompted_key, unprompted_rows
 from dori.erase.protocol import Protocol
-from dori.erase.unprompted import unprompted_in, unprompted_key, unprompted_rows
 from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, verdict
 from dori.findings import Group
 from dori.model.load import model_fingerprint
@@ -71,18 +71,11 @@ def battery_of(own: Bench, protocol: Protocol) -> Battery:
 def gauge_of(own: Bench, protocol: Protocol) -> Gauge:
     """The gauge of damage for this material."""
     material, plan = own.material, own.plan
-    model, uses = material.subjects.model, material.prompts
-    texts = [case.memory.text for case in material.subjects.memories if case.memory.text]
-    near = tuple(
-        text
-        for text in neighbours(texts, uses.quality, each=plan.neighbours, seed=plan.seed)
-        if len(model.tokenizer(text).input_ids) <= model.context_length
-    )
     return Gauge(
         judge=own.judge,
         run=own.run,
-        ordinary=uses.quality,
-        near=near,
+        ordinary=material.prompts.quality,
+        near=own.judged_neighbours(),
         held_out=material.pictures,
         pairs=material.held_out,
         sampling_steps=protocol.sampling_steps,
@@ -124,7 +117,7 @@ def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     protocol, method = judged_protocol(plan, twins=bool(subjects.twins)), method_of(own, name)
     nothing = WeightDelta("", {})
     states = states_of(own, nothing, nothing if protocol.harmless_steps else None, protocol)
-    found = own.surrogate_costs() if method.needs_surrogates else {}
+    found = own.drawn_costs([method])
     found[cell_key("edit", name)] = own.edit_rows(method)
     if protocol.harmless_steps:
         found[cell_key("edit", HARMLESS)] = own.edit_rows(_harmless(plan, protocol))
@@ -154,7 +147,7 @@ def prove(own: Bench, name: str) -> Proof | None:
     plan, subjects = own.plan, own.material.subjects
     protocol, method = judged_protocol(plan, twins=bool(subjects.twins)), method_of(own, name)
     own.run.plan("erase", {key: rows.weight for key, rows in proof_costs(own, name).items()})
-    forget = own.forget(surrogates=method.needs_surrogates)
+    forget = own.forget([method])
     edit = own.edit(name, method, forget)
     if not own.work.processes.first:
         return None
