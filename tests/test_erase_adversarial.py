@@ -315,6 +315,9 @@ def test_shares_of_rows_cover_the_batch_once() -> None:
     for count in (1, 2, 3, 5):
         rows = torch.cat([Processes(index, count).share(7) for index in range(count)])
         assert rows.sort().values.tolist() == list(range(7))
+    given = {0: draw(2, 3, seed=0), 1: draw(0, 3, seed=0), 2: draw(5, 3, seed=1)}
+    alone = Processes().every(given, 3, like=given[1])
+    assert all(torch.equal(alone[row], rows) for row, rows in given.items()) and len(alone) == 3
 
 
 WORKER = """
@@ -335,6 +338,11 @@ own.mkdir()
 model = StableDiffusion(**tiny_parts(own), name="tiny")
 edit = METHOD(model, forget(model), retain(model), seed=0, work=Work(folder / "state.safetensors", processes=processes))
 edit.save(folder / f"edit-{processes.index}.safetensors")
+mine = {row: torch.full((row, 2), row + 0.5) for row in processes.share(4).tolist()}
+for count, held in ((4, mine), (1, {0: torch.ones(3, 2)} if processes.first else {})):
+    every = processes.every(held, count, like=torch.zeros(0, 2))
+    assert [len(rows) for rows in every] == ([0, 1, 2, 3] if count == 4 else [3])
+    assert all(torch.equal(rows, torch.full_like(rows, i + 0.5 if count == 4 else 1.0)) for i, rows in enumerate(every))
 """
 
 

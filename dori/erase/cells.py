@@ -112,7 +112,10 @@ class Bench:
         return neighbours(self.material.subjects.model, texts, words, each=each, seed=seed)
 
     def _surrogates(self, source: str) -> tuple[Tensor, ...]:
-        """Latents of each memory's surrogates; each memory is a cell, so that a killed search goes on with the next."""
+        """Latents of each memory's surrogates; each memory is a cell, so that a killed search goes on with the next.
+
+        Each process searches for its share of the memories, and all get what the others found.
+        """
         inputs = {
             "memories": source,  # all of them: the mitigations hide them together, and none may be copied
             "search": self.plan.surrogates,
@@ -120,10 +123,19 @@ class Bench:
             "judge": self._judged_by(),
         }
         shared = cache(self._mitigations), cache(self._references)  # made once, and not at all if all is stored
-        return tuple(
-            self.run.once_tensors(key, {**inputs, "memory": row}, partial(self._search_for, row, *shared))["latents"]
-            for row, key in enumerate(self.surrogate_costs())
-        )
+        keys, model, processes = list(self.surrogate_costs()), self.material.subjects.model, self.work.processes
+        mine = {
+            row: self.run.once_tensors(keys[row], {**inputs, "memory": row}, partial(self._search_for, row, *shared))[
+                "latents"
+            ]
+            for row in processes.share(len(keys)).tolist()
+        }
+        if self.run.progress is not None:
+            for key in keys:  # the others' count as done
+                self.run.progress.done(key, stored=True)
+        rows = {row: latents.to(model.device) for row, latents in mine.items()}
+        like = torch.zeros(0, *model.latent_shape, device=model.device)
+        return tuple(latents.cpu() for latents in processes.every(rows, len(keys), like=like))
 
     def _search_for(
         self, row: int, mitigations: Callable[[], Sequence[Edit]], references: Callable[[], Tensor]

@@ -4,7 +4,7 @@ Started plainly, there is one process and nothing is exchanged; started by `acce
 and triggers are summed over processes, so that the result does not depend on their number (but for rounding).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,21 @@ class Processes:
     def of_first(self, tensor: Tensor) -> Tensor:
         """The first process's tensor in all: what was drawn or rounded otherwise must not lead them apart."""
         return tensor if self.count == 1 else self.sum([tensor if self.first else torch.zeros_like(tensor)])[0]
+
+    def every(self, mine: Mapping[int, Tensor], count: int, *, like: Tensor) -> list[Tensor]:
+        """The tensors 0 to `count` - 1, of which each process has its share, in all of them.
+
+        Args:
+            mine: number to tensor, shapes (k, ...), alike but for k.
+            count: of all.
+            like: an empty one, shape (0, ...), for a process that has none.
+        """
+        (lengths,) = self.sum([like.new_tensor([len(mine[row]) if row in mine else 0 for row in range(count)])])
+        whole = like.new_zeros(count, int(lengths.max()), *like.shape[1:])
+        for row, tensor in mine.items():
+            whole[row, : len(tensor)] = tensor
+        (whole,) = self.sum([whole])
+        return [rows[: int(length)] for rows, length in zip(whole, lengths, strict=True)]
 
     def wait(self) -> None:
         """Return when every process is here."""
