@@ -27,6 +27,7 @@ from dori.locality.records import (
     Overlap,
     Patch,
     Place,
+    Price,
     Probe,
     Search,
     Trigger,
@@ -70,7 +71,14 @@ def cross(masks: str, *, own: float, others: float, fresh: float, memory: str = 
     again = tuple(tuple(own if masks == TRIGGERS and i == j else others for j in range(MASKS)) for i in range(rows))
     starts = ("prompt", *("gaussian", "foreign") * MASKS)[:MASKS]
     method, sizes = ("", (0,)) if masks == NO_MASK else ("Wanda", (5,) * rows)
-    return Cross(memory, method, masks, starts, sizes, again, again, ((fresh,) * 2,) * rows)
+    new = ((fresh,) * 40,) if masks == NO_MASK else ((fresh,) * 2,) * rows  # every mask has starts of its own
+    return Cross(memory, method, masks, starts, sizes, again, again, new)
+
+
+def price(masks: str, joined: int, *, row: int | None = None, kernel: float = 0.6) -> Price:
+    """What a mask of the first memory costs."""
+    method = "" if masks == NO_MASK else "Wanda"
+    return Price("m0", method, masks, joined, row, 64, True, 60.0, kernel, 0.5, None if masks == NO_MASK else 0.8)
 
 
 def probes(memory: str) -> list[Probe]:
@@ -170,8 +178,15 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
             cross(RANDOM, own=0.8, others=0.8, fresh=0.8),
         ),
         joined=(
-            Joined("m0", "", NO_MASK, 0, 0.0, 8, 8, 0.1, None),
-            *(Joined("m0", "Wanda", TRIGGERS, k, 0.1 * k, 4 - 2 * k, 8, 0.1 + 0.1 * k, None) for k in (1, 2)),
-            *(Joined("m0", "Wanda", RANDOM, k, 0.1 * k, 8, 8, None, None) for k in (1, 2)),
+            Joined("m0", "", NO_MASK, 0, 0.0, 8, 8),
+            *(Joined("m0", "Wanda", TRIGGERS, k, 0.1 * k, 4 - 2 * k, 8) for k in (1, 2)),
+            *(Joined("m0", "Wanda", RANDOM, k, 0.1 * k, 8, 8) for k in (1, 2)),
+        ),
+        prices=(
+            price(NO_MASK, 0, row=0),
+            *(price(TRIGGERS, 1, row=row, kernel=0.7) for row in (0, 2, 5)),
+            *(price(RANDOM, 1, row=row, kernel=0.65) for row in (0, 2, 5)),
+            *(price(TRIGGERS, k, kernel=0.6 + 0.4 * k) for k in (1, 2)),
+            *(price(RANDOM, k, kernel=0.6 + 0.1 * k) for k in (1, 2)),
         ),
     )

@@ -435,8 +435,9 @@ def test_the_cross_test_tells_the_diagonal_from_the_rest_and_counts_masks() -> N
 def test_masks_are_joined_in_doubling_numbers_until_nothing_comes_back() -> None:
     assert union_sizes(16) == (1, 2, 4, 8, 16) and union_sizes(5) == (1, 2, 4, 5) and union_sizes(1) == (1,)
     single = [WeightMask("m", {"w": torch.arange(8) == k}) for k in range(5)]
-    unions = joined(single, "m")
+    unions = dict(joined(iter(single), 5, "m"))
     assert {size: edit.size for size, edit in unions.items()} == {1: 1, 2: 2, 4: 4, 5: 5} and unions[4].name == "m x 4"
+    assert all(torch.equal(edit.masks["w"], torch.arange(8) < size) for size, edit in unions.items())
     assert enough([3, 1, 0, 0], (1, 2, 4, 5)) == 4 and enough([0, 1, 0, 0], (1, 2, 4, 5)) == 4
     assert enough([3, 1, 1, 1], (1, 2, 4, 5)) is None and enough([0, 0, 0, 0], (1, 2, 4, 5)) == 1
 

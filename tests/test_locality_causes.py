@@ -4,13 +4,13 @@ import dataclasses
 
 from synthetic_locality import VALUES, cross, records
 
-from dori.locality.page import intervened
+from dori.locality.page import intervened, pruned
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross
 
 
 def causal(*crosses: Cross) -> str:
     """The title of the causal test."""
-    return intervened.causal(dataclasses.replace(records(), crosses=crosses, joined=())).title
+    return pruned.causal(dataclasses.replace(records(), crosses=crosses, joined=())).title
 
 
 OTHERS = cross(OTHER_MASKS, own=0.9, others=0.9, fresh=0.9)
@@ -23,7 +23,9 @@ def test_the_causal_verdict_needs_masks_that_stop_what_random_ones_do_not() -> N
     assert causal(BARE, stays, RESISTS) == "Wanda: not local"
     # 6 masks: none of them lets anything pass, which bounds the share at 0.39; that is not below a quarter.
     assert causal(BARE, hidden, RESISTS) == "Wanda: cannot be told"
-    many = dataclasses.replace(hidden, again=hidden.again * 3, fresh=hidden.fresh * 3, sizes=(5,) * 18)
+    many = dataclasses.replace(
+        hidden, again=hidden.again * 3, replay=hidden.replay * 3, fresh=hidden.fresh * 3, sizes=(5,) * 18
+    )
     assert causal(BARE, many, RESISTS, OTHERS) == "Wanda: local"
     assert "random masks" in causal(BARE, many, cross(RANDOM, own=0.1, others=0.1, fresh=0.1))
     assert "without a mask" in causal(cross(NO_MASK, own=0.1, others=0.1, fresh=0.1), many, RESISTS)
@@ -41,15 +43,64 @@ def test_the_causal_verdict_needs_masks_that_stop_what_random_ones_do_not() -> N
     assert causal(BARE, some, RESISTS, OTHERS) == "Wanda: cannot be told, there are too few random masks as large"
 
 
+def test_masks_that_do_not_stop_their_own_triggers_show_nothing() -> None:
+    nothing = cross(TRIGGERS, own=0.9, others=0.9, fresh=0.9)
+    assert causal(BARE, nothing, RESISTS) == "Wanda: cannot be told, the masks do not stop their own triggers"
+    # They are stopped as they are, and new attacks succeed even from them: what the paper found.
+    hidden = dataclasses.replace(nothing, replay=cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9).replay)
+    assert causal(BARE, hidden, RESISTS) == "Wanda: not local"
+    # Random masks stop them as well, so it is not the place that counts.
+    anything = dataclasses.replace(RESISTS, replay=cross(RANDOM, own=0.1, others=0.1, fresh=0.1).replay)
+    told = causal(BARE, hidden, anything)
+    assert told == "Wanda: cannot be told, random masks as large stop these triggers as well"
+
+
 def test_a_mask_that_spoils_the_model_is_not_called_local() -> None:
     many = cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1)
-    many = dataclasses.replace(many, again=many.again * 3, fresh=many.fresh * 3, sizes=(5,) * 18)
+    many = dataclasses.replace(
+        many, again=many.again * 3, replay=many.replay * 3, fresh=many.fresh * 3, sizes=(5,) * 18
+    )
     found = dataclasses.replace(records(), crosses=(BARE, many, RESISTS, OTHERS))
-    assert intervened.causal(found).title == "Wanda: local"  # 0.1 to 0.2 is no more than twice
-    dear = [dataclasses.replace(j, frechet=0.21) if j.joined == 1 and j.frechet else j for j in found.joined]
-    spoiled = intervened.causal(dataclasses.replace(found, joined=tuple(dear)))
-    assert spoiled.title == "Wanda: cannot be told, the first trigger's mask alone spoils ordinary prompts"
-    assert "from 0.100 to 0.210" in spoiled.sentences[0]
+    assert pruned.causal(found).title == "Wanda: local"  # 0.6 to 0.7 is no more than twice
+    bare, *others = found.prices
+    singles = [p for p in others if p.row is not None and p.masks == TRIGGERS]
+    dear = [dataclasses.replace(p, kernel=1.3) for p in singles[:2]]  # of three: the median
+    spoiled = pruned.causal(dataclasses.replace(found, prices=(bare, *dear, *singles[2:])))
+    assert spoiled.title == "Wanda: cannot be told, the masks alone spoil ordinary prompts"
+    assert "0.6 / 60 / – without a mask, 1.3 / 60 / 0.8 with one of 3 triggers'" in spoiled.sentences[0]
+    # Where the model's own images are the reference the kernel distance of none is nothing to divide by.
+    own = [dataclasses.replace(p, held_out=False) for p in dear]
+    assert pruned.causal(dataclasses.replace(found, prices=(bare, *own))).title == "Wanda: local"
+    steep = [dataclasses.replace(p, held_out=False, frechet=121.0) for p in dear]
+    assert "spoil" in pruned.causal(dataclasses.replace(found, prices=(bare, *steep))).title
+    for unknown in ((), (bare,), tuple(others)):
+        title = pruned.causal(dataclasses.replace(found, prices=unknown)).title
+        assert title == "Wanda: cannot be told, it is not known what the masks cost"
+    # A ruined model that still draws the memory does not speak for its place.
+    stays = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
+    assert pruned.causal(dataclasses.replace(found, crosses=(BARE, stays, RESISTS), prices=())).title.endswith(
+        "not local"
+    )
+
+
+def test_a_kind_of_attack_that_mostly_fails_without_a_mask_decides_nothing() -> None:
+    under = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
+    bare = dataclasses.replace(BARE, fresh=((0.9, 0.1) * 20,))
+    assert causal(bare, under, RESISTS) == "Wanda: not local"
+    neither = dataclasses.replace(bare, again=((0.9, 0.1) * 3,))
+    assert causal(neither, under, RESISTS) == "Wanda: cannot be told, most attacks fail without a mask"
+
+
+def test_each_mask_is_held_against_its_own_fresh_starts() -> None:
+    """Mask i has starts 2 i and 2 i + 1; of those that succeed without a mask every second one does under it."""
+    bare = dataclasses.replace(BARE, fresh=((0.9, 0.9, 0.9, 0.1) * 10,))
+    under = dataclasses.replace(cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9), fresh=((0.9, 0.1), (0.9, 0.1)) * 3)
+    found = dataclasses.replace(records(), crosses=(bare, under))
+    rows = pruned.scored(found, under, "fresh")
+    assert rows == [{0: True, 1: False}, {0: True}] * 3
+    assert pruned.tested(found, under).fresh.value == 0.75 and pruned.tested(found, under).fresh.n == 6
+    short = dataclasses.replace(found, crosses=(dataclasses.replace(bare, fresh=((0.9,),)), under))
+    assert pruned.scored(short, under, "fresh") == [{0: True}, *[{}] * 5]  # as a stranger's file may be
 
 
 def test_only_attacks_that_succeed_without_a_mask_are_scored() -> None:
@@ -58,36 +109,40 @@ def test_only_attacks_that_succeed_without_a_mask_are_scored() -> None:
     bare = dataclasses.replace(BARE, again=(fails,))
     under = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
     under = dataclasses.replace(under, again=tuple(tuple(map(min, row, fails)) for row in under.again))
-    test = intervened.tested(dataclasses.replace(records(), crosses=(bare, under)), under)
+    test = pruned.tested(dataclasses.replace(records(), crosses=(bare, under)), under)
     assert (test.others.value, test.others.n) == (1, 6) and (test.own.value, test.own.n) == (0, 4)
 
 
 def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> None:
-    said_ = intervened.causal(records())
+    said_ = pruned.causal(records())
     assert said_.title == "Wanda: not local"
     assert "0.00 [0.00, 0.39] of these triggers" in said_.sentences[0]
-    assert "1.00 [0.61, 1.00] of the others" in said_.sentences[0] and "Without a mask: 1.00" in said_.sentences[0]
+    assert (
+        "1.00 [0.61, 1.00] of the others" in said_.sentences[0]
+        and "Without a mask (what fails there is not scored): 1.00" in said_.sentences[0]
+    )
     assert "from 2 on (0.20 of the layers' weights) none of 8 fresh attacks" in said_.sentences[1]
     assert "even 2 (0.20 of the layers' weights) leave 8 of 8" in said_.sentences[1]  # random masks
-    assert "0.300 on ordinary prompts (0.100 without a mask)" in said_.sentences[1]
+    assert "at the price of 1.4 / 60 / 0.8 on ordinary prompts" in said_.sentences[1]
+    assert "0.6 / 60 / – without a mask, 0.8 / 60 / 0.8 under random masks as large" in said_.sentences[1]
 
 
 def test_a_causal_test_that_was_stopped_says_how_far_it_came() -> None:
     found = records()
     planned = dataclasses.replace(found, planned=3, settings=dict(found.settings) | {"causal": {"memories": 2}})
-    assert "not finished" not in str(intervened.causal(found).sentences)
-    assert intervened.causal(planned).sentences[-1] == ("The test is not finished: so far 1 of 2 memories with Wanda.")
-    bare = intervened.causal(dataclasses.replace(planned, crosses=(), joined=()))
+    assert "not finished" not in str(pruned.causal(found).sentences)
+    assert pruned.causal(planned).sentences[-1] == ("The test is not finished: so far 1 of 2 memories with Wanda.")
+    bare = pruned.causal(dataclasses.replace(planned, crosses=(), joined=()))
     assert bare.title == "Not run" and "0 of 2 memories with Wanda" in bare.sentences[0]
     (first, *others) = found.subjects
     hopeless = dataclasses.replace(planned, subjects=(dataclasses.replace(first, triggers=1), *others))
-    assert "not finished" not in str(intervened.causal(hopeless).sentences)  # no test was possible on the second
+    assert "not finished" not in str(pruned.causal(hopeless).sentences)  # no test was possible on the second
 
 
 def test_empty_masks_do_not_count_as_masks() -> None:
     some = dataclasses.replace(cross(TRIGGERS, own=0.1, others=0.1, fresh=0.1), sizes=(0, 5, 5, 5, 5, 5))
     again = ((0.9,) * 6, *some.again[1:])  # an empty mask stops nothing
-    test = intervened.tested(records(), dataclasses.replace(some, again=again))
+    test = pruned.tested(records(), dataclasses.replace(some, again=again))
     assert test.others.value == 0 and test.others.n == 5 and test.own.value == 0
 
 

@@ -60,7 +60,9 @@ PLAN = Plan(
     ceiling=3,
     ceiling_seeds=2,
     calibration_prompts=3,
-    causal=Causal(memories=1, triggers=2, fresh=1, random=1, other=2, joined_fresh=1, quality_prompts=2),
+    causal=Causal(
+        memories=1, triggers=2, fresh=1, random=1, other=2, joined_fresh=1, seeds=1, priced=1, quality_prompts=2
+    ),
     patch_seeds=1,
     chunk=3,
 )
@@ -201,12 +203,19 @@ def test_the_causal_test_fills_its_matrix_for_the_first_memory_alone(whole: Whol
     assert rows["m2", "", "none"] == (1, 1, 1) and masked.items() <= rows.items()
     assert rows["m2", "Wanda 20 %", "random"] == (1, 1, 1) and {memory for memory, _, _ in rows} == {"m2"}
     for cross in whole.found.crosses:
-        assert {len(row) for row in (*cross.replay, *cross.again)} == {2} and {len(row) for row in cross.fresh} == {1}
+        assert {len(row) for row in (*cross.replay, *cross.again)} == {2}
+        assert {len(row) for row in cross.fresh} == {2 if cross.masks == "none" else 1}  # one for each of two masks
     sizes = {c.masks: c.sizes for c in whole.found.crosses if c.method == "Wanda 20 %"}
     assert sizes["random"][0] == sizes["triggers"][0]  # as large as the mask that it stands beside
     joined = {(j.method, j.masks, j.joined): (j.n, j.density) for j in whole.found.joined}
     assert joined["", "none", 0] == (1, 0)
     assert joined["Wanda 20 %", "triggers", 2] == joined["Wanda 20 %", "random", 2]
+    assert {number for method, masks, number in joined if masks == "triggers"} == {1, 2, 4, 5}  # of all triggers
+    assert {(p.masks, p.joined, p.row) for p in whole.found.prices if p.method in ("", "Wanda 20 %")} == {
+        ("none", 0, 0),
+        *((masks, 1, 0) for masks in ("triggers", "other image", "random")),
+        *((masks, number, None) for masks in ("triggers", "random") for number in (1, 2, 4, 5)),
+    }
     assert {p.direction for p in whole.found.patches} == {"sufficient", "necessary"}
     assert {p.memory for p in whole.found.patches} == {"m1"}
 
@@ -227,8 +236,10 @@ def test_a_run_leaves_the_weights_as_they_were(whole: Whole) -> None:
 def test_every_cell_was_planned_and_every_planned_cell_is_done(whole: Whole) -> None:
     stored = {path.stem for path in (whole.folder / "cells").iterdir()}
     assert stored <= set(whole.planned)
-    # What is left was planned for masks that turned out empty, of which there are no random ones.
-    assert all("NeMo.random" in key for key in set(whole.planned) - stored)
+    # What is left was planned for masks that turned out empty: they have no price, and no random ones are as large.
+    left = set(whole.planned) - stored
+    assert left and all("NeMo" in key and key.split(".")[0] in ("causal", "joined", "price") for key in left)
+    assert {c.sizes for c in whole.found.crosses if c.method == "NeMo"} == {(0, 0)}
     assert any(line.startswith("locality: 100 %") for line in whole.said)
 
 
@@ -262,8 +273,14 @@ def test_the_causal_test_costs_what_was_planned(whole: Whole) -> None:
     for stage in ("twin", "patching", "price", "activations"):
         spent = sum(rows for name, rows in whole.found.cost.items() if name.startswith(f"{stage}, "))
         most = planned[stage].attacked + planned[stage].forward
-        # Two memories' halves had two of three starts in common: 6 rows less.
-        assert spent == most - (6 if stage == "activations" else 0)
+        # Two memories' halves had two of three starts in common, 6 rows less; NeMo's masks are empty and have no price.
+        unasked = [
+            key
+            for key in whole.planned
+            if key.startswith("price") and not (whole.folder / "cells" / f"{key}.safetensors").exists()
+        ]
+        empty = sum(whole.planned[key].forward for key in unasked)
+        assert spent == most - {"activations": 6, "price": empty}.get(stage, 0)
     for stage in ("causal", "joined"):  # without the random masks of empty ones
         assert whole.found.cost[f"{stage}, forward and backward"] <= planned[stage].attacked
 

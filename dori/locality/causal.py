@@ -5,7 +5,7 @@ it is everywhere, the mask stops y_i alone. Beyond the paper; pure bookkeeping h
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dori.edit import WeightMask, union
@@ -57,9 +57,13 @@ def union_sizes(masks: int) -> tuple[int, ...]:
     return (*sizes, masks)
 
 
-def joined(masks: Sequence[WeightMask], name: str) -> dict[int, WeightMask]:
-    """The unions of the first 1, 2, 4, ... masks, and of all, by their number."""
-    return {size: union(f"{name} x {size}", masks[:size]) for size in union_sizes(len(masks))}
+def joined(masks: Iterable[WeightMask], count: int, name: str) -> Iterator[tuple[int, WeightMask]]:
+    """The unions of the first 1, 2, 4, ... of `count` masks, and of all, with their number; one is held at a time."""
+    whole, sizes = None, set(union_sizes(count))
+    for number, mask in enumerate(masks, 1):
+        whole = union(f"{name} x {number}", [mask] if whole is None else [whole, mask])
+        if number in sizes:
+            yield number, whole
 
 
 def enough(successes: Sequence[int], sizes: Sequence[int]) -> int | None:

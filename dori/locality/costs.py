@@ -18,7 +18,7 @@ from dori.run import cell_key
 
 QUALITY = "price"  # on ordinary prompts; an audit in the same folder has quality cells of its own
 if TYPE_CHECKING:
-    from dori.locality.plan import Plan
+    from dori.locality.plan import Causal, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Sizes:
         calibration: prompts of NeMo's calibration.
         layers: layers that can be patched.
         twins: models that never saw the memories.
-        quality: prompts that tell what joined masks cost.
+        quality: prompts that tell what masks cost.
         held_out: whether there are ordinary images to compare with; otherwise the model's own serve.
     """
 
@@ -103,7 +103,7 @@ def planned(plan: "Plan", sizes: Sizes, methods: tuple[str, ...]) -> dict[str, d
             ways = {cell_key("patching", memory, way): _patching(plan, sizes) for way in (SUFFICIENT, NECESSARY)}
             cells[memory] |= ways
         if plan.causal is not None and index < plan.causal.memories:
-            cells[memory] |= dict(_causal(plan, sizes, methods, memory))
+            cells[memory] |= dict(_causal(plan, sizes, methods, memory, has_text))
     return cells
 
 
@@ -164,27 +164,45 @@ def _twin(plan: "Plan", memory: str) -> Iterator[tuple[str, Rows]]:
     yield cell_key("twin", memory, "judged"), drawing(plan, plan.seeds * attacks)
 
 
-def crossing(plan: "Plan", triggers: int, fresh: int) -> Rows:
+def crossing(plan: "Plan", causal: "Causal", triggers: int, fresh: int) -> Rows:
     """One mask: triggers as they are and attacked again, and fresh attacks."""
-    return attacking(plan, triggers + fresh) + drawing(plan, plan.probe_seeds * (2 * triggers + fresh))
+    return attacking(plan, triggers + fresh) + drawing(plan, causal.seeds * (2 * triggers + fresh))
 
 
-def _causal(plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str) -> Iterator[tuple[str, Rows]]:
+def price_name(memory: str, method: str, masks: str, index: int, *, joined: bool) -> str:
+    """An edit as its price's cell names it."""
+    return f"{memory} {method} {masks} {'joined' if joined else 'single'} {index}"
+
+
+def _causal(
+    plan: "Plan", sizes: Sizes, methods: tuple[str, ...], memory: str, has_text: bool
+) -> Iterator[tuple[str, Rows]]:
     causal = plan.causal
     assert causal is not None  # asked only then
     others = causal.other if len(sizes.memories) > 1 else 0
-    single, united = crossing(plan, causal.triggers, causal.fresh), crossing(plan, 0, causal.joined_fresh)
-    yield cell_key("causal", memory, "", NO_MASK, "0"), single
+    single, united = (
+        crossing(plan, causal, triggers, fresh)
+        for triggers, fresh in ((causal.triggers, causal.fresh), (0, causal.joined_fresh))
+    )
+    analysed = min(plan.set_size, _attacks(plan, sizes, has_text))
+    yield cell_key("causal", memory, "", NO_MASK, "0"), crossing(plan, causal, causal.triggers, causal.fresh_starts)
     yield cell_key("joined", memory, "", NO_MASK, "0"), united
     for method in causal_methods(methods):
         for masks, count in ((TRIGGERS, causal.triggers), (RANDOM, causal.random), (OTHER_MASKS, others)):
             for row in range(count):
                 yield cell_key("causal", memory, method, masks, str(row)), single
-        for number in union_sizes(causal.triggers):
-            for masks in (TRIGGERS, RANDOM) if causal.random else (TRIGGERS,):
-                yield cell_key("joined", memory, method, masks, str(number)), united
-            if sizes.quality > 1:
-                yield quality_key(QUALITY, f"{memory} {method} x {number}"), drawing(plan, sizes.quality)
+            for index in range(min(count, causal.priced)):
+                yield from _price(plan, sizes, price_name(memory, method, masks, index, joined=False))
+        for masks in (TRIGGERS, RANDOM) if causal.random else (TRIGGERS,):
+            for index in range(len(union_sizes(analysed))):
+                yield cell_key("joined", memory, method, masks, str(index)), united
+                yield from _price(plan, sizes, price_name(memory, method, masks, index, joined=True))
+
+
+def _price(plan: "Plan", sizes: Sizes, name: str) -> Iterator[tuple[str, Rows]]:
+    """What one edit costs on ordinary prompts, where there are two."""
+    if sizes.quality > 1:
+        yield quality_key(QUALITY, name), drawing(plan, sizes.quality)
 
 
 def causal_methods(methods: tuple[str, ...]) -> tuple[str, ...]:

@@ -34,8 +34,11 @@ from dori.locality.records import (
     TRIGGERS,
     Analysed,
     Change,
+    Cross,
+    Joined,
     Locality,
     Measure,
+    Price,
     read_locality,
 )
 from dori.locality.subjects import Sets, choose_sets, keep_memorized, sizes
@@ -241,16 +244,23 @@ class _Loop:
             self.subjects.held_out,
         )
         if not any(cross.memory == memory.id for cross in self.records["crosses"]):
-            cross, joined = trial.without_mask()
-            self.records["crosses"].append(cross)
-            self.records["joined"].append(joined)
+            cross, joined, prices = trial.without_mask()
+            self._note([cross], [joined], prices)
         edits = [masks[method].edit(self.bench.model, k) for k in chosen]
         others = []
         if other is not None:
             few = choose(min(causal.triggers, len(other.triggers)), causal.other)
             others = [other.masks[method].edit(self.bench.model, k) for k in few]
-        self.records["crosses"] += trial.single(method, edits, others)
-        self.records["joined"] += trial.united(method, edits)
+        crosses, prices = trial.single(method, edits, others)
+        self._note(crosses, [], prices)
+        seed = named_seed("locality joined", self.bench.plan.seed, memory.id)
+        order = torch.randperm(len(analysis.triggers), generator=torch.Generator().manual_seed(seed)).tolist()
+        united, prices = trial.united(method, (masks[method].edit(self.bench.model, k) for k in order), len(order))
+        self._note([], united, prices)
+
+    def _note(self, crosses: Sequence[Cross], joined: Sequence[Joined], prices: Sequence[Price]) -> None:
+        for name, records in (("crosses", crosses), ("joined", joined), ("prices", prices)):
+            self.records[name] += records
 
     def _beside_a_twin(self, case: Case) -> None:
         plan, twin, memory = self.bench.plan, self.subjects.twins[0], case.memory.id

@@ -16,11 +16,13 @@ class Causal:
     Args:
         memories: the first so many analysed memories are tested.
         triggers: masks and triggers of the matrix, at most as many as replicate.
-        fresh: attacks from fresh Gaussian starts under each single mask.
+        fresh: attacks from fresh Gaussian starts under each single mask; each mask has starts of its own.
         random: random masks, as large as triggers' masks in each layer, that every trigger meets too.
         other: masks of another image's triggers that every trigger meets too.
         joined_fresh: attacks from fresh starts under joined masks, and under random ones of the unions' sizes.
-        quality_prompts: ordinary prompts that tell what joined masks cost.
+        seeds: generation seeds of every trigger and attack, the first of those that chose the triggers.
+        priced: masks of each kind of which it is told what they cost.
+        quality_prompts: ordinary prompts that tell what masks cost.
     """
 
     memories: int = 2
@@ -29,7 +31,14 @@ class Causal:
     random: int = 8
     other: int = 8
     joined_fresh: int = 8
-    quality_prompts: int = 32
+    seeds: int = 3
+    priced: int = 3
+    quality_prompts: int = 64
+
+    @property
+    def fresh_starts(self) -> int:
+        """Fresh starts of all single masks together; those of joined masks come after them."""
+        return self.fresh * max(self.triggers, self.random, self.other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +140,7 @@ class Plan:
 
     @property
     def quality_prompts(self) -> int:
-        """Ordinary prompts that tell what joined masks cost."""
+        """Ordinary prompts that tell what masks cost."""
         return self.causal.quality_prompts if self.causal else 0
 
     @property

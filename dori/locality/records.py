@@ -194,11 +194,11 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Cross:
-    """Similarities under masks (rows): `replay` of trigger j, `again` attacked from j, `fresh` from new starts.
+    """Similarities under masks (rows): `replay` of trigger j, `again` attacked from j, `fresh` from its own starts.
 
     `masks` is "triggers" (row i: the mask of trigger i), "random" (random masks as large in every layer as some of
     those), "other image" (masks of another memory's triggers) or "none" (one row without a mask, which no method has
-    made: `method` is "").
+    made: `method` is ""; its `fresh` holds the starts of all rows, one row's after another's).
     """
 
     memory: str
@@ -213,7 +213,7 @@ class Cross:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """So many triggers' masks joined: fresh attacks that succeed, and what the edit costs on ordinary prompts.
+    """So many triggers' masks joined, in random order: fresh attacks that succeed.
 
     `masks` as in `Cross`: "random" is a random mask as large in every layer as the union of `joined` masks.
     """
@@ -225,8 +225,27 @@ class Joined:
     density: float
     successes: int
     n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a mask costs on ordinary prompts: `joined` masks, or of one alone the `row` of its `Cross`.
+
+    Distances to held-out ordinary images if `held_out`, else to the unedited model's images under other seeds.
+    `to_unedited`: median similarity to the unedited model's images under the same seeds.
+    """
+
+    memory: str
+    method: str
+    masks: str
+    joined: int
+    row: int | None
+    prompts: int
+    held_out: bool
     frechet: float | None
+    kernel: float | None
     alignment: float | None
+    to_unedited: float | None
 
 
 LISTS: Mapping[str, type] = {
@@ -243,6 +262,7 @@ LISTS: Mapping[str, type] = {
     "patches": Patch,
     "crosses": Cross,
     "joined": Joined,
+    "prices": Price,
 }
 
 
@@ -280,6 +300,7 @@ class Locality:
     patches: tuple[Patch, ...] = ()
     crosses: tuple[Cross, ...] = ()
     joined: tuple[Joined, ...] = ()
+    prices: tuple[Price, ...] = ()
     schema: int = field(default=SCHEMA)
 
     @property

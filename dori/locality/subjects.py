@@ -28,7 +28,7 @@ class Sets:
         ordinary: prompts that belong to no memory.
         foreign: further ones, where attacks begin.
         calibration: further ones, for NeMo's statistics.
-        quality: further ones, for what joined masks cost.
+        quality: further ones, for what masks cost.
     """
 
     cases: tuple[Case, ...]

@@ -5,7 +5,8 @@ noises: without them nobody could say whether a mask stopped a trigger, whether 
 to do with it, or whether any trigger's mask, of whatever image, would have done the same.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,11 @@ from torch import Tensor
 from dori.audit.judge import Case
 from dori.audit.quality import ordinary_quality
 from dori.edit import WeightMask, no_edit
-from dori.findings import Quality
 from dori.locality.bench import Bench, Source
 from dori.locality.causal import joined
-from dori.locality.costs import QUALITY, crossing, drawing
+from dori.locality.costs import QUALITY, crossing, drawing, price_name
 from dori.locality.plan import Causal
-from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, known
+from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Price, known
 from dori.locality.triggers import gaussian_source
 from dori.mitigate.random_mask import random_neurons, random_weights
 from dori.run import cell_key
@@ -37,7 +37,7 @@ class Trial:
         causal: the settings.
         triggers: its triggers.
         starts: the kind of start of each.
-        prompts: ordinary prompts that tell what joined masks cost.
+        prompts: ordinary prompts that tell what masks cost.
         held_out: ordinary images for the quality distances, or None.
     """
 
@@ -49,80 +49,82 @@ class Trial:
     prompts: tuple[str, ...]
     held_out: Tensor | None
 
-    def without_mask(self) -> tuple[Cross, Joined]:
-        """What the same attacks do to the whole model."""
-        (quality,) = self._quality([no_edit()]) or (None,)
-        drawn = len(self.prompts) * (1 if self.held_out is not None else 2)  # a second time as the reference
-        self.bench.count(QUALITY, drawing(self.bench.plan, drawn if quality else 0))
-        return self._cross("", NO_MASK, [no_edit()]), self._join("", NO_MASK, 0, no_edit(), quality)
+    def without_mask(self) -> tuple[Cross, Joined, list[Price]]:
+        """What the same attacks do to the whole model, and what ordinary prompts draw from it."""
+        numbers = range(self.causal.fresh_starts)
+        cross = self._cross("", NO_MASK, [no_edit()], [numbers])
+        return cross, self._join("", NO_MASK, 0, no_edit(), 0), self._prices("", NO_MASK, 0, [(0, no_edit())])
 
-    def single(self, method: str, edits: Sequence[WeightMask], others: Sequence[WeightMask]) -> list[Cross]:
+    def single(
+        self, method: str, edits: Sequence[WeightMask], others: Sequence[WeightMask]
+    ) -> tuple[list[Cross], list[Price]]:
         """All triggers as they are and attacked again, and fresh attacks: under each trigger's mask, and others."""
         full = [edit for edit in edits if edit.size]
         like = [full[row] for row in choose(len(full), self.causal.random)]
         random = [self._random(method, edit, row) for row, edit in enumerate(like)]
-        kinds = ((TRIGGERS, edits), (OTHER_MASKS, others), (RANDOM, random))
-        return [self._cross(method, masks, given) for masks, given in kinds if given]
+        crosses, prices = list[Cross](), list[Price]()
+        for masks, given in ((TRIGGERS, edits), (OTHER_MASKS, others), (RANDOM, random)):
+            if not given:
+                continue
+            few = self.causal.fresh
+            own = [range(row * few, (row + 1) * few) for row in range(len(given))]
+            crosses.append(self._cross(method, masks, given, own))
+            rows = [row for row, edit in enumerate(given) if edit.size]
+            chosen = [rows[k] for k in choose(len(rows), self.causal.priced)]
+            prices += self._prices(method, masks, 1, [(row, given[row]) for row in chosen])
+        return crosses, prices
 
-    def united(self, method: str, edits: Sequence[WeightMask]) -> list[Joined]:
-        """Fresh attacks under the union of 1, 2, 4, ... masks and under random masks as large; what unions cost."""
-        unions = joined(edits, f"{self.case.memory.id} {method}")
-        quality = {row.edit: row for row in self._quality([no_edit(), *unions.values()])[1:]}
-        self.bench.count(QUALITY, drawing(self.bench.plan, sum(row.prompts for row in quality.values())))
-        records = []
-        for number, union in unions.items():
-            records.append(self._join(method, TRIGGERS, number, union, quality.get(union.name)))
-            if self.causal.random:
-                records.append(self._join(method, RANDOM, number, self._random(method, union, -number), None))
-        return records
+    def united(self, method: str, edits: Iterable[WeightMask], count: int) -> tuple[list[Joined], list[Price]]:
+        """Fresh attacks under the union of 1, 2, 4, ... masks and under random masks as large; what both cost."""
+        records, prices = list[Joined](), list[Price]()
+        for index, (number, union) in enumerate(joined(edits, count, method)):
+            given = {TRIGGERS: union}
+            if self.causal.random and union.size:
+                given[RANDOM] = self._random(method, union, -number)
+            for masks, edit in given.items():
+                records.append(self._join(method, masks, number, edit, index))
+                prices += self._prices(method, masks, number, [(None, edit)], first=index)
+        return records, prices
 
     def _random(self, method: str, like: WeightMask, number: int) -> WeightMask:
         seed = named_seed("locality random mask", self.bench.plan.seed, self.case.memory.id, method, number)
         return (random_neurons if method == "NeMo" else random_weights)(self.bench.model, like, seed=seed)
 
-    def _cross(self, method: str, masks: str, edits: Sequence[WeightMask]) -> Cross:
-        memory, fresh = self.case.memory.id, self._fresh(range(self.causal.fresh))
+    def _cross(self, method: str, masks: str, edits: Sequence[WeightMask], fresh: Sequence[range]) -> Cross:
+        memory = self.case.memory.id
         tables = [
-            self._under(cell_key("causal", memory, method, masks, str(row)), edit, self.triggers, fresh)
-            for row, edit in enumerate(edits)
+            self._under(cell_key("causal", memory, method, masks, str(row)), edit, self.triggers, numbers)
+            for row, (edit, numbers) in enumerate(zip(edits, fresh, strict=True))
         ]
         medians = [tuple(_medians(table[name]) for table in tables) for name in ("replay", "again", "fresh")]
         return Cross(memory, method, masks, self.starts, tuple(edit.size for edit in edits), *medians)
 
-    def _join(self, method: str, masks: str, number: int, edit: WeightMask, quality: Quality | None) -> Joined:
-        memory, causal = self.case.memory.id, self.causal
-        fresh = self._fresh(range(causal.fresh, causal.fresh + causal.joined_fresh))
-        found = self._under(
-            cell_key("joined", memory, method, masks, str(number)), edit, gaussian_source(self.bench, []), fresh
-        )
+    def _join(self, method: str, masks: str, number: int, edit: WeightMask, index: int) -> Joined:
+        memory, first = self.case.memory.id, self.causal.fresh_starts
+        numbers = range(first, first + self.causal.joined_fresh)
+        key = cell_key("joined", memory, method, masks, str(index))
+        found = self._under(key, edit, gaussian_source(self.bench, []), numbers)
         total = sum(mask.numel() for mask in edit.masks.values())
+        density = round(edit.size / total, 6) if total else 0.0
         return Joined(
-            memory,
-            method,
-            masks,
-            number,
-            round(edit.size / total, 6) if total else 0.0,
-            int(self.bench.replicates(found["fresh"]).sum()),
-            len(fresh),
-            known(quality.frechet) if quality else None,
-            quality.alignment if quality else None,
+            memory, method, masks, number, density, int(self.bench.replicates(found["fresh"]).sum()), len(numbers)
         )
 
-    def _fresh(self, numbers: range) -> Source:
-        """Gaussian starts that no trigger of the run began from."""
-        seeds = [
-            named_seed("locality fresh start", self.bench.plan.seed, self.case.memory.id, number) for number in numbers
-        ]
-        return gaussian_source(self.bench, seeds)
+    def _under(self, key: str, edit: WeightMask, triggers: Source, fresh: range) -> dict[str, Tensor]:
+        """Similarities under one mask: `replay` of the triggers, `again` and `fresh` after new attacks; each (n, s).
 
-    def _under(self, key: str, edit: WeightMask, triggers: Source, fresh: Source) -> dict[str, Tensor]:
-        """Similarities under one mask: `replay` of the triggers, `again` and `fresh` after new attacks; each (n, s)."""
+        Fresh starts and the attacks' noises are named by their numbers, so that every mask meets the same ones.
+        """
         bench, case, plan = self.bench, self.case, self.bench.plan
-        starts = torch.cat([triggers.y, fresh.y])
-        attack_seeds = [named_seed("locality causal", plan.seed, case.memory.id, k) for k in range(len(starts))]
-        seeds = plan.fresh_seeds(plan.probe_seeds)
+        new = gaussian_source(bench, self._named("locality fresh start", fresh))
+        starts = torch.cat([triggers.y, new.y])
+        attack_seeds = [
+            *self._named("locality causal", range(len(triggers))),
+            *self._named("locality causal, fresh", fresh),
+        ]
+        seeds = plan.fresh_seeds(self.causal.seeds)
         inputs = bench.judged_inputs(case, triggers, seeds) | {
-            "fresh": fresh.sha256,
+            "fresh": new.sha256,
             "edit": edit.fingerprint,
             "attack": plan.attack,
             "attack_seeds": attack_seeds,
@@ -137,22 +139,49 @@ class Trial:
             names = ("replay", "again", "fresh")
             return dict(zip(names, similar.split([len(triggers), len(triggers), len(fresh)]), strict=True))
 
-        return bench.tensors(key, inputs, crossing(plan, len(triggers), len(fresh)), compute)
+        return bench.tensors(key, inputs, crossing(plan, self.causal, len(triggers), len(fresh)), compute)
 
-    def _quality(self, edits: Sequence[WeightMask]) -> tuple[Quality, ...]:
-        """What edits cost on ordinary prompts, the first one being none."""
-        bench = self.bench
-        return ordinary_quality(
-            bench.model,
-            bench.plan.judging(),
-            bench.judge,
-            bench.run,
-            edits=edits,
-            prompts=self.prompts,
-            base={"model": bench.fingerprint, "judge": bench.judged_by},
-            held_out=self.held_out,
-            stage=QUALITY,
-        )
+    def _named(self, name: str, numbers: range) -> list[int]:
+        return [named_seed(name, self.bench.plan.seed, self.case.memory.id, number) for number in numbers]
+
+    def _prices(
+        self, method: str, masks: str, number: int, given: Sequence[tuple[int | None, WeightMask]], *, first: int = 0
+    ) -> list[Price]:
+        """What edits cost on ordinary prompts; none where there are not two prompts.
+
+        Args:
+            method: of the masks.
+            masks: their kind.
+            number: of masks joined in each.
+            given: row in its `Cross`, None of joined ones, and edit.
+            first: place of the first of them among those of its kind.
+        """
+        bench, memory, prices = self.bench, self.case.memory.id, list[Price]()
+        for index, (row, edit) in enumerate(given, first):
+            name = price_name(memory, method, masks, index, joined=number > 1 or row is None)
+            edits = [no_edit(), dataclasses.replace(edit, name=name)][: 1 + (masks != NO_MASK)]
+            found = ordinary_quality(
+                bench.model,
+                bench.plan.judging(),
+                bench.judge,
+                bench.run,
+                edits=edits,
+                prompts=self.prompts,
+                base={"model": bench.fingerprint, "judge": bench.judged_by},
+                held_out=self.held_out,
+                stage=QUALITY,
+            )
+            if not found:
+                return []
+            drawn, own = len(self.prompts), found[-1]
+            if masks == NO_MASK and self.held_out is None:
+                drawn *= 2  # a second time as the reference
+            bench.count(QUALITY, drawing(bench.plan, drawn))
+            values = (own.frechet, own.kernel, own.alignment, own.to_unedited)
+            numbers = [None if value is None else known(value) for value in values]
+            held = self.held_out is not None
+            prices.append(Price(memory, method, masks, number, row, own.prompts, held, *numbers))
+        return prices
 
 
 def _medians(similarity: Tensor) -> tuple[float, ...]:

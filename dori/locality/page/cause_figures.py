@@ -1,11 +1,13 @@
 """Figures of interventions and of the ground truth: masks against triggers, joined masks, patching, change, dose."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from dori.locality.page.intervened import excess_shares, patch_shares
+from dori.locality.page.pruned import beside, prices, scored
 from dori.locality.page.summary import Dose
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality
@@ -20,26 +22,46 @@ LETTERS = {"prompt": "P", "gaussian": "G", "foreign": "F"}
 def cross_figures(found: Locality, cross: Cross) -> list[Picture]:
     """The matrix "mask from trigger i, replication by j": attacked again with fresh attacks beside, and as it is.
 
-    Random masks and the whole model stand below.
+    Random masks and the whole model stand below. Rows of empty masks are blank, and of what fails without a mask no dot
+    or missing dot says anything.
     """
-    blocks = [cross, *(c for c in found.crosses if _beside(c, cross))]
-    again = _stacked([[(*a, np.nan, *f) for a, f in zip(c.again, c.fresh, strict=True)] for c in blocks])
-    replay = _stacked([c.replay for c in blocks])
-    back = sum(value > found.threshold for row in cross.again for value in row)
-    told = f"{back} of {sum(map(len, cross.again))} triggers come back under a trigger's mask when attacked again"
-    name = f"{cross.memory}, {cross.method}"
+    others = ((cross.method, OTHER_MASKS), (cross.method, RANDOM), ("", NO_MASK))
+    blocks = [cross, *(one for key in others if (one := beside(found, cross, *key)) is not None)]
+    few, name = len(cross.fresh[0]), f"{cross.memory}, {cross.method}"
+    again = _stacked(
+        [[(*a, np.nan, *f[:few]) for a, f in zip(_full(c, c.again), _full(c, c.fresh), strict=True)] for c in blocks]
+    )
+    replay = _stacked([_full(c, c.replay) for c in blocks])
     return [
-        _matrix(found, cross, blocks, again, title=f"{name}: pruned for trigger i, attacked again from j", told=told),
-        _matrix(found, cross, blocks, replay, title=f"{name}: pruned for trigger i, trigger j as it is", told=""),
+        _matrix(
+            found,
+            cross,
+            blocks,
+            again,
+            title=f"{name}: pruned for trigger i, attacked again from j",
+            told=f"{_back(found, cross, 'again')} when attacked again",
+        ),
+        _matrix(
+            found,
+            cross,
+            blocks,
+            replay,
+            title=f"{name}: pruned for trigger i, trigger j as it is",
+            told=_back(found, cross, "replay"),
+        ),
     ]
 
 
-def _beside(other: Cross, cross: Cross) -> bool:
-    return other.memory == cross.memory and (other.method, other.masks) in (
-        (cross.method, RANDOM),
-        (cross.method, OTHER_MASKS),
-        ("", NO_MASK),
-    )
+def _full(cross: Cross, table: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """The rows, those of empty masks blank."""
+    blank = cross.masks != NO_MASK
+    return [[np.nan] * len(row) if blank and not size else row for row, size in zip(table, cross.sizes, strict=True)]
+
+
+def _back(found: Locality, cross: Cross, name: str) -> str:
+    rows = [row for row, size in zip(scored(found, cross, name), cross.sizes, strict=True) if size]
+    cells = [value for row in rows for value in row.values()]
+    return f"{sum(cells)} of {len(cells)} that come back without a mask do so under a trigger's mask"
 
 
 def _stacked(blocks: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
@@ -87,7 +109,7 @@ def joined_figures(found: Locality, cross: Cross) -> list[Picture]:
     if len(rows[TRIGGERS]) == len(bare) or not any(cross.sizes):
         return []
     name = f"{cross.memory}, {cross.method}"
-    return [_successes(rows, f"{name}: how many triggers' masks stop fresh attacks?"), *_price(rows[TRIGGERS], name)]
+    return [_successes(rows, f"{name}: how many triggers' masks stop fresh attacks?"), *_prices(found, cross, name)]
 
 
 def _successes(rows: dict[str, list[Joined]], title: str) -> Picture:
@@ -108,18 +130,27 @@ def _successes(rows: dict[str, list[Joined]], title: str) -> Picture:
         return picture(figure, f"{title} {'; '.join(told)}.")
 
 
-def _price(rows: Sequence[Joined], name: str) -> list[Picture]:
+def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
     title = f"{name}: what do joined masks cost on ordinary prompts?"
-    known = [(x, j.frechet) for x, j in enumerate(rows) if j.frechet is not None]
-    if not known:
+    bare = prices(found, cross, NO_MASK, single=True)
+    rows = {masks: bare + prices(found, cross, masks, single=False) for masks in (TRIGGERS, RANDOM)}
+    if len(rows[TRIGGERS]) == len(bare):
         return []
     with drawing(WIDTH, 3.3, title=title) as figure:
-        axes = figure.subplots()
-        axes.plot(*zip(*known, strict=True), marker="^", color=GREEN)
-        _numbered(axes, rows)
-        axes.set_ylim(0, 1.08 * max(y for _, y in known))
-        axes.set_ylabel("Fréchet distance")
-        return [picture(figure, f"{title} " + ", ".join(f"{rows[x].joined} joined {y:.3f}" for x, y in known) + ".")]
+        axes, told = figure.subplots(), []
+        for masks, label, colour, style in (
+            (TRIGGERS, "masks of triggers", GREEN, "^-"),
+            (RANDOM, "random masks as large", GREY, "x:"),
+        ):
+            values = [math.nan if p.kernel is None else p.kernel for p in rows[masks]]
+            axes.plot(values, style, color=colour, label=label)
+            pairs = zip(rows[masks], values, strict=True)
+            told.append(f"{label}: " + ", ".join(f"{p.joined} joined {value:.3g}" for p, value in pairs))
+        axes.set_xticks(range(len(rows[TRIGGERS])), [str(p.joined) for p in rows[TRIGGERS]], fontsize=8.5)
+        axes.set_xlabel("Masks joined")
+        axes.set_ylabel("Kernel distance")
+        legend_above(axes)
+        return [picture(figure, f"{title} {'; '.join(told)}.")]
 
 
 def _numbered(axes: Axes, rows: Sequence[Joined]) -> None:

@@ -1,215 +1,18 @@
-"""What interventions and the ground truth say: pruning, patching, planted weights, dose.
+"""What patching and the ground truth say: layers that carry a memory, planted weights, dose.
 
 Rules: `dori.locality.page.verdict`.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 
-from dori.locality.causal import CrossTest, cross_test, enough
-from dori.locality.costs import causal_methods
-from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, ends, methods, over_memories, said
+from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, ends, left_out, over_memories, said
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
-from dori.locality.records import ENOUGH, NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, WHOLE, Cross, Joined, Locality
-from dori.report.verdict import SPOILED
-from dori.stats import Estimate, wilson
+from dori.locality.records import ENOUGH, WHOLE, Locality
+from dori.stats import Estimate
 
 COVERED, HALF, RARELY = (1.1, 2.0), 0.5, 0.05  # cuts of the rules; the level of significance
 TOGETHER = "all "  # begins the names of layers patched together
-
-# ------------------------------------------------------------------------------------------------------- causal test
-
-
-def tested(found: Locality, cross: Cross) -> CrossTest:
-    """Rates of one matrix; masks that prune nothing are left out, without any mask every attack is a trial.
-
-    Under masks only those attacks are scored that succeed without one: whatever a mask did, the others would have
-    failed.
-    """
-    again, fresh = (
-        [[value > found.threshold for value in row] for row in table] for table in (cross.again, cross.fresh)
-    )
-    if cross.masks == NO_MASK:
-        return cross_test([[cell] for row in again for cell in row], [[cell] for row in fresh for cell in row], None)
-    bare = _beside(found, cross, "", NO_MASK)
-    columns, new = (
-        [k for k in range(len(table[0])) if bare is None or getattr(bare, name)[0][k] > found.threshold]
-        for name, table in (("again", again), ("fresh", fresh))
-    )
-    kept = [row for row, size in enumerate(cross.sizes) if size]
-    own = [columns.index(row) if row in columns else -1 for row in kept] if cross.masks == TRIGGERS else None
-    return cross_test(
-        [[again[row][k] for k in columns] for row in kept], [[fresh[row][k] for k in new] for row in kept], own
-    )
-
-
-def _beside(found: Locality, cross: Cross, method: str, masks: str) -> Cross | None:
-    """The same memory's attacks under other masks, if they were made."""
-    key = (cross.memory, method, masks)
-    return next((c for c in found.crosses if (c.memory, c.method, c.masks) == key), None)
-
-
-def causal(found: Locality) -> Said:
-    """What pruning one trigger's weights does to the others, and how many masks it takes."""
-    sentences: list[str] = []
-    words: dict[str, list[str]] = {}
-    for cross in found.crosses:
-        if cross.masks == TRIGGERS:
-            word, sentence = _pruned(found, cross)
-            words.setdefault(cross.method, []).append(word)
-            sentences += [sentence, *_joined(found, cross)]
-    open_ = _unfinished(found)
-    if not sentences:
-        reason = _left_out(found, "causal") or open_ or "No memory that it was planned for has two triggers."
-        return Said("Not run", (reason,))
-    title = "; ".join(f"{method}: {' / '.join(dict.fromkeys(said_))}" for method, said_ in words.items())
-    return Said(title, (*sentences, *([open_] if open_ else [])))
-
-
-def _unfinished(found: Locality) -> str:
-    """A sentence if a run was stopped before or within its causal test, else empty."""
-    planned = (found.settings.get("causal") or {}).get("memories", 0)
-    hopeless = sum(subject.triggers < 2 for subject in found.subjects[:planned])
-    wanted = min(planned, found.planned) - hopeless
-    tests = Counter(cross.method for cross in found.crosses if cross.masks == TRIGGERS)
-    names = causal_methods(tuple(methods(found)))
-    if all(tests[name] >= wanted for name in names):
-        return ""
-    shares = ", ".join(f"{tests[name]} of {wanted} memories with {name}" for name in names)
-    return f"The test is not finished: so far {shares}."
-
-
-def _left_out(found: Locality, setting: str) -> str:
-    """A sentence if the plan has no such analysis, else empty."""
-    if found.settings.get(setting):
-        return ""
-    return f"The preset {found.settings.get('preset')} leaves it out; --preset full has it."
-
-
-def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
-    """The verdict on one method's masks of one memory, and the sentence that bears it."""
-    bare, random, other = (
-        None if control is None else tested(found, control)
-        for control in (
-            _beside(found, cross, "", NO_MASK),
-            _beside(found, cross, cross.method, RANDOM),
-            _beside(found, cross, cross.method, OTHER_MASKS),
-        )
-    )
-    mine = tested(found, cross)
-    empty = sum(size == 0 for size in cross.sizes)
-    if empty == len(cross.sizes):
-        word = f"cannot be told, {EMPTY}"
-        return word, f"{cross.memory}, {cross.method}: all {empty} masks are empty and prune nothing: {word}."
-    price = _single_price(found, cross)
-    word = causal_word(mine, bare, random, other, spoils=price is not None and price[1] > SPOILED * price[0])
-    beside = "".join(
-        f" {name} {said(test.others)} and {said(test.fresh)}{more}."
-        for name, test, more in (
-            ("Under random masks as large:", random, ""),
-            ("Under masks of another image's triggers:", other, ""),
-            ("Without a mask:", bare, "; what fails there is not scored"),
-        )
-        if test is not None
-    )
-    if price is not None:
-        cost = f"from {price[0]:.3f} to {price[1]:.3f}"
-        beside += f" The first trigger's mask takes the Fréchet distance of ordinary prompts {cost}."
-    left_out = f" {empty} of the {len(cross.sizes)} masks are empty and left out." if empty else ""
-    return word, (
-        f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
-        f"back when attacked again, {said(mine.others)} of the others and {said(mine.fresh)} of fresh attacks: {word}."
-        f"{beside}{left_out}"
-    )
-
-
-def _single_price(found: Locality, cross: Cross) -> tuple[float, float] | None:
-    """Fréchet distance of ordinary prompts without a mask, and under the first trigger's; None if that is empty."""
-    one = {
-        j.joined: j.frechet
-        for j in found.joined
-        if j.memory == cross.memory
-        and (j.method, j.masks) in (("", NO_MASK), (cross.method, TRIGGERS))
-        and j.frechet is not None
-    }
-    return (one[0], one[1]) if {0, 1} <= one.keys() and cross.sizes[0] else None
-
-
-def causal_word(
-    mine: CrossTest, bare: CrossTest | None, random: CrossTest | None, other: CrossTest | None, *, spoils: bool
-) -> str:
-    """Local, partly local or not, by whichever resists more: other triggers attacked again, or fresh attacks.
-
-    Args:
-        mine: under the masks of this memory's triggers.
-        bare: without a mask.
-        random: under random masks as large.
-        other: under masks of another image's triggers.
-        spoils: whether the first trigger's mask alone spoils ordinary prompts.
-    """
-    kinds = [kind for kind in ("others", "fresh") if getattr(mine, kind).n]
-    if not kinds:
-        fail = bare is not None and max(bare.others.value, bare.fresh.value) <= 0.5
-        return f"cannot be told, {'most attacks fail without a mask' if fail else 'too few triggers'}"
-    worst = max(kinds, key=lambda kind: getattr(mine, kind).value)
-    rate: Estimate = getattr(mine, worst)
-    if bare is not None and getattr(bare, worst).value <= 0.5:
-        return "cannot be told, most attacks fail without a mask"
-    if rate.low > 0.5:
-        return "not local"
-    word = "local" if rate.high < 0.25 else "partly local" if rate.low > 0.1 and rate.high < 0.9 else ""
-    if not word:
-        return "cannot be told"
-    for control, name in ((random, "random masks as large"), (other, "masks of another image's triggers")):
-        stopped: Estimate | None = None if control is None else getattr(control, worst)
-        if stopped is None or not stopped.n:
-            return f"cannot be told, there are no {name} to compare with"
-        if stopped.value <= rate.high:
-            return f"cannot be told, {name} stop about as many"
-        if stopped.low <= rate.high:
-            return f"cannot be told, there are too few {name}"
-    return "cannot be told, the first trigger's mask alone spoils ordinary prompts" if spoils else word
-
-
-def _joined(found: Locality, cross: Cross) -> list[str]:
-    rows: dict[str, list[Joined]] = {
-        masks: [j for j in found.joined if (j.memory, j.method, j.masks) == (cross.memory, cross.method, masks)]
-        for masks in (TRIGGERS, RANDOM)
-    }
-    bare = [j for j in found.joined if (j.memory, j.masks) == (cross.memory, NO_MASK)]
-    if not rows[TRIGGERS] or not any(cross.sizes):
-        return []
-    if bare and bare[0].successes == 0:
-        return [f"No fresh attack of {bare[0].n} succeeds even without a mask, so joining masks shows nothing."]
-    sentence = f"{cross.method} masks joined: {_stopped(rows[TRIGGERS])}{_price(rows[TRIGGERS], bare)}."
-    return [sentence + (f" Random masks as large: {_stopped(rows[RANDOM])}." if rows[RANDOM] else "")]
-
-
-def _stopped(rows: list[Joined]) -> str:
-    needed, last = enough([j.successes for j in rows], [j.joined for j in rows]), rows[-1]
-    if needed is None:
-        return (
-            f"even {last.joined} ({last.density:.2f} of the layers' weights) leave {last.successes} of {last.n} fresh "
-            "attacks"
-        )
-    density = next(j.density for j in rows if j.joined == needed)
-    return (
-        f"from {needed} on ({density:.2f} of the layers' weights) none of {last.n} fresh attacks succeeds (of many, up "
-        f"to {wilson(0, last.n).high:.2f} still might)"
-    )
-
-
-def _price(rows: list[Joined], bare: list[Joined]) -> str:
-    needed = enough([j.successes for j in rows], [j.joined for j in rows])
-    priced = next((j for j in rows if j.joined == needed), rows[-1])
-    if priced.frechet is None or not bare or bare[0].frechet is None:
-        return ""
-    return (
-        f", at the price of a Fréchet distance of {priced.frechet:.3f} on ordinary prompts ({bare[0].frechet:.3f} "
-        "without a mask)"
-    )
-
 
 # ---------------------------------------------------------------------------------------------------------- patching
 
@@ -217,7 +20,7 @@ def _price(rows: list[Joined], bare: list[Joined]) -> str:
 def patching(found: Locality) -> Said:
     """The layers that carry most, and kinds of layers together."""
     if not found.patches:
-        return Said("Not run", (_left_out(found, "patch_seeds") or "It needs a twin, and a memory's prompt.",))
+        return Said("Not run", (left_out(found, "patch_seeds") or "It needs a twin, and a memory's prompt.",))
     sentences, carried = [], []
     for direction, words in ((SUFFICIENT, "put into the twin bring"), (NECESSARY, "taken from the twin remove")):
         shares = patch_shares(found, direction)

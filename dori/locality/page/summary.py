@@ -57,6 +57,13 @@ def said(estimate: Estimate, digits: int = 2) -> str:
     return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
 
 
+def left_out(found: Locality, setting: str) -> str:
+    """A sentence if the plan has no such analysis, else empty."""
+    if found.settings.get(setting):
+        return ""
+    return f"The preset {found.settings.get('preset')} leaves it out; --preset full has it."
+
+
 def ends(estimate: Estimate) -> tuple[float, float]:
     """Of the interval; without one, twice the value."""
     return (estimate.value, estimate.value) if math.isnan(estimate.low) else (estimate.low, estimate.high)

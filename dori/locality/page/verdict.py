@@ -1,6 +1,6 @@
 """Plain words by stated rules: the headline, on what the page rests, and every analysis in its order."""
 
-from dori.locality.page import intervened, observed
+from dori.locality.page import intervened, observed, pruned
 from dori.locality.page.summary import Said
 from dori.locality.records import ON_TWIN, PROMPTED, Locality
 from dori.locality.triggers import ORDER
@@ -49,7 +49,7 @@ def headline(found: Locality) -> str:
         return "No memory has two triggers, so nothing can be said about where it lives."
     words = [f"{names} masks: {word}" for names, word in observed.weight_words(found).items()]
     if found.crosses:
-        words.append(f"pruned by {intervened.causal(found).title}")
+        words.append(f"pruned by {pruned.causal(found).title}")
     return "Where does a memory live? " + ". ".join(word[0].upper() + word[1:] for word in words) + "."
 
 
@@ -132,7 +132,7 @@ def all_said(found: Locality) -> dict[str, Said]:
         "embedding": observed.embedding(found),
         "activations": observed.activations(found),
         "weights": observed.weights(found),
-        "causal": intervened.causal(found),
+        "causal": pruned.causal(found),
         "patching": intervened.patching(found),
         "truth": intervened.ground_truth(found),
         "dose": intervened.dose(found),
