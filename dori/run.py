@@ -127,6 +127,11 @@ class Run:
         self._count(key, stored=stored is not None)
         return result
 
+    def holds(self, key: str, inputs: Mapping[str, object]) -> bool:
+        """Whether `once_tensors` would find this cell stored."""
+        path = self._path(key, ".safetensors")
+        return self._reusable(key, path, _read_tensors, self._header(inputs)) is not None
+
     def plan(self, title: str, costs: Mapping[str, int]) -> None:
         """Announce the cells to come, key to cost in U-Net rows; from now on each finished one is said."""
         self.progress = Progress(title, dict(costs), self.say)

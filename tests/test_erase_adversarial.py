@@ -1,9 +1,6 @@
 """Adversarial fine-tuning does its arms, resumes bit for bit, stops on evidence; surrogates are no copies."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from dori.erase.adversarial import AdversarialErasure
 from dori.erase.decide import PART, deciding, deciding_pairs
 from dori.erase.delta import CannotErase
 from dori.erase.pairs import Batch, Work, former_losses, step_generator
-from dori.erase.processes import Processes
 from dori.erase.starts import starting_points
 from dori.erase.surrogates import Surrogates, SurrogateSearch, anchor_prompt, filtered, shortened
 from dori.erase.tuning import Tuner, tuning
@@ -306,72 +302,6 @@ def test_a_template_is_watched_as_it_will_be_judged(tiny: StableDiffusion) -> No
     )
     seen = [one.similarities(tiny, forget(tiny).embeddings, [0, 1, 2], seed=0) for one in (plain, masked)]
     assert seen[0][0] != seen[1][0] and torch.equal(seen[0][1:], seen[1][1:])
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
-
-
-def test_shares_of_rows_cover_the_batch_once() -> None:
-    for count in (1, 2, 3, 5):
-        rows = torch.cat([Processes(index, count).share(7) for index in range(count)])
-        assert rows.sort().values.tolist() == list(range(7))
-    given = {0: draw(2, 3, seed=0), 1: draw(0, 3, seed=0), 2: draw(5, 3, seed=1)}
-    alone = Processes().every(given, 3, like=given[1])
-    assert all(torch.equal(alone[row], rows) for row, rows in given.items()) and len(alone) == 3
-
-
-WORKER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, "tests")
-import torch
-from conftest import tiny_parts
-from erasing import forget, retain
-from test_erase_adversarial import METHOD, watch
-from dori.erase.pairs import Work
-from dori.erase.processes import started
-from dori.model.stable_diffusion import StableDiffusion
-folder = Path(sys.argv[1])
-processes = started(device="cpu")
-own = folder / f"tokenizer-{processes.index}"
-own.mkdir()
-model = StableDiffusion(**tiny_parts(own), name="tiny")
-edit = METHOD(model, forget(model), retain(model), seed=0, work=Work(folder / "state.safetensors", processes=processes))
-edit.save(folder / f"edit-{processes.index}.safetensors")
-mine = {row: torch.full((row, 2), row + 0.5) for row in processes.share(4).tolist()}
-for count, held in ((4, mine), (1, {0: torch.ones(3, 2)} if processes.first else {})):
-    every = processes.every(held, count, like=torch.zeros(0, 2))
-    assert [len(rows) for rows in every] == ([0, 1, 2, 3] if count == 4 else [3])
-    assert all(torch.equal(rows, torch.full_like(rows, i + 0.5 if count == 4 else 1.0)) for i, rows in enumerate(every))
-"""
-
-
-@pytest.mark.slow
-def test_several_processes_reach_the_weights_of_one(tiny: StableDiffusion, tmp_path: Path) -> None:
-    from dori.edit import load_edit
-
-    alone = METHOD(tiny, forget(tiny), retain(tiny), seed=0)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29517",
-        "ACCELERATE_USE_CPU": "true",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path)],
-            cwd=ROOT,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    edits = [load_edit(tmp_path / f"edit-{rank}.safetensors") for rank in range(2)]
-    assert edits[0].fingerprint == edits[1].fingerprint
-    for key, value in alone.deltas.items():
-        assert torch.allclose(edits[0].deltas[key], value, atol=2e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- surrogates

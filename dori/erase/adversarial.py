@@ -431,10 +431,13 @@ def near_pairs(memories: Forget) -> Pairs:
     Raises:
         CannotErase: there is nothing.
     """
-    if memories.near is None or not len(memories.near):
+    if memories.near is None:
         raise CannotErase(
-            "no neighbour of the memories' captions draws anything but a memory, so that there is nothing to hold; "
-            "leave out near_weight"
+            "near_weight holds neighbours of the captions, and none were drawn; give them, or leave it out"
+        )
+    if not len(memories.near):
+        raise CannotErase(
+            "near_weight holds neighbours of the captions, and there is none that shows no memory; leave it out"
         )
     return memories.near
 

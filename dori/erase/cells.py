@@ -22,7 +22,7 @@ from dori.erase.decide import limit
 from dori.erase.delta import WeightDelta
 from dori.erase.erasers import Eraser
 from dori.erase.material import Material
-from dori.erase.neighbours import drawn_neighbours, neighbours
+from dori.erase.neighbours import SEEDS, drawn_neighbours, neighbours
 from dori.erase.pairs import Forget, Pairs, Work
 from dori.erase.plan import Plan
 from dori.erase.surrogates import anchor_prompt
@@ -69,33 +69,40 @@ class Bench:
             texts,
             torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
-            self._surrogates(source) if searched(methods) else (none,) * len(cases),
+            self._surrogates(source) if need_surrogates(methods) else (none,) * len(cases),
             model.encode([anchor_prompt(text) for text in texts]).cpu(),
             self.material.prompts.erasing,
             source,
-            self._near(source) if _held(methods) else None,
+            self._near(source) if _need_neighbours(methods) else None,
         )
 
     def _near(self, source: str) -> Pairs:
-        """What the model draws from neighbours of the captions, without copies: one cell."""
-        model, search = self.material.subjects.model, self.plan.surrogates
-        inputs = {"memories": source, "texts": self.taught_neighbours(), "search": search, "judge": self._judged_by()}
+        """What the model draws from neighbours of the captions, without copies: a cell of the first process."""
+        model, search, texts = self.material.subjects.model, self.plan.surrogates, self.taught_neighbours()
+        processes, device = self.work.processes, model.device
+        inputs = {"memories": source, "texts": texts, "search": search, "judge": self._judged_by()}
 
         def compute() -> dict[str, Tensor]:
-            found = drawn_neighbours(
+            latents, embeddings = drawn_neighbours(
                 model,
-                self.taught_neighbours(),
+                texts,
                 self._cases,
                 self.judge.descriptor,
                 below=search.below_target,
                 sampling=Sampling(search.sampling_steps, search.guidance_scale),
                 seed=named_seed("taught neighbours", self.plan.seed),
             )
-            self.work.say(f"neighbours of the captions: {len(found)} of {len(self.taught_neighbours())} show no memory")
-            return {"latents": found.latents, "embeddings": found.embeddings}
+            self.work.say(f"{len(latents) // SEEDS} of {len(texts)} neighbours of the captions show no memory")
+            return {"latents": latents, "embeddings": embeddings}
 
-        found = self.run.once_tensors(NEAR, inputs, compute)
-        return Pairs(found["latents"], found["embeddings"], tensors_sha256(found))
+        stored = self.run.once_tensors(NEAR, inputs, compute) if processes.first else {}
+        found = [
+            processes.every(
+                {0: stored[name].to(device)} if stored else {}, 1, like=torch.zeros(0, *shape, device=device)
+            )[0].cpu()
+            for name, shape in (("latents", model.latent_shape), ("embeddings", model.embedding_shape))
+        ]
+        return Pairs(found[0], found[1], canonical_sha256(inputs))
 
     def judged_neighbours(self) -> tuple[str, ...]:
         """Neighbours of the captions in the damage table."""
@@ -114,7 +121,8 @@ class Bench:
     def _surrogates(self, source: str) -> tuple[Tensor, ...]:
         """Latents of each memory's surrogates; each memory is a cell, so that a killed search goes on with the next.
 
-        Each process searches for its share of the memories, and all get what the others found.
+        Each process searches for its share of the memories that the first one does not have yet, and the first one
+        keeps what all found: another number of processes may go on.
         """
         inputs = {
             "memories": source,  # all of them: the mitigations hide them together, and none may be copied
@@ -124,18 +132,26 @@ class Bench:
         }
         shared = cache(self._mitigations), cache(self._references)  # made once, and not at all if all is stored
         keys, model, processes = list(self.surrogate_costs()), self.material.subjects.model, self.work.processes
-        mine = {
-            row: self.run.once_tensors(keys[row], {**inputs, "memory": row}, partial(self._search_for, row, *shared))[
-                "latents"
-            ]
-            for row in processes.share(len(keys)).tolist()
-        }
-        if self.run.progress is not None:
-            for key in keys:  # the others' count as done
-                self.run.progress.done(key, stored=True)
-        rows = {row: latents.to(model.device) for row, latents in mine.items()}
+
+        def cell(row: int, compute: Callable[[], dict[str, Tensor]]) -> Tensor:
+            return self.run.once_tensors(keys[row], {**inputs, "memory": row}, compute)["latents"].to(model.device)
+
+        several = processes.count > 1
+        held = [
+            several and processes.first and self.run.holds(key, {**inputs, "memory": row})
+            for row, key in enumerate(keys)
+        ]
+        (anywhere,) = processes.sum([torch.tensor(held, device=model.device, dtype=torch.float32)])
+        wanted = [row for row, there in enumerate(anywhere.tolist()) if not there]
+        mine = [wanted[k] for k in processes.share(len(wanted)).tolist()] + [
+            row for row, there in enumerate(held) if there
+        ]
+        found = {row: cell(row, partial(self._search_for, row, *shared)) for row in mine}
         like = torch.zeros(0, *model.latent_shape, device=model.device)
-        return tuple(latents.cpu() for latents in processes.every(rows, len(keys), like=like))
+        every = processes.every(found, len(keys), like=like)
+        if several and processes.first:
+            every = [cell(row, partial(_kept, latents)) for row, latents in enumerate(every)]
+        return tuple(latents.cpu() for latents in every)
 
     def _search_for(
         self, row: int, mitigations: Callable[[], Sequence[Edit]], references: Callable[[], Tensor]
@@ -190,7 +206,7 @@ class Bench:
             "surrogates": tensors_sha256({str(i): kept for i, kept in enumerate(forget.surrogates)})
             if method.needs_surrogates
             else "",
-            "near": forget.near.source if forget.near and _held([method]) else "",
+            "near": forget.near.source if forget.near and _need_neighbours([method]) else "",
             "retain": self.material.retain.source,
         }
         processes, asked = self.work.processes, False
@@ -259,15 +275,15 @@ class Bench:
     def drawn_costs(self, methods: Iterable[Eraser]) -> dict[str, Rows]:
         """The cells of what these erasers learn from beside the memories, with their cost, at most."""
         methods, search = list(methods), self.plan.surrogates
-        found = self.surrogate_costs() if searched(methods) else {}
-        if _held(methods):
-            images, steps, scale = len(self.taught_neighbours()), search.sampling_steps, search.guidance_scale
+        found = self.surrogate_costs() if need_surrogates(methods) else {}
+        if _need_neighbours(methods):
+            images, steps, scale = SEEDS * len(self.taught_neighbours()), search.sampling_steps, search.guidance_scale
             found |= {NEAR: drawn(images, sampling_steps=steps, guidance_scale=scale)}
         return found
 
-    def surrogate_rows(self) -> Rows:
-        """At most so many U-Net rows of the search for surrogates, the mitigations' own included."""
-        return sum(self.surrogate_costs().values(), Rows())
+    def drawn_rows(self, methods: Iterable[Eraser]) -> Rows:
+        """At most so many U-Net rows of `drawn_costs`, the surrogates' mitigations included."""
+        return sum(self.drawn_costs(methods).values(), Rows())
 
     def edit_rows(self, method: Eraser) -> Rows:
         """At most so many U-Net rows of an erasure."""
@@ -296,12 +312,17 @@ class Bench:
         }
 
 
-def searched(methods: Iterable[Eraser]) -> bool:
+def _kept(latents: Tensor) -> dict[str, Tensor]:
+    """Another process's surrogates, as a cell holds them."""
+    return {"latents": latents}
+
+
+def need_surrogates(methods: Iterable[Eraser]) -> bool:
     """Whether surrogates are needed at all."""
     return any(method.needs_surrogates for method in methods)
 
 
-def _held(methods: Iterable[Eraser]) -> bool:
+def _need_neighbours(methods: Iterable[Eraser]) -> bool:
     """Whether neighbours of the captions are held at all."""
     return any(isinstance(method, AdversarialErasure) and method.near_weight != 0 for method in methods)
 

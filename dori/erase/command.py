@@ -246,13 +246,27 @@ def _table(request: Request, kind: Kind, own: Bench) -> list[str]:
     methods = contestants(kind, own)
     _announce(own, list(contest_costs(own, kind, methods).values()))
 
+    path = request.out / "table.json"
+
     def write(record: dict[str, Any]) -> None:
-        write_json(request.out / "table.json", record)
+        write_json(path, record)
         write_text(request.out / "table.md", to_markdown(record))
 
-    record = contest(own, kind, methods, write)
+    def write_part(record: dict[str, Any]) -> None:
+        if len(record["left"]) <= _left(path):  # a longer table stays until it is made again
+            write(record)
+
+    record = contest(own, kind, methods, write_part)
     write(record)
     return [to_markdown(record), f"table: {request.out / 'table.md'}"]
+
+
+def _left(path: Path) -> float:
+    """How many rows a stored table still lacks; infinite where there is none."""
+    try:
+        return len(json.loads(path.read_bytes())["left"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def written(request: Request, own: Bench, proof: Proof) -> list[str]:

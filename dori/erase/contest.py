@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dori.cost import Rows
 from dori.erase import ERASERS
 from dori.erase.battery import State
-from dori.erase.cells import Bench, searched
+from dori.erase.cells import Bench
 from dori.erase.damage import Damage
 from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erasers import Eraser, arms, frontier
@@ -76,31 +76,33 @@ def contest(
         own: what is erased and what judges it; the caller holds the lock of its folder.
         kind: which table.
         methods: its rows, as `contestants` gives them.
-        after: called with the record so far after each row, so that an interrupted table shows what it has.
+        after: called with the record so far after each row, made or failed, so that an interrupted table shows what it
+            has.
 
     Returns:
-        A JSON-able record: header, rows as texts, names of rows still to come, entries, outcomes, tests, damage, and
-        the rows of the search for surrogates, which is made once for all.
+        A JSON-able record: header, rows as texts for memories and for controls, names of rows still to come, entries,
+        outcomes, tests, damage, and the U-Net rows of surrogates and neighbours, which are drawn once for all.
     """
     subjects, protocol = own.material.subjects, own.plan.tables
     own.run.plan(kind, {key: rows.weight for key, rows in contest_costs(own, kind, methods).items()})
     forget = own.forget(methods.values())
     battery, gauge, cases = battery_of(own, protocol), gauge_of(own, protocol), (*subjects.memories, *subjects.controls)
-    states, entries, made = _fixed(own), list[Entry](), dict[str, WeightDelta]()
-    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
+    fixed, entries, made = _fixed(own), list[Entry](), dict[str, WeightDelta]()
+    outcomes = [outcome for state in fixed for outcome in battery.measure(state, cases)]
+    damage = [*gauge.measure(fixed, battery.fingerprints)]
     for name, method in methods.items():
         try:
             edit = own.edit(_key(kind, name), _as_long_as(made.get("adversarial"), method), forget)
         except CannotErase as error:
             entries.append(Entry(name, 0, None, str(error)))
-            continue
-        entries.append(Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name))))
-        states.append(State(name, subjects.model, (edit,)))
-        made[name] = edit
-        outcomes += battery.measure(states[-1], cases)
-        if after is not None:
-            after(_record(own, kind, methods, entries, outcomes, gauge.measure(states, battery.fingerprints)))
-    return _record(own, kind, methods, entries, outcomes, gauge.measure(states, battery.fingerprints))
+        else:
+            entries.append(Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name))))
+            made[name], state = edit, State(name, subjects.model, (edit,))
+            outcomes += battery.measure(state, cases)
+            damage += gauge.measure([fixed[0], state], battery.fingerprints)[1:]
+        if after is not None and len(entries) < len(methods):
+            after(_record(own, kind, methods, entries, outcomes, damage))
+    return _record(own, kind, methods, entries, outcomes, damage)
 
 
 def _record(
@@ -118,10 +120,11 @@ def _record(
         "split": own.material.split,
         "images": [len(subjects.memories), len(subjects.controls)],
         "header": [*ways(outcomes), *TAIL],
+        "controls": [[line.heading, *line.cells] for line in rates(outcomes, "control", unreached=protocol.unreached)],
         "rows": _rows(outcomes, damage, tests, entries, protocol=protocol),
         "left": [*methods][len(entries) :],
         "failures": {entry.name: entry.failure for entry in entries if entry.failure},
-        "surrogate_rows": own.surrogate_rows().count if searched(methods.values()) else 0,
+        "drawn_rows": own.drawn_rows(methods.values()).count,
         "entries": [dataclasses.asdict(entry) for entry in entries],
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "tests": [dataclasses.asdict(test) for test in tests],
@@ -193,15 +196,34 @@ def _number(value: float | None, *, digits: int = 3) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
 
 
+LEGEND = (
+    "Ways of asking: how many images come back (Wilson's 95 % interval; of the attack on the initial latent, the "
+    "median position of what it found in its chi-square distribution). A success counts only as far as the controls' "
+    'and the twins\' rows stay below it. "Less unseen": memories that the original gave, less controls, each less '
+    "itself on the twins where there are some, with the interval of the equivalence test (90 %). Likeness: median "
+    f"similarity to the original's image of the same prompt and noise. {DASH}: not measured."
+)
+
+
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """The table as Markdown, with the reasons of those that failed below."""
-    lines = ["| | " + " | ".join(record["header"]) + " |", "|" + "---|" * (len(record["header"]) + 1)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in record["rows"]]
+    """The table as Markdown: memories, controls asked alike, the reasons of those that failed, what the columns say."""
+    ways_ = record["header"][: len(record["controls"][0]) - 1] if record["controls"] else []
+    lines = _table(["memories", *record["header"]], record["rows"])
+    if record["controls"]:
+        lines += ["", *_table(["controls", *ways_], record["controls"])]
     lines += [f"\n{name}: {reason}" for name, reason in record["failures"].items()]
     if record["left"]:
         lines += ["\nNot made yet: " + ", ".join(record["left"]) + "; the same command goes on."]
     memories, controls = record["images"]
-    lines += [f"\n{memories} memories, {controls} controls; split: {record['split']}."]
-    if made := record["surrogate_rows"]:
-        lines += [f"\nRows and minutes are the erasures' own; their surrogates, made once, took at most {made:,} rows."]
+    lines += [f"\n{memories} memories, {controls} controls; split: {record['split']}. {LEGEND}"]
+    if made := record["drawn_rows"]:
+        lines += [
+            "\nRows and minutes are the erasures' own; the surrogates and neighbours that some learn from, drawn once, "
+            f"took at most {made:,} rows."
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *escaped)]

@@ -1,22 +1,22 @@
 """Neighbours of the erased captions, one word exchanged: damage hides there, and an erasure may hold them in place.
 
-A neighbour may bring the memory back as the caption itself does. So what the model draws from it is taught only where
-the judge takes it for no copy, and is unlike every memory as surrogates are.
+A neighbour may bring the memory back as the caption itself does. So it is taught only if none of what the model draws
+from it, under several seeds, is like a memory.
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dori.audit.judge import Case, finite_images
 from dori.erase.decide import deciding_pairs, limit
-from dori.erase.pairs import Pairs
 from dori.metrics.similarity import Descriptor
 from dori.model.stable_diffusion import StableDiffusion
-from dori.run import tensors_sha256
 from dori.sampling import Sampling, initial_noise, named_seed, sample
 
-PER_CALL = 32  # images drawn at once
+SEEDS = 3  # images of each neighbour
+PER_CALL = 16  # neighbours drawn at once
 
 
 def neighbours(
@@ -52,8 +52,8 @@ def drawn_neighbours(
     below: float,
     sampling: Sampling,
     seed: int,
-) -> Pairs:
-    """One image of each text as the model draws it, with the text's embedding, without those that show a memory.
+) -> tuple[Tensor, Tensor]:
+    """`SEEDS` images of each text as the model draws it, with the text's embedding, if none of them shows a memory.
 
     Args:
         model: as it was.
@@ -63,14 +63,19 @@ def drawn_neighbours(
         below: similarity to any memory that may not be reached, as a share of the threshold that decides.
         sampling: of the images.
         seed: of the noises.
+
+    Returns:
+        Latents (k, c, h, w) and embeddings (k, l, d) on the CPU; k = 0 where every text shows one.
     """
     latents, embeddings = torch.zeros(0, *model.latent_shape), torch.zeros(0, *model.embedding_shape)
     limits = torch.tensor([limit(descriptor, case) for case in cases])
     for first in range(0, len(texts), PER_CALL):
         part = list(texts[first : first + PER_CALL])
-        y, noise = model.encode(part), initial_noise(model, [named_seed("neighbour", seed, text) for text in part])
+        y = model.encode(part).repeat_interleave(SEEDS, 0)
+        noise = initial_noise(model, [named_seed("neighbour", seed, text, k) for text in part for k in range(SEEDS)])
         z = sample(model, y, noise, steps=sampling.steps, guidance_scale=sampling.guidance_scale)
         images, finite = finite_images(model.to_images(z).cpu())
         unlike = (deciding_pairs(descriptor, cases, images) < below * limits).all(1) & finite
-        latents, embeddings = torch.cat([latents, z.cpu()[unlike]]), torch.cat([embeddings, y.cpu()[unlike]])
-    return Pairs(latents, embeddings, tensors_sha256({"latents": latents, "embeddings": embeddings}))
+        kept = unlike.view(-1, SEEDS).all(1).repeat_interleave(SEEDS)
+        latents, embeddings = torch.cat([latents, z.cpu()[kept]]), torch.cat([embeddings, y.cpu()[kept]])
+    return latents, embeddings

@@ -32,7 +32,7 @@ class Processes:
 
     def share(self, rows: int) -> Tensor:
         """Indices of this process's rows; the shares of all processes are disjoint and cover [0, rows)."""
-        return torch.arange(self.index, rows, self.count)
+        return torch.arange(rows)[self.index :: self.count]  # none where there are more processes than rows
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors summed over all processes."""

@@ -199,7 +199,7 @@ def _about(own: Bench, name: str, edit: WeightDelta, fingerprints: Mapping[str, 
         "descriptor": own.judge.descriptor.record(),
         "plan": own.plan,
         "seconds": own.seconds(name),
-        "surrogate_rows": own.surrogate_rows().count if method_of(own, name).needs_surrogates else 0,
+        "surrogate_rows": own.drawn_rows([method_of(own, name)]).count,
         "provenance": own.run.provenance(),
     }
 

@@ -9,7 +9,8 @@ explain m,
 
 where kappa is set by the norms of the two gradients. Settings on SD 1.4: lambda .5, forget gradient of norm 750
 (`forget_norm`) or a tenth of the keep gradient's, AdamW 1e-5, decay .01, clip 1, batch 16, 35 steps. A fixed norm
-belongs to one network's size, so the share is the default.
+belongs to one network's size and to a loss that is summed over a latent's numbers, as theirs is; losses here are means,
+which `forget_norm` allows for. The share is the default.
 
 Traps: the released scripts for Stable Diffusion and CelebA draw t = T - 1 alone (`as_released`); in latent space the
 weights are one-hot at nearly all other timesteps (the log says how often), so importance sampling becomes a coin flip
@@ -73,7 +74,7 @@ class Siss:
         batch: rows in each.
         mixing: lambda, the share of rows drawn from the memory.
         forget_share: norm of the forget gradient as a share of the keep gradient's.
-        forget_norm: a fixed norm of the forget gradient instead; None takes the share.
+        forget_norm: a fixed norm instead, of the gradient of the loss summed over a latent; None takes the share.
         timesteps: first and one past the last; None takes all.
         tuner: how weights move.
     """
@@ -123,7 +124,8 @@ class Siss:
         grad_x, loss_x = self._gradient(tuned, batch, noisy, keep, w_x)
         grad_a, loss_a = self._gradient(tuned, batch, noisy, forget, w_a)
         norm_x, norm_a = (sum(float(g.double().square().sum()) for g in grads) ** 0.5 for grads in (grad_x, grad_a))
-        wanted = self.forget_share * norm_x if self.forget_norm is None else self.forget_norm
+        fixed = self.forget_norm
+        wanted = self.forget_share * norm_x if fixed is None else fixed / keep[0].numel()
         scale = wanted / norm_a if norm_a else 0.0
         tuned.update([x - scale * a for x, a in zip(grad_x, grad_a, strict=True)])
         saturated = (w_a < SATURATED) | (w_x < SATURATED)

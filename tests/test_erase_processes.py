@@ -1,0 +1,129 @@
+"""Several processes: they share rows, triggers and the search for surrogates, and reach what one reaches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from erasing import draw, forget, retain
+from test_erase_adversarial import METHOD
+
+from dori.erase.processes import Processes
+from dori.model.stable_diffusion import StableDiffusion
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_shares_of_rows_cover_the_batch_once() -> None:
+    for count in (1, 2, 3, 5):
+        for rows in (7, 1, 0):  # more processes than rows are no error
+            shares = torch.cat([Processes(index, count).share(rows) for index in range(count)])
+            assert shares.sort().values.tolist() == list(range(rows))
+    given = {0: draw(2, 3, seed=0), 1: draw(0, 3, seed=0), 2: draw(5, 3, seed=1)}
+    alone = Processes().every(given, 3, like=given[1])
+    assert all(torch.equal(alone[row], rows) for row, rows in given.items()) and len(alone) == 3
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from typing import Any
+sys.path.insert(0, "tests")
+import torch
+from conftest import tiny_parts
+from erasing import forget, retain
+from test_erase_adversarial import METHOD, watch
+from dori.erase.pairs import Work
+from dori.erase.processes import started
+from dori.model.stable_diffusion import StableDiffusion
+folder = Path(sys.argv[1])
+processes = started(device="cpu")
+own = folder / f"tokenizer-{processes.index}"
+own.mkdir()
+model = StableDiffusion(**tiny_parts(own), name="tiny")
+edit = METHOD(model, forget(model), retain(model), seed=0, work=Work(folder / "state.safetensors", processes=processes))
+edit.save(folder / f"edit-{processes.index}.safetensors")
+mine = {row: torch.full((row, 2), row + 0.5) for row in processes.share(4).tolist()}
+for count, held in ((4, mine), (1, {0: torch.ones(3, 2)} if processes.first else {})):
+    every = processes.every(held, count, like=torch.zeros(0, 2))
+    assert [len(rows) for rows in every] == ([0, 1, 2, 3] if count == 4 else [3])
+    assert all(torch.equal(rows, torch.full_like(rows, i + 0.5 if count == 4 else 1.0)) for i, rows in enumerate(every))
+"""
+
+
+SEARCHER = """
+import sys
+from pathlib import Path
+from typing import Any
+sys.path.insert(0, "tests")
+import dataclasses
+import torch
+from conftest import tiny_parts
+from test_erase_command import PLAN, bench, material
+from dori.erase.pairs import Work
+from dori.erase.processes import started
+from dori.model.stable_diffusion import StableDiffusion
+folder = Path(sys.argv[1])
+processes = started(device="cpu")
+own = folder / f"tokenizer-{processes.index}"
+own.mkdir(exist_ok=True)
+model = StableDiffusion(**tiny_parts(own), name="tiny")
+run = folder if processes.first else folder / str(processes.index)
+method = dataclasses.replace(PLAN.adversarial.paper(), near_weight=1.0)
+plan = dataclasses.replace(PLAN, adversarial=method)
+made = dataclasses.replace(bench(run, material(model), plan), work=Work(processes=processes)).forget([method])
+tensors = [*made.surrogates, made.near.latents, made.near.embeddings]
+torch.save([tensors, made.near.source, model.rows], folder / f"found-{processes.index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_search_and_any_number_goes_on(tmp_path: Path) -> None:
+    def found(count: int) -> list[Any]:
+        run_together(SEARCHER, tmp_path, count)
+        return [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(count)]
+
+    two = found(2)
+    spent = [rows for _, _, rows in two]
+    assert 0 < spent[1] < spent[0]  # the first one draws the neighbours too
+    (alone,), again = found(1), found(2)
+    assert [one[2] for one in (alone, *again)] == [0, 0, 0]
+    for tensors, source, _ in (two[1], alone, *again):
+        assert source == two[0][1]
+        assert all(torch.equal(a, b) for a, b in zip(tensors, two[0][0], strict=True)) and len(tensors[0]) > 0
+
+
+def run_together(program: str, folder: Path, count: int) -> None:
+    """The program in so many processes, each with the folder as its argument."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+        "ACCELERATE_USE_CPU": "true",
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)],
+            cwd=ROOT,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+    assert [worker.wait(timeout=300) for worker in workers] == [0] * count
+
+
+@pytest.mark.slow
+def test_several_processes_reach_the_weights_of_one(tiny: StableDiffusion, tmp_path: Path) -> None:
+    from dori.edit import load_edit
+
+    alone = METHOD(tiny, forget(tiny), retain(tiny), seed=0)
+    run_together(WORKER, tmp_path, 2)
+    edits = [load_edit(tmp_path / f"edit-{rank}.safetensors") for rank in range(2)]
+    assert edits[0].fingerprint == edits[1].fingerprint
+    for key, value in alone.deltas.items():
+        assert torch.allclose(edits[0].deltas[key], value, atol=2e-4)
