@@ -121,6 +121,8 @@ def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> 
         "1.00 [0.61, 1.00] of the others" in said_.sentences[0]
         and "Without a mask (what fails there is not scored): 1.00" in said_.sentences[0]
     )
+    assert "As they are, without a new attack, 0.00 [0.00, 0.39] and 1.00 [0.61, 1.00] still do" in said_.sentences[0]
+    assert "(1.00 [0.68, 1.00] under random masks as large)." in said_.sentences[0]
     assert "from 2 on (0.20 of the layers' weights) none of 8 fresh attacks" in said_.sentences[1]
     assert "even 2 (0.20 of the layers' weights) leave 8 of 8" in said_.sentences[1]  # random masks
     assert "at the price of 1.4 / 60 / 0.8 on ordinary prompts" in said_.sentences[1]

@@ -132,7 +132,15 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
         if test is not None
     )
     as_is = f" As they are, without a new attack, {said(replay.own)} and {said(replay.others)} still do"
-    as_is += "." if by_chance is None else f" ({said(replayed(found, by_chance).others)} under random masks)."
+    chance = [
+        f"{said(replayed(found, one).others)} {words}"
+        for one, words in (
+            (by_chance, "under random masks as large"),
+            (controls["Under masks of another image's triggers:"], "under masks of another image's triggers"),
+        )
+        if one is not None
+    ]
+    as_is += f" ({', '.join(chance)})." if chance else "."
     left = f" {empty} of the {len(cross.sizes)} masks are empty and left out." if empty else ""
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
