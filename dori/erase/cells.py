@@ -69,7 +69,7 @@ class Bench:
             texts,
             torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
-            self._surrogates(source) if need_surrogates(methods) else (none,) * len(cases),
+            self._surrogates(source) if _need_surrogates(methods) else (none,) * len(cases),
             model.encode([anchor_prompt(text) for text in texts]).cpu(),
             self.material.prompts.erasing,
             source,
@@ -150,7 +150,7 @@ class Bench:
         like = torch.zeros(0, *model.latent_shape, device=model.device)
         every = processes.every(found, len(keys), like=like)
         if several and processes.first:
-            every = [cell(row, partial(_kept, latents)) for row, latents in enumerate(every)]
+            every = [cell(row, partial(dict, latents=latents)) for row, latents in enumerate(every)]
         return tuple(latents.cpu() for latents in every)
 
     def _search_for(
@@ -275,7 +275,7 @@ class Bench:
     def drawn_costs(self, methods: Iterable[Eraser]) -> dict[str, Rows]:
         """The cells of what these erasers learn from beside the memories, with their cost, at most."""
         methods, search = list(methods), self.plan.surrogates
-        found = self.surrogate_costs() if need_surrogates(methods) else {}
+        found = self.surrogate_costs() if _need_surrogates(methods) else {}
         if _need_neighbours(methods):
             images, steps, scale = SEEDS * len(self.taught_neighbours()), search.sampling_steps, search.guidance_scale
             found |= {NEAR: drawn(images, sampling_steps=steps, guidance_scale=scale)}
@@ -312,12 +312,7 @@ class Bench:
         }
 
 
-def _kept(latents: Tensor) -> dict[str, Tensor]:
-    """Another process's surrogates, as a cell holds them."""
-    return {"latents": latents}
-
-
-def need_surrogates(methods: Iterable[Eraser]) -> bool:
+def _need_surrogates(methods: Iterable[Eraser]) -> bool:
     """Whether surrogates are needed at all."""
     return any(method.needs_surrogates for method in methods)
 

@@ -229,11 +229,8 @@ class _Loop:
             self.bench.skip(self.cells[analysis.case.memory.id])
 
     def _causal(self, analysis: _Analysis, other: _Analysis | None, method: str, causal: Causal) -> None:
-        chosen, masks, memory = (
-            range(min(causal.triggers, len(analysis.triggers))),
-            analysis.masks,
-            analysis.case.memory,
-        )
+        chosen = range(min(causal.triggers, len(analysis.triggers)))
+        masks, memory = analysis.masks[method], analysis.case.memory
         trial = Trial(
             self.bench,
             analysis.case,
@@ -246,7 +243,7 @@ class _Loop:
         if not any(cross.memory == memory.id for cross in self.records["crosses"]):
             cross, joined, prices = trial.without_mask()
             self._note([cross], [joined], prices)
-        edits = [masks[method].edit(self.bench.model, k) for k in chosen]
+        edits = [masks.edit(self.bench.model, k) for k in chosen]
         others = []
         if other is not None:
             few = choose(min(causal.triggers, len(other.triggers)), causal.other)
@@ -255,7 +252,7 @@ class _Loop:
         self._note(crosses, [], prices)
         seed = named_seed("locality joined", self.bench.plan.seed, memory.id)
         order = torch.randperm(len(analysis.triggers), generator=torch.Generator().manual_seed(seed)).tolist()
-        united, prices = trial.united(method, (masks[method].edit(self.bench.model, k) for k in order), len(order))
+        united, prices = trial.united(method, (masks.edit(self.bench.model, k) for k in order), len(order))
         self._note([], united, prices)
 
     def _note(self, crosses: Sequence[Cross], joined: Sequence[Joined], prices: Sequence[Price]) -> None:

@@ -156,31 +156,33 @@ class Trial:
             given: row in its `Cross`, None of joined ones, and edit.
             first: place of the first of them among those of its kind.
         """
-        bench, memory, prices = self.bench, self.case.memory.id, list[Price]()
-        for index, (row, edit) in enumerate(given, first):
-            name = price_name(memory, method, masks, index, joined=number > 1 or row is None)
-            edits = [no_edit(), dataclasses.replace(edit, name=name)][: 1 + (masks != NO_MASK)]
-            found = ordinary_quality(
-                bench.model,
-                bench.plan.judging(),
-                bench.judge,
-                bench.run,
-                edits=edits,
-                prompts=self.prompts,
-                base={"model": bench.fingerprint, "judge": bench.judged_by},
-                held_out=self.held_out,
-                stage=QUALITY,
-            )
-            if not found:
-                return []
-            drawn, own = len(self.prompts), found[-1]
-            if masks == NO_MASK and self.held_out is None:
-                drawn *= 2  # a second time as the reference
-            bench.count(QUALITY, drawing(bench.plan, drawn))
+        bench, memory = self.bench, self.case.memory.id
+        named = [
+            dataclasses.replace(edit, name=price_name(memory, method, masks, index, joined=row is None))
+            for index, (row, edit) in enumerate(given, first)
+            if masks != NO_MASK
+        ]
+        found = ordinary_quality(
+            bench.model,
+            bench.plan.judging(),
+            bench.judge,
+            bench.run,
+            edits=[no_edit(), *named],
+            prompts=self.prompts,
+            base={"model": bench.fingerprint, "judge": bench.judged_by},
+            held_out=self.held_out,
+            stage=QUALITY,
+        )
+        if not found:
+            return []
+        held = self.held_out is not None
+        times = len(given) + (masks == NO_MASK and not held)  # a second time as the reference
+        bench.count(QUALITY, drawing(bench.plan, len(self.prompts) * times))
+        prices = []
+        for (row, _), own in zip(given, found[len(found) - len(given) :], strict=True):
             values = (own.frechet, own.kernel, own.alignment, own.to_unedited)
-            numbers = [None if value is None else known(value) for value in values]
-            held = self.held_out is not None
-            prices.append(Price(memory, method, masks, number, row, own.prompts, held, *numbers))
+            figures = [None if value is None else known(value) for value in values]
+            prices.append(Price(memory, method, masks, number, row, own.prompts, held, *figures))
         return prices
 
 

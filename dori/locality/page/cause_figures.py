@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dori.locality.page.intervened import excess_shares, patch_shares
-from dori.locality.page.pruned import beside, prices, scored
+from dori.locality.page.pruned import beside, of_masks, prices, scored
 from dori.locality.page.summary import Dose
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality
@@ -15,6 +15,7 @@ from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars,
 from dori.stats import wilson
 
 ROWS = {TRIGGERS: "mask of\ntrigger i", OTHER_MASKS: "other\nimage's", RANDOM: "random\nmasks", NO_MASK: "no mask"}
+BELOW = (OTHER_MASKS, RANDOM, NO_MASK)  # in a matrix, of the masks of the memory's own triggers
 LARGEST = 16  # groups of a figure
 LETTERS = {"prompt": "P", "gaussian": "G", "foreign": "F"}
 
@@ -25,8 +26,7 @@ def cross_figures(found: Locality, cross: Cross) -> list[Picture]:
     Random masks and the whole model stand below. Rows of empty masks are blank, and of what fails without a mask no dot
     or missing dot says anything.
     """
-    others = ((cross.method, OTHER_MASKS), (cross.method, RANDOM), ("", NO_MASK))
-    blocks = [cross, *(one for key in others if (one := beside(found, cross, *key)) is not None)]
+    blocks = [cross, *(one for kind in BELOW if (one := beside(found, cross, kind)) is not None)]
     few, name = len(cross.fresh[0]), f"{cross.memory}, {cross.method}"
     again = _stacked(
         [[(*a, np.nan, *f[:few]) for a, f in zip(_full(c, c.again), _full(c, c.fresh), strict=True)] for c in blocks]
@@ -101,11 +101,8 @@ def _matrix(
 
 def joined_figures(found: Locality, cross: Cross) -> list[Picture]:
     """Fresh attacks that succeed against the number of joined masks, and what the unions cost."""
-    bare = [j for j in found.joined if (j.memory, j.masks) == (cross.memory, NO_MASK)]
-    rows = {
-        masks: bare + [j for j in found.joined if (j.memory, j.method, j.masks) == (cross.memory, cross.method, masks)]
-        for masks in (TRIGGERS, RANDOM)
-    }
+    bare = of_masks(found.joined, cross, NO_MASK)
+    rows = {masks: bare + of_masks(found.joined, cross, masks) for masks in (TRIGGERS, RANDOM)}
     if len(rows[TRIGGERS]) == len(bare) or not any(cross.sizes):
         return []
     name = f"{cross.memory}, {cross.method}"

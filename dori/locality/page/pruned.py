@@ -6,6 +6,7 @@ Rules: `dori.locality.page.verdict`.
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
+from typing import TypeVar
 
 from dori.locality.causal import CrossTest, cross_test, enough
 from dori.locality.costs import causal_methods
@@ -13,6 +14,8 @@ from dori.locality.page.summary import EMPTY, Said, left_out, methods, said
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality, Price
 from dori.report.verdict import SPOILED
 from dori.stats import Estimate, wilson
+
+Record = TypeVar("Record", Cross, Joined, Price)
 
 
 def tested(found: Locality, cross: Cross) -> CrossTest:
@@ -56,7 +59,7 @@ def scored(found: Locality, cross: Cross, name: str) -> list[dict[int, bool]]:
         name: "replay", "again" or "fresh"; each row's fresh attacks have starts of their own.
     """
     table: tuple[tuple[float, ...], ...] = getattr(cross, name)
-    bare = beside(found, cross, "", NO_MASK)
+    bare = beside(found, cross, NO_MASK)
     rows = []
     for row, values in enumerate(table):
         first = row * len(values) if name == "fresh" else 0
@@ -71,10 +74,15 @@ def scored(found: Locality, cross: Cross, name: str) -> list[dict[int, bool]]:
     return rows
 
 
-def beside(found: Locality, cross: Cross, method: str, masks: str) -> Cross | None:
+def of_masks(rows: Sequence[Record], cross: Cross, masks: str) -> list[Record]:
+    """Those of this memory's records that are of masks of a kind, by this method; without a mask there is no method."""
+    method = "" if masks == NO_MASK else cross.method
+    return [row for row in rows if (row.memory, row.method, row.masks) == (cross.memory, method, masks)]
+
+
+def beside(found: Locality, cross: Cross, masks: str) -> Cross | None:
     """The same memory's attacks under other masks, if they were made."""
-    key = (cross.memory, method, masks)
-    return next((c for c in found.crosses if (c.memory, c.method, c.masks) == key), None)
+    return next(iter(of_masks(found.crosses, cross, masks)), None)
 
 
 def causal(found: Locality) -> Said:
@@ -114,11 +122,11 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
         word = f"cannot be told, {EMPTY}"
         return word, f"{cross.memory}, {cross.method}: all {empty} masks are empty and prune nothing: {word}."
     controls = {
-        name: beside(found, cross, method, masks)
-        for name, method, masks in (
-            ("Without a mask (what fails there is not scored):", "", NO_MASK),
-            ("Under random masks as large:", cross.method, RANDOM),
-            ("Under masks of another image's triggers:", cross.method, OTHER_MASKS),
+        name: beside(found, cross, masks)
+        for name, masks in (
+            ("Without a mask (what fails there is not scored):", NO_MASK),
+            ("Under random masks as large:", RANDOM),
+            ("Under masks of another image's triggers:", OTHER_MASKS),
         )
     }
     bare, random, other = (None if one is None else tested(found, one) for one in controls.values())
@@ -208,8 +216,7 @@ def causal_word(
 
 def prices(found: Locality, cross: Cross, masks: str, *, single: bool) -> list[Price]:
     """What this method's masks of a kind cost, of this memory: of single ones, or of joined ones."""
-    method = "" if masks == NO_MASK else cross.method
-    rows = [p for p in found.prices if (p.memory, p.method, p.masks) == (cross.memory, method, masks)]
+    rows = of_masks(found.prices, cross, masks)
     return rows if masks == NO_MASK else [p for p in rows if (p.row is not None) == single]
 
 
@@ -256,11 +263,8 @@ def _distances(rows: Sequence[Price]) -> str:
 
 
 def _joined(found: Locality, cross: Cross) -> list[str]:
-    rows: dict[str, list[Joined]] = {
-        masks: [j for j in found.joined if (j.memory, j.method, j.masks) == (cross.memory, cross.method, masks)]
-        for masks in (TRIGGERS, RANDOM)
-    }
-    bare = [j for j in found.joined if (j.memory, j.masks) == (cross.memory, NO_MASK)]
+    rows = {masks: of_masks(found.joined, cross, masks) for masks in (TRIGGERS, RANDOM)}
+    bare = of_masks(found.joined, cross, NO_MASK)
     if not rows[TRIGGERS] or not any(cross.sizes):
         return []
     if bare and bare[0].successes == 0:
