@@ -222,6 +222,13 @@ def _erase(erase: argparse.ArgumentParser) -> None:
         "damage, under every attack",
     )
     erase.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of the table make this row alone; repeat it for several, which are made in this order",
+    )
+    erase.add_argument(
         "--split",
         choices=("all", "tune", "test"),
         default="all",

@@ -288,6 +288,7 @@ def _erase(arguments: argparse.Namespace) -> int:
             preset=arguments.preset,
             eraser=arguments.eraser,
             table=arguments.table,
+            rows=tuple(arguments.row),
             split=arguments.split,
             limit=arguments.limit,
             rate_scale=arguments.rate_scale,

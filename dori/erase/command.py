@@ -22,7 +22,7 @@ from dori.cost import Rows, forecast, measured_speed
 from dori.erase import DEFAULT
 from dori.erase.cells import Bench
 from dori.erase.certificate import render
-from dori.erase.contest import Kind, contest, contest_costs, contestants, to_markdown
+from dori.erase.contest import Kind, contest, contest_costs, contestants, row_names, to_markdown
 from dori.erase.material import Material, Planted, Split, folder_material, testbed_material
 from dori.erase.pairs import Work
 from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
@@ -53,6 +53,7 @@ class Request:
         preset: name of the plan.
         eraser: name of the eraser; with a table the default alone.
         table: make a table instead of one erasure.
+        rows: names of the table's rows to make, in this order; () makes all.
         split: part of the memories to erase.
         limit: at most so many memories and controls; None leaves it to the preset.
         rate_scale: factor on all learning rates; None is 1, and the testbed's own for the testbed.
@@ -70,6 +71,7 @@ class Request:
     preset: str = "quick"
     eraser: str = DEFAULT
     table: Kind | None = None
+    rows: tuple[str, ...] = ()
     split: Split = "all"
     limit: int | None = None
     rate_scale: float | None = None
@@ -84,8 +86,8 @@ class Request:
         """Refuse what does not go together.
 
         Raises:
-            DoriError: folders are missing or superfluous, a table is asked for one eraser, or the model could not be
-                written where it should.
+            DoriError: folders are missing or superfluous, a table is asked for one eraser or a row that it has not,
+                or the model could not be written where it should.
         """
         if self.own_images and (self.retain or self.controls or self.twins or self.device != "cpu"):
             raise DoriError(
@@ -104,10 +106,21 @@ class Request:
                 f"--table {self.table} has its own erasers and would not heed --eraser {self.eraser}; "
                 "leave out --eraser or --table"
             )
+        self._check_rows()
         if self.save_model is not None:
             check_target(self.save_model, source=self.model)
             if self.out.resolve().is_relative_to(self.save_model.resolve()):
                 raise DoriError(f"{self.save_model} will hold the run itself; name another place for --save-model")
+
+    def _check_rows(self) -> None:
+        if self.table is None:
+            if self.rows:
+                raise DoriError("--row names rows of a table; give --table, or leave out --row")
+            return
+        known = row_names(self.table, self.plan().adversarial)
+        for name in self.rows:
+            if name not in known or self.rows.count(name) > 1:
+                raise DoriError(f"--row {name!r}: --table {self.table} has these, once each: {'; '.join(known)}")
 
     @property
     def own_images(self) -> bool:
@@ -243,7 +256,7 @@ def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Mater
 
 
 def _table(request: Request, kind: Kind, own: Bench) -> list[str]:
-    methods = contestants(kind, own)
+    methods = contestants(kind, own, request.rows)
     _announce(own, list(contest_costs(own, kind, methods).values()))
 
     path = request.out / "table.json"

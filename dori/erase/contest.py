@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dori.cost import Rows
-from dori.erase import ERASERS
+from dori.erase import ARMS, ERASERS
+from dori.erase.adversarial import AdversarialErasure
 from dori.erase.battery import State
 from dori.erase.cells import Bench
 from dori.erase.damage import Damage
@@ -48,11 +49,19 @@ class Entry:
     failure: str = ""
 
 
-def contestants(kind: Kind, own: Bench) -> dict[str, Eraser]:
-    """The rows' methods by name."""
+def row_names(kind: Kind, adversarial: AdversarialErasure) -> tuple[str, ...]:
+    """Names of all rows of a table."""
+    return {"erasers": ERASERS, "ablations": ARMS, "frontier": tuple(frontier(adversarial))}[kind]
+
+
+def contestants(kind: Kind, own: Bench, names: Sequence[str] = ()) -> dict[str, Eraser]:
+    """The rows' methods by name, all or those of these names, in their order."""
+    adversarial = own.plan.adversarial
+    wanted = names or row_names(kind, adversarial)
     if kind == "erasers":
-        return {name: method_of(own, name) for name in ERASERS}
-    return dict((arms if kind == "ablations" else frontier)(own.plan.adversarial))
+        return {name: method_of(own, name) for name in wanted}
+    methods = (arms if kind == "ablations" else frontier)(adversarial)
+    return {name: methods[name] for name in wanted}
 
 
 def contest_costs(own: Bench, kind: Kind, methods: Mapping[str, Eraser]) -> dict[str, Rows]:
