@@ -229,6 +229,15 @@ def _erase(erase: argparse.ArgumentParser) -> None:
         help="of the table make this row alone; repeat it for several, which are made in this order",
     )
     erase.add_argument(
+        "--take",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="TABLE.JSON",
+        help="take the rows of this table, made elsewhere of the same images by the same settings, instead of making "
+        "them; repeatable",
+    )
+    erase.add_argument(
         "--split",
         choices=("all", "tune", "test"),
         default="all",

@@ -289,6 +289,7 @@ def _erase(arguments: argparse.Namespace) -> int:
             eraser=arguments.eraser,
             table=arguments.table,
             rows=tuple(arguments.row),
+            take=tuple(arguments.take),
             split=arguments.split,
             limit=arguments.limit,
             rate_scale=arguments.rate_scale,

@@ -175,7 +175,7 @@ class Run:
 
     def _header(self, inputs: Mapping[str, object]) -> dict[str, Any]:
         _refuse_nan(inputs, "the inputs of a cell")
-        described = {"made_by": self.made_by, "inputs": json.loads(_canonical(dict(inputs)))}
+        described = {"made_by": self.made_by, "inputs": as_read_again(dict(inputs))}
         return described | {"inputs_sha256": canonical_sha256(described)}
 
     def _path(self, key: str, suffix: str) -> Path:
@@ -236,6 +236,11 @@ def _plain(value: object) -> object:
 def _canonical(data: object) -> bytes:
     """One byte string for one value: sorted keys, no blanks, ASCII, no NaN."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain).encode("ascii")
+
+
+def as_read_again(data: object) -> Any:
+    """JSON-able data (dataclasses and paths as `Run.once_record` takes them) as a file gives it back: no tuples."""
+    return json.loads(_canonical(data))
 
 
 def canonical_sha256(data: object) -> str:

@@ -1,17 +1,34 @@
 """Three memories, their surrogates and ordinary pairs of a tiny model, for the tests of erasers."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from conftest import tiny_parts
 from torch import Tensor
 from torch.nn import functional
 
-from dori.audit.judge import Case
+from dori.attack.dori import Dori
+from dori.audit.judge import Case, Judge
 from dori.audit.loop import make_cases
-from dori.erase.pairs import Forget, Pairs
+from dori.audit.schedule import Subjects
+from dori.erase.adversarial import AdversarialErasure
+from dori.erase.cells import Bench
+from dori.erase.latent_attack import LatentAttack
+from dori.erase.material import Material, divided
+from dori.erase.pairs import Forget, Pairs, Work
+from dori.erase.plan import Plan
+from dori.erase.protocol import Protocol
+from dori.erase.relearn import Relearning
+from dori.erase.surrogates import SurrogateSearch
+from dori.erase.tuning import Tuner
 from dori.memory import Memory
 from dori.metrics.similarity import Descriptor
+from dori.mitigate.wanda import Wanda
+from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run
 
 TEXTS = ("abc", "de fg", "hi jk lm")
 
@@ -61,3 +78,56 @@ def cases(model: StableDiffusion, count: int = 3, group: str = "memory", seed: i
 def weights(model: StableDiffusion) -> dict[str, Tensor]:
     """A copy of the U-Net's weights."""
     return {name: value.detach().clone() for name, value in model.unet.named_parameters()}
+
+
+FAST = Tuner(learning_rate=1e-3)
+PLAN = Plan(
+    "tiny",
+    adversarial=AdversarialErasure(
+        rounds=1, steps_per_round=1, batch=2, attack=Dori(steps=1, batch=1), starts=("prompt",), tuner=FAST
+    ),
+    mitigations=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=2),),
+    surrogates=SurrogateSearch(wanted=1, tries=2, sampling_steps=1, below_target=1.4),
+    protocol=Protocol(
+        seeds=1,
+        sampling_steps=1,
+        attack=Dori(steps=1, batch=1, snapshots=(0, 1)),
+        starts=("prompt",),
+        long=None,
+        restricted=None,
+        latent=LatentAttack(steps=1, sampling_steps=1),
+        again=Dori(steps=1, batch=1, snapshots=(0, 1)),
+        roundings=("int8",),
+        harmless_steps=1,
+        relearning=Relearning(steps=1, batch=1, check_every=1, tuner=FAST),
+    ),
+    quality_prompts=4,
+    neighbours=1,
+    watch_seeds=1,
+)
+PLAN = dataclasses.replace(
+    PLAN, tables=dataclasses.replace(PLAN.protocol, starts=("prompt", "gaussian"), harmless_steps=0)
+)
+
+
+def material(model: StableDiffusion, *twins: StableDiffusion) -> Material:
+    """Two memories, two controls and a few prompts."""
+    subjects = Subjects(model, cases(model, 2), cases(model, 2, "control", seed=8), (), None, twins)
+    prompts = divided([f"word {i}" for i in range(12)], subjects, 4)
+    pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    pairs = retain(model)
+    return Material(subjects, pairs, pairs, pictures, prompts, "test")
+
+
+def twin_of(folder: Path) -> StableDiffusion:
+    """Another model that opens alike."""
+    twin = StableDiffusion(**tiny_parts(folder), name="twin <b>")
+    with torch.no_grad():
+        twin.unet.conv_in.weight.add_(0.1 * draw(*twin.unet.conv_in.weight.shape, seed=0))
+    return twin
+
+
+def bench(folder: Path, given: Material, plan: Plan = PLAN, say: Callable[[str], None] = lambda line: None) -> Bench:
+    """What an erasure works on, in a folder of its own."""
+    fingerprint = model_fingerprint(given.subjects.model)
+    return Bench(given, plan, Judge(DESCRIPTOR), Run(folder, say=say, modules=()), Work(say=say), fingerprint)

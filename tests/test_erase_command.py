@@ -3,99 +3,36 @@
 import dataclasses
 import json
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_parts
-from erasing import DESCRIPTOR, cases, draw
-from erasing import retain as ordinary_pairs
+from erasing import PLAN, bench, cases, draw, material, twin_of
 
 from dori.attack.dori import Dori
-from dori.audit.judge import Judge
 from dori.audit.schedule import Subjects
 from dori.cli import main
 from dori.cost import Rows, Speed, forecast
 from dori.edit import load_edit
 from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
-from dori.erase.cells import Bench
 from dori.erase.certificate import render
 from dori.erase.command import Request, audit_rows, written
-from dori.erase.contest import contest, contest_costs, contestants, to_markdown
+from dori.erase.contest import contest_costs, contestants
 from dori.erase.damage import Damage, spoiled
 from dori.erase.erasers import arms, eraser, frontier, ordinary
-from dori.erase.latent_attack import LatentAttack
 from dori.erase.material import Material, Uses, divided, of_split
-from dori.erase.pairs import Pairs, Work
+from dori.erase.pairs import Pairs
 from dori.erase.plan import PRESETS, Plan, fitted, scaled
 from dori.erase.premise import Unprompted, unprompted_contrast
 from dori.erase.proof import ORDINARY, Proof, proof_costs, prove
-from dori.erase.protocol import Protocol
-from dori.erase.relearn import Relearning
-from dori.erase.surrogates import SurrogateSearch
 from dori.erase.tuning import Tuner
 from dori.errors import DoriError
 from dori.findings import read_audit
-from dori.mitigate.wanda import Wanda
 from dori.model.load import load_model, model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
-from dori.run import Run, cell_key
-
-FAST = Tuner(learning_rate=1e-3)
-PLAN = Plan(
-    "tiny",
-    adversarial=AdversarialErasure(
-        rounds=1, steps_per_round=1, batch=2, attack=Dori(steps=1, batch=1), starts=("prompt",), tuner=FAST
-    ),
-    mitigations=(Wanda(sparsity=0.2, counted_steps=1, ddim_steps=2),),
-    surrogates=SurrogateSearch(wanted=1, tries=2, sampling_steps=1, below_target=1.4),
-    protocol=Protocol(
-        seeds=1,
-        sampling_steps=1,
-        attack=Dori(steps=1, batch=1, snapshots=(0, 1)),
-        starts=("prompt",),
-        long=None,
-        restricted=None,
-        latent=LatentAttack(steps=1, sampling_steps=1),
-        again=Dori(steps=1, batch=1, snapshots=(0, 1)),
-        roundings=("int8",),
-        harmless_steps=1,
-        relearning=Relearning(steps=1, batch=1, check_every=1, tuner=FAST),
-    ),
-    quality_prompts=4,
-    neighbours=1,
-    watch_seeds=1,
-)
-PLAN = dataclasses.replace(
-    PLAN, tables=dataclasses.replace(PLAN.protocol, starts=("prompt", "gaussian"), harmless_steps=0)
-)
-
-
-def material(model: StableDiffusion, *twins: StableDiffusion) -> Material:
-    """Two memories, two controls and a few prompts."""
-    subjects = Subjects(model, cases(model, 2), cases(model, 2, "control", seed=8), (), None, twins)
-    prompts = divided([f"word {i}" for i in range(12)], subjects, 4)
-    pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    pairs = ordinary_pairs(model)
-    return Material(subjects, pairs, pairs, pictures, prompts, "test")
-
-
-def twin_of(folder: Path) -> StableDiffusion:
-    """Another model that opens alike."""
-    twin = StableDiffusion(**tiny_parts(folder), name="twin <b>")
-    with torch.no_grad():
-        twin.unet.conv_in.weight.add_(0.1 * draw(*twin.unet.conv_in.weight.shape, seed=0))
-    return twin
-
-
-def bench(folder: Path, given: Material, plan: Plan = PLAN, say: Callable[[str], None] = lambda line: None) -> Bench:
-    """What an erasure works on, in a folder of its own."""
-    fingerprint = model_fingerprint(given.subjects.model)
-    return Bench(given, plan, Judge(DESCRIPTOR), Run(folder, say=say, modules=()), Work(say=say), fingerprint)
+from dori.run import cell_key
 
 
 def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "adversarial") -> Proof:
@@ -194,76 +131,22 @@ def test_a_killed_search_for_surrogates_goes_on_with_the_next_memory(tiny: Stabl
     assert tiny.rows == before  # with all stored, not even the mitigations are made
 
 
-@pytest.mark.parametrize("kind", ["erasers", "ablations"])
-def test_a_table_has_a_row_for_each_and_says_what_failed(kind: str, tiny: StableDiffusion, tmp_path: Path) -> None:
-    names = ("uce", "esd") if kind == "erasers" else ("paper's loss", "LoRA")
-    own = bench(tmp_path / "run", material(tiny, twin_of(tmp_path)))
-    few = {name: method for name, method in contestants(kind, own).items() if name in names}  # type: ignore[arg-type]
-    if kind == "erasers":
-        diverging = Tuner(learning_rate=1e25, part="cross_attention")
-        few["esd"] = dataclasses.replace(few["esd"], steps=5, tuner=diverging)
-        # All memories come back; the arms' surrogates could not be told from copies then.
-        own = dataclasses.replace(own, judge=Judge(dataclasses.replace(DESCRIPTOR, threshold=-1.0)))
-    planned = contest_costs(own, kind, few)  # type: ignore[arg-type]
-    parts: list[Any] = []
-    with own.run.locked():
-        record = contest(own, kind, few, parts.append)  # type: ignore[arg-type]
-    cells = {path.stem for path in (tmp_path / "run" / "cells").iterdir() if not path.stem.startswith("seconds")}
-    failed = {key for key in planned if "esd" in key} if kind == "erasers" else set()
-    assert cells == set(planned) - failed
-    assert "from noise" in record["header"]
-    assert {test["state"] for test in record["tests"]} >= ({"original"} if kind == "erasers" else set())
-    stored = {
-        o["id"]
-        for o in record["outcomes"]
-        if o["state"] == "original" and statistics.median(o["similarities"]) > o["threshold"]
-    }
-    (part,) = parts  # after the first of two; what comes after the last is the table itself
-    assert part["left"] == (["uce"] if kind == "erasers" else ["LoRA"])
-    assert f"Not made yet: {part['left'][0]}" in to_markdown(part)
-    assert part["rows"] == record["rows"][: len(part["rows"])] and part["failures"] == record["failures"]
-    compared = {count for test in record["tests"] for count in test["found"]["counts"][:1]}
-    assert all(count <= len(stored) for count in compared)
-    made = [row[0] for row in record["rows"]]
-    table = to_markdown(record)
-    assert ("drawn once" in table) == (kind == "ablations")  # neither UCE nor ESD learns from surrogates
-    assert [row[0] for row in record["controls"]] == made and "| controls | prompt |" in table
-    if kind == "erasers":
-        assert made == ["original", "twin <b>", "uce"] and "diverged" in record["failures"]["esd"]
-        assert "esd: training tiny diverged" in table
-    else:
-        assert made == ["original", "twin <b>", *names]
-    assert all(len(row) == len(record["header"]) + 1 for row in record["rows"])
-    assert table.count("\n|") >= len(made)
-
-
-def test_ordinary_training_in_a_table_is_as_long_as_the_erasure_beside_it(
-    tiny: StableDiffusion, tmp_path: Path
-) -> None:
-    early = dataclasses.replace(PLAN.adversarial, rounds=3, budget_rows=1)  # it ends after the first round
-    brief = dataclasses.replace(PLAN.tables, starts=("prompt",), relearning=None, latent=None)
-    own = bench(tmp_path, material(tiny), dataclasses.replace(PLAN, adversarial=early, tables=brief))
-    few = {name: contestants("erasers", own)[name] for name in ("adversarial", "ordinary")}
-    assert contest_costs(own, "erasers", few)[cell_key("edit", "ordinary")].trained == 3 * early.batch  # at most
-    with own.run.locked():
-        made = {entry["name"]: entry["rows"] for entry in contest(own, "erasers", few)["entries"]}
-    assert made["ordinary"] == early.batch < made["adversarial"]
-
-
 def test_names_and_methods_agree() -> None:
     method = AdversarialErasure(tuner=Tuner(learning_rate=2e-4, part="lora", ema_decay=0.9))
     settings = {"adversarial": method, "timesteps": 100, "sampling_steps": 7}
     made, single = ({name: eraser(name, memories=n, **settings) for name in ERASERS} for n in (3, 1))
     assert made["adversarial"] is method and made["ordinary"].tuner == dataclasses.replace(method.tuner, part="full")
-    assert (single["siss"].steps, single["esd"].steps, single["concept-ablation"].steps) == (35, 200, 400)
+    assert (single["siss"].steps, single["esd"].steps, made["concept-ablation"].steps) == (35, 200, 400)
     table = arms(method)
     assert made["adversarial-paper"] == method.paper() == table["paper's loss"]
     assert [one.needs_surrogates for one in (method, method.paper())] == [False, True]
-    published = set(ERASERS) - {"adversarial", "adversarial-paper", "ordinary", "uce"}
+    published = set(ERASERS) - {"adversarial", "adversarial-paper", "ordinary", "concept-ablation", "uce"}
     assert all(made[name].steps == 3 * single[name].steps and made[name].tuner.ema_decay == 0 for name in published)
     assert made["siss-as-released"].timesteps == (99, 100) and made["esd"].sampling_steps == 7
     assert made["esd"].tuner.learning_rate == pytest.approx(1e-3)  # published 5e-5, scaled as 1e-5 to 2e-4
-    assert made["concept-ablation"].tuner.learning_rate == pytest.approx(1e-5)
+    for found, anchors in ((single, 2), (made, 6)):  # rows and rate grow with the memories, not the steps
+        ablation = found["concept-ablation"]
+        assert (ablation.batch, ablation.tuner.learning_rate) == (anchors, pytest.approx(20 * anchors * 5e-7))
     assert tuple(table) == ARMS and len(set(table.values())) >= len(ARMS) - 1
     assert table["both losses"].adversarial_weight == 1 == table["both losses"].unconditional_weight
     assert table["no retain loss"].retain_weight == 0 and table["attention only"].tuner.part == "attention"
@@ -325,7 +208,7 @@ def test_the_quick_plans_keep_their_time(tiny: StableDiffusion, tmp_path: Path) 
     whole = sum(proof_costs(own, "adversarial").values(), audit_rows(own))
     assert 15 * 60 < whole.seconds_s(speed) < 30 * 60
     fixed = sum(contest_costs(own, "ablations", {}).values(), Rows())
-    for name, method in contestants("ablations", own).items():
+    for name, method in contestants("ablations", own, ARMS).items():
         with_it = sum(contest_costs(own, "ablations", {name: method}).values(), Rows())
         assert 60 < with_it.seconds_s(speed) - fixed.seconds_s(speed) < 16 * 60
     assert "about" in forecast(whole, Speed(250, 90)) and "about" not in forecast(whole, None)

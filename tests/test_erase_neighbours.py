@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from erasing import DESCRIPTOR, cases, forget, retain
-from test_erase_command import PLAN, bench, material
+from erasing import DESCRIPTOR, PLAN, bench, cases, forget, material, retain
 from torch import Tensor
 
 from dori.attack.dori import Dori

@@ -12,9 +12,19 @@ from erasing import draw, forget, retain
 from test_erase_adversarial import METHOD
 
 from dori.erase.processes import Processes
+from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_process_without_rows_adds_nothing_to_the_gradient(
+    tiny: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dori.erase.processes.reduce", lambda tensor, reduction: tensor)
+    with tuning(tiny, Tuner(), processes=Processes(1, 2)) as tuned:
+        gradient, loss = tuned.gradient(lambda rows: pytest.fail("no row is this process's"), 1)
+    assert loss == 0 and all(not grad.any() for grad in gradient)
 
 
 def test_shares_of_rows_cover_the_batch_once() -> None:
@@ -62,7 +72,7 @@ sys.path.insert(0, "tests")
 import dataclasses
 import torch
 from conftest import tiny_parts
-from test_erase_command import PLAN, bench, material
+from erasing import PLAN, bench, material
 from dori.erase.pairs import Work
 from dori.erase.processes import started
 from dori.model.stable_diffusion import StableDiffusion

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
-from test_erase_command import PLAN
+from erasing import PLAN
 
 from dori.erase.plan import PRESETS
 from dori.erase.write import save_model
@@ -188,7 +188,7 @@ def test_an_erasure_is_written_as_a_model(given: Path, tmp_path: Path, capsys: p
 FULL_DISK = """
 import resource, sys
 sys.path.insert(0, "tests")
-from test_erase_command import PLAN
+from erasing import PLAN
 from dori.cli import main
 from dori.erase.plan import PRESETS
 PRESETS["quick"] = lambda: PLAN

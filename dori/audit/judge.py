@@ -99,6 +99,11 @@ def pixels_sha256(images: Tensor) -> str:
     return tensors_sha256({"pixels": (images * 255).round().to(torch.uint8)})
 
 
+def cases_sha256(cases: Sequence[Case]) -> str:
+    """SHA-256 over ids, texts and pixels of images in their order."""
+    return canonical_sha256([[case.memory.id, case.memory.text, pixels_sha256(case.image)] for case in cases])
+
+
 def finite_images(images: Tensor) -> tuple[Tensor, Tensor]:
     """Images fit to be judged and seen, shape (n, 3, H, W), and which of them were finite, booleans (n,).
 

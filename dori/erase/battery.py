@@ -113,8 +113,7 @@ class Battery:
 
     def measure(self, state: State, cases: Sequence[Case]) -> list[Outcome]:
         """All outcomes of these images in this state."""
-        if state.model.name not in self.fingerprints:
-            self.fingerprints[state.model.name] = model_fingerprint(state.model)
+        self.fingerprint(state.model)
         base = state.made_of(self.fingerprints) | {
             "judge": self.judge.record(),
             "seeds": self.protocol.fresh_seeds(),
@@ -130,6 +129,12 @@ class Battery:
                     for restart in range(self.protocol.restarts):
                         found += self._relearn(state, case, Asking(RELEARN, restart=restart), base)
         return found
+
+    def fingerprint(self, model: StableDiffusion) -> str:
+        """A model's fingerprint, taken when it is first met."""
+        if model.name not in self.fingerprints:
+            self.fingerprints[model.name] = model_fingerprint(model)
+        return self.fingerprints[model.name]
 
     def costs(self, state: State, cases: Sequence[Case]) -> dict[str, Rows]:
         """Every cell of `measure` with its cost, at most: no image is relearned before the last step."""

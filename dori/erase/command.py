@@ -9,25 +9,25 @@ the ablation, or the frontier of removal against damage.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dori.audit.folders import OwnJudge
-from dori.audit.judge import Case, Judge, pixels_sha256
+from dori.audit.judge import Judge, cases_sha256
 from dori.audit.loop import audit
 from dori.audit.schedule import planned_cost
 from dori.cost import Rows, forecast, measured_speed
 from dori.erase import DEFAULT
 from dori.erase.cells import Bench
 from dori.erase.certificate import render
-from dori.erase.contest import Kind, contest, contest_costs, contestants, row_names, to_markdown
+from dori.erase.contest import contest, contest_costs, contestants, row_names
 from dori.erase.material import Material, Planted, Split, folder_material, testbed_material
 from dori.erase.pairs import Work
 from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
 from dori.erase.processes import Processes, started
 from dori.erase.proof import Proof, proof_costs, prove
+from dori.erase.tables import Kind, Table, read_table, to_markdown
 from dori.erase.write import check_target, save_model
 from dori.errors import DoriError
 from dori.model.load import model_fingerprint
@@ -54,6 +54,7 @@ class Request:
         eraser: name of the eraser; with a table the default alone.
         table: make a table instead of one erasure.
         rows: names of the table's rows to make, in this order; () makes all.
+        take: tables of the same images and settings whose rows are taken over.
         split: part of the memories to erase.
         limit: at most so many memories and controls; None leaves it to the preset.
         rate_scale: factor on all learning rates; None is 1, and the testbed's own for the testbed.
@@ -72,6 +73,7 @@ class Request:
     eraser: str = DEFAULT
     table: Kind | None = None
     rows: tuple[str, ...] = ()
+    take: tuple[Path, ...] = ()
     split: Split = "all"
     limit: int | None = None
     rate_scale: float | None = None
@@ -114,8 +116,8 @@ class Request:
 
     def _check_rows(self) -> None:
         if self.table is None:
-            if self.rows:
-                raise DoriError("--row names rows of a table; give --table, or leave out --row")
+            if self.rows or self.take:
+                raise DoriError("--row and --take are of a table; give --table, or leave them out")
             return
         known = row_names(self.table, self.plan().adversarial)
         for name in self.rows:
@@ -157,6 +159,7 @@ def erase(request: Request, say: Say) -> list[str]:
     processes = started(device=request.device)
     if request.table is not None and processes.count > 1:
         raise DoriError("a table is made by one process; start the command without a launcher")
+    others = {path: read_table(path) for path in request.take}
     folder = request.out if processes.first else request.out / "processes" / str(processes.index)
     run = Run(folder, say=say if processes.first else lambda line: None, modules=COMPUTING)
     with run.locked():
@@ -171,7 +174,7 @@ def erase(request: Request, say: Say) -> list[str]:
         if processes.first:
             _claim(request, own)
         if request.table is not None:
-            return _table(request, request.table, own)
+            return _table(request, request.table, own, others)
         if processes.first:
             _announce(own, [*proof_costs(own, request.eraser).values(), audit_rows(own)])
         proof = prove(own, request.eraser)
@@ -198,8 +201,8 @@ def _claim(request: Request, own: Bench) -> None:
         "sampling": [own.plan.protocol.sampling_steps, own.plan.protocol.guidance_scale],
         "judge": canonical_sha256(own.judge.record()),
         "model": own.fingerprint,
-        "memories": _images(subjects.memories),
-        "controls": _images(subjects.controls),
+        "memories": cases_sha256(subjects.memories),
+        "controls": cases_sha256(subjects.controls),
         "retain": own.material.retain.source,
     }
     mend = "name another folder with --out"
@@ -216,10 +219,6 @@ def _claim(request: Request, own: Bench) -> None:
     if other and any((request.out / "cells").glob("edit*")):
         raise DoriError(f"{request.out} holds another erasure ({', '.join(other)} differ); {mend}")
     write_json(path, mine)
-
-
-def _images(cases: Sequence[Case]) -> str:
-    return canonical_sha256([[case.memory.id, case.memory.text, pixels_sha256(case.image)] for case in cases])
 
 
 def _announce(own: Bench, costs: Sequence[Rows]) -> None:
@@ -255,30 +254,31 @@ def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Mater
     )
 
 
-def _table(request: Request, kind: Kind, own: Bench) -> list[str]:
-    methods = contestants(kind, own, request.rows)
+def _table(request: Request, kind: Kind, own: Bench, others: Mapping[Path, Table]) -> list[str]:
+    path = request.out / "table.json"
+    there = {entry.name for other in others.values() for entry in other.entries}
+    names = request.rows or tuple(name for name in row_names(kind, own.plan.adversarial) if name not in there)
+    methods = contestants(kind, own, names)
     _announce(own, list(contest_costs(own, kind, methods).values()))
 
-    path = request.out / "table.json"
+    def write(table: Table) -> None:
+        write_json(path, dataclasses.asdict(table))
+        write_text(request.out / "table.md", to_markdown(table))
 
-    def write(record: dict[str, Any]) -> None:
-        write_json(path, record)
-        write_text(request.out / "table.md", to_markdown(record))
+    def write_part(table: Table) -> None:
+        if len(table.left) <= _left(path):  # a longer table stays until it is made again
+            write(table)
 
-    def write_part(record: dict[str, Any]) -> None:
-        if len(record["left"]) <= _left(path):  # a longer table stays until it is made again
-            write(record)
-
-    record = contest(own, kind, methods, write_part)
-    write(record)
-    return [to_markdown(record), f"table: {request.out / 'table.md'}"]
+    table = contest(own, kind, methods, write_part, others)
+    write(table)
+    return [to_markdown(table), f"table: {request.out / 'table.md'}"]
 
 
 def _left(path: Path) -> float:
     """How many rows a stored table still lacks; infinite where there is none."""
     try:
-        return len(json.loads(path.read_bytes())["left"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return len(read_table(path).left)
+    except DoriError:
         return math.inf
 
 

@@ -5,9 +5,10 @@ Source: Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models" (IC
     L = |eps(x_t, anchor) - eps_theta(x_t, target)|^2 + prior weight L_DM(retain)     (`model`)
     L = |eps - eps_theta(x_t, target)|^2 + ...                                        (`noise`)
 
-x_t noised anchor images, eps(., .) the frozen model. Full weights, rate 5e-7, batch 2, 400 steps, prior weight 1. The
-paper's anchors are paraphrases by a language model, filtered by similarity; here they need none: the anchor images are
-the model's own samples that do not replicate (the surrogates), the anchor prompt is the prompt shortened.
+x_t noised anchor images, eps(., .) the frozen model. Full weights, 400 steps of batch 2, prior weight 1; 5e-7 is a base
+rate, which the published scripts multiply by the rows of a batch. The paper's anchors are paraphrases by a language
+model, filtered by similarity; here they need none: the anchor images are the model's own samples that do not replicate
+(the surrogates), the anchor prompt is the prompt shortened.
 
 Trap: with the frozen model's prediction under the *memorized* prompt as target nothing would change, since that
 prediction is the memory; the anchor prompt must not replicate either.
@@ -43,7 +44,7 @@ class ConceptAblation:
     batch: int = 2
     prior_weight: float = 1.0
     target: Literal["model", "noise"] = "model"
-    tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=5e-7))
+    tuner: Tuner = field(default_factory=lambda: Tuner(learning_rate=1e-6))
 
     def rows(self, memories: int) -> Rows:
         """So many U-Net rows."""

@@ -21,7 +21,7 @@ from dori.erase.tuning import Part
 from dori.erase.uce import Uce
 from dori.model.stable_diffusion import StableDiffusion
 
-Published = TypeVar("Published", NaiveDeletion, GradientAscent, EraseDiff, Siss, Esd, ConceptAblation)
+Published = TypeVar("Published", NaiveDeletion, GradientAscent, EraseDiff, Siss, Esd)
 
 
 class Eraser(Protocol):
@@ -44,9 +44,10 @@ def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timeste
     """An eraser by its name, its learning rate scaled as the adversarial one's is against the published 1e-5.
 
     Small models move by larger rates than Stable Diffusion; one factor keeps the published proportions between
-    methods. Published steps are for one image, so that as many images get so many times as many; there is no average
-    of weights, which would hold short trainings back. Ordinary training is the scale of damage: its steps, rate and
-    average are the adversarial one's.
+    methods. Published steps are for one image, so that as many images get so many times as many. Concept Ablation's
+    tiny batches grow instead, and its rate with them, since its base rate is meant for one row: as many rows and as
+    long a way, in the published number of steps. There is no average of weights, which would hold short trainings
+    back. Ordinary training is the scale of damage: its steps, rate and average are the adversarial one's.
 
     Args:
         name: in `dori.erase.ERASERS`.
@@ -61,7 +62,7 @@ def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timeste
 
     tuner = dataclasses.replace(adversarial.tuner, part="full", ema_decay=0.0)
     rate = tuner.learning_rate / 1e-5
-    batch = adversarial.batch
+    batch, anchors = adversarial.batch, 2 * memories
     table: Mapping[str, Eraser] = {
         "adversarial": adversarial,
         "adversarial-paper": adversarial.paper(),
@@ -77,7 +78,9 @@ def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timeste
                 tuner=dataclasses.replace(tuner, learning_rate=5e-5 * rate, part="cross_attention"),
             )
         ),
-        "concept-ablation": each(ConceptAblation(tuner=dataclasses.replace(tuner, learning_rate=5e-7 * rate))),
+        "concept-ablation": ConceptAblation(
+            batch=anchors, tuner=dataclasses.replace(tuner, learning_rate=5e-7 * anchors * rate)
+        ),
         "uce": Uce(),
     }
     assert tuple(table) == ERASERS

@@ -132,7 +132,7 @@ class Tuned:
         total = [torch.zeros_like(weight) for weight in weights]
         loss = torch.zeros((), device=self.model.device)
         share = self.processes.share(rows)
-        for part in share.split(self.tuner.rows_per_call):
+        for part in share.split(self.tuner.rows_per_call) if len(share) else ():
             value = losses(part).sum() / rows
             for kept, grad in zip(total, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
                 if grad is not None:
