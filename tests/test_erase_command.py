@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -232,8 +233,8 @@ def test_full_erasures_are_watched_by_the_published_attack(tiny: StableDiffusion
 
 
 def test_a_ruined_model_stands_out() -> None:
-    def row(state: str, frechet: float, loss: float | None = 1.0) -> Damage:
-        return Damage(state, 2, frechet, 0, None, None, loss, 0, None, None, None, None)
+    def row(state: str, frechet: float, loss: float | None = 1.0, alignment: float | None = None) -> Damage:
+        return Damage(state, 2, frechet, 0, alignment, None, loss, 0, None, None, None, None)
 
     def found(*rows: Damage) -> float:
         return spoiled(rows, "erased", ("original", "ordinary"))
@@ -241,6 +242,9 @@ def test_a_ruined_model_stands_out() -> None:
     assert found(row("erased", 3), row("original", 4), row("ordinary", 2)) == 1.5
     assert found(row("erased", 3), row("original", 1), row("ordinary", 9)) == 3  # which is ruined itself
     assert found(row("erased", 2, 5), row("original", 2, 1), row("ordinary", 2, 2)) == 5
+    for alignment, times in ((0.1, 4), (0.0, math.inf), (-0.2, math.inf), (0.9, 1), (None, 1)):  # the sound ones' .4
+        sound = row("original", 1, 1, 0.6), row("ordinary", 1, 1, 0.4)
+        assert found(row("erased", 1, 1, alignment), *sound) == pytest.approx(times)
     assert found(row("erased", 2, None), row("original", 2), row("ordinary", 2)) == float("inf")
     assert found(row("erased", 3), row("original", 0), row("ordinary", 1)) == float("inf")
     assert found(row("erased", 0), row("original", 0), row("ordinary", 1)) == 1

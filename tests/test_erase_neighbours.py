@@ -10,10 +10,14 @@ from torch import Tensor
 
 from dori.attack.dori import Dori
 from dori.audit.judge import Judge
+from dori.cost import Rows
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.battery import State
+from dori.erase.damage import Damage
 from dori.erase.delta import CannotErase
 from dori.erase.neighbours import drawn_neighbours, neighbours
 from dori.erase.pairs import Pairs, former_losses, noised
+from dori.erase.proof import gauge_of
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import Sampling, initial_noise, named_seed, sample
@@ -58,7 +62,7 @@ def test_a_neighbour_that_shows_a_memory_under_any_seed_is_not_taught(tiny: Stab
 
     def found(threshold: float, below: float) -> tuple[Tensor, Tensor]:
         judge = dataclasses.replace(DESCRIPTOR, threshold=threshold)
-        return drawn_neighbours(tiny, texts, [shown], judge, below=below, sampling=SAMPLING, seed=3)
+        return drawn_neighbours(tiny, texts, [shown], judge, below=below, sampling=SAMPLING, seed=3).kept()
 
     for kept in (found(between, 1.0), found(4 * between, 0.25)):  # likeness is a share of the threshold
         assert torch.allclose(kept[0], latents[[0, 1, 2, 6, 7, 8]], atol=1e-5)
@@ -126,3 +130,25 @@ def test_taught_neighbours_are_drawn_once_and_cost_what_was_planned(tiny: Stable
     before = tiny.rows
     edit = own.edit("adversarial", plan.adversarial, again)
     assert tiny.rows - before == edit.details["rows"] == own.edit_rows(plan.adversarial).count
+
+
+def test_damage_is_not_judged_by_neighbours_that_show_a_memory(tiny: StableDiffusion, tmp_path: Path) -> None:
+    own, texts = bench(tmp_path, material(tiny)), ("ab cd", "ef gh", "ij kl")
+    gauge = dataclasses.replace(gauge_of(own, PLAN.tables), near=texts)
+    seed, p = named_seed("judged neighbours", gauge.seed), PLAN.tables
+    noise = initial_noise(tiny, [named_seed("neighbour", seed, "ef gh", 2)])
+    image = tiny.to_images(
+        sample(tiny, tiny.encode(["ef gh"]), noise, steps=p.sampling_steps, guidance_scale=p.guidance_scale)
+    )
+    shown = dataclasses.replace(cases(tiny, 1)[0], image=image[0])
+    states, prints = [State("original", tiny)], {tiny.name: own.fingerprint}
+    found = dict[bool, Damage]()
+    with own.run.locked():
+        for strict in (False, True):
+            judge = Judge(dataclasses.replace(DESCRIPTOR, threshold=0.9999 if strict else 2.0))
+            used = tiny.rows
+            (found[strict],) = dataclasses.replace(gauge, cases=(shown,), below=1.0, judge=judge).measure(
+                states, prints
+            )
+            assert tiny.rows - used <= sum(gauge.costs(states).values(), Rows()).count
+    assert [(found[strict].neighbours, found[strict].neighbours_shown) for strict in (False, True)] == [(3, 0), (2, 1)]

@@ -83,7 +83,7 @@ class Bench:
         inputs = {"memories": source, "texts": texts, "search": search, "judge": self._judged_by()}
 
         def compute() -> dict[str, Tensor]:
-            latents, embeddings = drawn_neighbours(
+            drawn = drawn_neighbours(
                 model,
                 texts,
                 self._cases,
@@ -92,7 +92,8 @@ class Bench:
                 sampling=Sampling(search.sampling_steps, search.guidance_scale),
                 seed=named_seed("taught neighbours", self.plan.seed),
             )
-            self.work.say(f"{len(latents) // SEEDS} of {len(texts)} neighbours of the captions show no memory")
+            self.work.say(f"{int(drawn.unlike.sum())} of {len(texts)} neighbours of the captions show no memory")
+            latents, embeddings = drawn.kept()
             return {"latents": latents, "embeddings": embeddings}
 
         stored = self.run.once_tensors(NEAR, inputs, compute) if processes.first else {}

@@ -17,6 +17,7 @@ from dori.erase.battery import Battery, State
 from dori.erase.cells import Bench
 from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erasers import Eraser, arms, frontier
+from dori.erase.neighbours import SEEDS
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.proof import battery_of, gauge_of, method_of
 from dori.erase.tables import Entry, Kind, Made, Table, check_same, joined
@@ -128,6 +129,7 @@ def settings_of(own: Bench, kind: Kind, battery: Battery) -> dict[str, Any]:
         "retain": own.material.retain.source,
         "prompts": own.material.prompts,
         "judge": own.judge.record(),
+        "neighbours": [plan.neighbours, SEEDS],
         "adversarial": plan.adversarial,
         "mitigations": plan.mitigations,
         "surrogates": plan.surrogates,

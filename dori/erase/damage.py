@@ -1,7 +1,8 @@
 """What an erasure costs: ordinary prompts, neighbours of the erased captions, and the loss on held-out pairs.
 
 Each figure stands beside that of ordinary training for the same steps and of a twin against the model, so that "no
-damage" has a scale. Neighbours (an erased caption with one word exchanged) are where damage hides.
+damage" has a scale. Neighbours (an erased caption with one word exchanged) are where damage hides; those from which the
+original model shows a memory are left out, since there a change is what was wanted.
 """
 
 import math
@@ -13,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dori.audit.judge import Judge, pixels_sha256
+from dori.audit.judge import Case, Judge, cases_sha256, pixels_sha256
 from dori.audit.quality import drawn_and_described
 from dori.cost import Rows, drawn
 from dori.erase.battery import State
+from dori.erase.decide import limit
+from dori.erase.neighbours import SEEDS, drawn_neighbours
 from dori.erase.pairs import Pairs, denoising_errors, noised
 from dori.metrics.quality import frechet_distance, kernel_distance
 from dori.metrics.similarity import cosine
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run, cell_key
-from dori.sampling import named_seed
+from dori.sampling import Sampling, named_seed
 
 REFERENCE = "damage.reference"  # cell of what all states are compared with
+SHOWN = "damage.neighbours"  # cell of which neighbours show a memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Damage:
         to_original: median similarity to the original model's image of the same prompt and seed.
         held_out_loss: mean denoising error on held-out pairs; None if it is not finite.
         neighbours: neighbours drawn from.
+        neighbours_shown: further ones that are left out, since the original model shows a memory from them.
         neighbour_frechet, neighbour_kernel: distances of their images to the original model's of the same prompts
             under other seeds.
         neighbour_alignment, neighbour_to_original: likewise.
@@ -57,6 +62,7 @@ class Damage:
     neighbour_kernel: float | None
     neighbour_alignment: float | None
     neighbour_to_original: float | None
+    neighbours_shown: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +74,8 @@ class Gauge:
         run: the folder that remembers.
         ordinary: ordinary prompts, at least two.
         near: neighbours of the erased captions.
+        cases: the memories, which no neighbour may show.
+        below: similarity to any memory that a neighbour's image may not reach, as a share of the threshold.
         held_out: ordinary images in [0, 1], shape (m, 3, H, W), that no erasure saw; None compares with the original
             model's images under other seeds.
         pairs: held-out pairs for the loss.
@@ -79,6 +87,8 @@ class Gauge:
     run: Run
     ordinary: tuple[str, ...]
     near: tuple[str, ...]
+    cases: tuple[Case, ...]
+    below: float
     held_out: Tensor | None
     pairs: Pairs
     sampling_steps: int
@@ -93,31 +103,58 @@ class Gauge:
             fingerprints: of their models, by name.
         """
         original = states[0]
-        base = {
-            "judge": self.judge.record(),
-            "sampling": [self.sampling_steps, self.guidance_scale],
-            "seed": self.seed,
-            "prompts": [self.ordinary, self.near],
-        }
-        drawn = [self._drawn_in(state, base | state.made_of(fingerprints)) for state in states]
-        other = self._references(original, base | original.made_of(fingerprints))
+        near = self._without_memories(original, self._inputs(self.near) | original.made_of(fingerprints))
+        base = self._inputs(near)
+        drawn = [self._drawn_in(state, near, base | state.made_of(fingerprints)) for state in states]
+        other = self._references(original, near, base | original.made_of(fingerprints))
         losses = [self._loss_in(state, base | state.made_of(fingerprints)) for state in states]
         return tuple(
-            self._row(state, found, drawn[0], other, loss)
+            self._row(state, len(near), found, drawn[0], other, loss)
             for state, found, loss in zip(states, drawn, losses, strict=True)
         )
 
-    def _drawn_in(self, state: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _inputs(self, near: Sequence[str]) -> dict[str, Any]:
+        return {
+            "judge": self.judge.record(),
+            "sampling": [self.sampling_steps, self.guidance_scale],
+            "seed": self.seed,
+            "prompts": [self.ordinary, near],
+        }
+
+    def _without_memories(self, original: State, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """The neighbours from which the original model shows no memory under any of several seeds."""
+
+        def compute() -> dict[str, Tensor]:
+            drawn = drawn_neighbours(
+                original.model,
+                self.near,
+                self.cases,
+                self.judge.descriptor,
+                below=self.below,
+                sampling=Sampling(self.sampling_steps, self.guidance_scale),
+                seed=named_seed("judged neighbours", self.seed),
+            )
+            return {"unlike": drawn.unlike}
+
+        if not self.near:
+            return ()
+        limits = [self.below * limit(self.judge.descriptor, case) for case in self.cases]
+        memories = {"memories": cases_sha256(self.cases), "limits": limits}
+        with original.applied():
+            unlike = self.run.once_tensors(SHOWN, {**inputs, **memories}, compute)["unlike"]
+        return tuple(text for text, kept in zip(self.near, unlike.tolist(), strict=True) if kept)
+
+    def _drawn_in(self, state: State, near: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         with state.applied():
             return self.run.once_tensors(
-                cell_key("damage", state.name), inputs, partial(self._both, state.model, "damage")
+                cell_key("damage", state.name), inputs, partial(self._both, state.model, near, "damage")
             )
 
-    def _references(self, original: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _references(self, original: State, near: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         held = "" if self.held_out is None else pixels_sha256(self.held_out)
 
         def compute() -> dict[str, Tensor]:
-            found = self._both(original.model, "damage reference")
+            found = self._both(original.model, near, "damage reference")
             if self.held_out is not None:
                 found["ordinary.features"] = self.judge.features(self.held_out)
             return found
@@ -125,10 +162,10 @@ class Gauge:
         with original.applied():
             return self.run.once_tensors(REFERENCE, {**inputs, "held_out": held}, compute)
 
-    def _both(self, model: StableDiffusion, name: str) -> dict[str, Tensor]:
+    def _both(self, model: StableDiffusion, near: Sequence[str], name: str) -> dict[str, Tensor]:
         """Ordinary prompts and neighbours, drawn and described."""
         found = self._described(model, self.ordinary, f"{name} ordinary", "ordinary")
-        return found | (self._described(model, self.near, f"{name} near", "near") if len(self.near) > 1 else {})
+        return found | (self._described(model, near, f"{name} near", "near") if len(near) > 1 else {})
 
     def _described(self, model: StableDiffusion, prompts: Sequence[str], name: str, group: str) -> dict[str, Tensor]:
         found = drawn_and_described(
@@ -160,6 +197,7 @@ class Gauge:
     def _row(
         self,
         state: State,
+        neighbours: int,
         found: Mapping[str, Tensor],
         original: Mapping[str, Tensor],
         reference: Mapping[str, Tensor],
@@ -190,7 +228,8 @@ class Gauge:
             alignment=median("ordinary"),
             to_original=drift("ordinary"),
             held_out_loss=loss,
-            neighbours=len(self.near),
+            neighbours=neighbours,
+            neighbours_shown=len(self.near) - neighbours,
             neighbour_frechet=near and near[0],
             neighbour_kernel=near and near[1],
             neighbour_alignment=median("near"),
@@ -198,18 +237,22 @@ class Gauge:
         )
 
     def costs(self, states: Sequence[State]) -> dict[str, Rows]:
-        """Every cell of `measure` with its cost."""
+        """Every cell of `measure` with its cost, at most: no neighbour shows a memory."""
         images = len(self.ordinary) + (len(self.near) if len(self.near) > 1 else 0)
         rows = drawn(images, sampling_steps=self.sampling_steps, guidance_scale=self.guidance_scale)
         found = {cell_key("damage", state.name): rows for state in states} | {REFERENCE: rows}
+        if self.near:
+            seen, scale = SEEDS * len(self.near), self.guidance_scale
+            found[SHOWN] = drawn(seen, sampling_steps=self.sampling_steps, guidance_scale=scale)
         return found | {cell_key("loss", state.name): Rows(len(self.pairs)) for state in states}
 
 
 def spoiled(damage: Sequence[Damage], state: str, sound: Sequence[str]) -> float:
-    """How badly a state draws: its Frechet distance or its held-out loss on ordinary images, whichever is worse.
+    """How badly a state draws: by its Frechet distance, held-out loss or alignment on ordinary prompts, the worst.
 
-    Each as a multiple of the smallest among states that are sound, so that a rate that ruins ordinary training as well
-    excuses nothing; infinite where the loss is not finite.
+    The first two as multiples of the smallest among states that are sound, so that a rate that ruins ordinary training
+    as well excuses nothing, and how many times smaller than the sound ones' the alignment is; infinite where the loss
+    is not finite, or the images agree with their prompts no more than chance.
     """
     by_name = {row.state: row for row in damage}
     own, others = by_name[state], [by_name[name] for name in sound]
@@ -218,4 +261,8 @@ def spoiled(damage: Sequence[Damage], state: str, sound: Sequence[str]) -> float
         (own.frechet, min(row.frechet for row in others)),
         (loss, min(math.inf if row.held_out_loss is None else row.held_out_loss for row in others)),
     )
-    return max(value / least if least > 0 else math.inf if value > 0 else 1.0 for value, least in pairs)
+    found = [value / least if least > 0 else math.inf if value > 0 else 1.0 for value, least in pairs]
+    agree = min((row.alignment for row in others if row.alignment is not None), default=0.0)
+    if own.alignment is not None and agree > 0:
+        found.append(agree / own.alignment if own.alignment > 0 else math.inf)
+    return max(found)

@@ -1,10 +1,11 @@
 """Neighbours of the erased captions, one word exchanged: damage hides there, and an erasure may hold them in place.
 
-A neighbour may bring the memory back as the caption itself does. So it is taught only if none of what the model draws
-from it, under several seeds, is like a memory.
+A neighbour may bring the memory back as the caption itself does. So it is taught, and damage is judged by it, only if
+none of what the model draws from it, under several seeds, is like a memory: otherwise removal itself would be damage.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,6 +44,25 @@ def neighbours(
     return tuple(text for text in fits if text not in texts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """What a model draws from neighbours, and from which of them it shows no memory.
+
+    Args:
+        latents, embeddings: `SEEDS` of each, shapes (n SEEDS, c, h, w) and (n SEEDS, l, d), on the CPU.
+        unlike: whether none of a neighbour's images is like a memory, shape (n,).
+    """
+
+    latents: Tensor
+    embeddings: Tensor
+    unlike: Tensor
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Latents and embeddings of the neighbours that show no memory."""
+        rows = self.unlike.repeat_interleave(SEEDS)
+        return self.latents[rows], self.embeddings[rows]
+
+
 def drawn_neighbours(
     model: StableDiffusion,
     texts: Sequence[str],
@@ -52,8 +72,8 @@ def drawn_neighbours(
     below: float,
     sampling: Sampling,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """`SEEDS` images of each text as the model draws it, with the text's embedding, if none of them shows a memory.
+) -> Drawn:
+    """`SEEDS` images of each text as the model draws it, and whether any of them shows a memory.
 
     Args:
         model: as it was.
@@ -63,11 +83,9 @@ def drawn_neighbours(
         below: similarity to any memory that may not be reached, as a share of the threshold that decides.
         sampling: of the images.
         seed: of the noises.
-
-    Returns:
-        Latents (k, c, h, w) and embeddings (k, l, d) on the CPU; k = 0 where every text shows one.
     """
-    latents, embeddings = torch.zeros(0, *model.latent_shape), torch.zeros(0, *model.embedding_shape)
+    latents, embeddings = [torch.zeros(0, *model.latent_shape)], [torch.zeros(0, *model.embedding_shape)]
+    kept = [torch.zeros(0, dtype=torch.bool)]
     limits = torch.tensor([limit(descriptor, case) for case in cases])
     for first in range(0, len(texts), PER_CALL):
         part = list(texts[first : first + PER_CALL])
@@ -76,6 +94,6 @@ def drawn_neighbours(
         z = sample(model, y, noise, steps=sampling.steps, guidance_scale=sampling.guidance_scale)
         images, finite = finite_images(model.to_images(z).cpu())
         unlike = (deciding_pairs(descriptor, cases, images) < below * limits).all(1) & finite
-        kept = unlike.view(-1, SEEDS).all(1).repeat_interleave(SEEDS)
-        latents, embeddings = torch.cat([latents, z.cpu()[kept]]), torch.cat([embeddings, y.cpu()[kept]])
-    return latents, embeddings
+        latents, embeddings = [*latents, z.cpu()], [*embeddings, y.cpu()]
+        kept.append(unlike.view(-1, SEEDS).all(1))
+    return Drawn(torch.cat(latents), torch.cat(embeddings), torch.cat(kept))

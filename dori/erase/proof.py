@@ -76,6 +76,8 @@ def gauge_of(own: Bench, protocol: Protocol) -> Gauge:
         run=own.run,
         ordinary=material.prompts.quality,
         near=own.judged_neighbours(),
+        cases=material.subjects.memories,
+        below=plan.surrogates.below_target,
         held_out=material.pictures,
         pairs=material.held_out,
         sampling_steps=protocol.sampling_steps,

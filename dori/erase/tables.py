@@ -187,7 +187,8 @@ LEGEND = (
     "median position of what it found in its chi-square distribution). A success counts only as far as the controls' "
     'and the twins\' rows stay below it. "Less unseen": memories that the original gave, less controls, each less '
     "itself on the twins where there are some, with the interval of the equivalence test (90 %). Alignment: median "
-    "agreement of image and prompt, on ordinary prompts and on neighbours of the erased captions. Likeness: median "
+    "agreement of image and prompt, on ordinary prompts and on neighbours of the erased captions (without those from "
+    "which the original draws a memory). Likeness: median "
     f"similarity to the original's image of the same prompt and noise. {DASH}: not measured."
 )
 

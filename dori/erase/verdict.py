@@ -36,7 +36,8 @@ RULES = (
     "Relearning counts only where it teaches at least half of the controls and half of the memories, on the state and "
     "on each twin: where nothing is learned, nothing is compared.",
     "Spoiled: the Frechet distance on ordinary prompts, or the loss on held-out pairs, is more than twice the smaller "
-    "of the original's and of ordinary training's for as many updates. What ruins the model hides every image alike.",
+    "of the original's and of ordinary training's for as many updates, or the agreement of images and ordinary prompts "
+    "less than half of it. What ruins the model hides every image alike.",
     "Untouched: otherwise, and at least half as many memories come back from their own prompts as before (where none "
     "did, under the attack of 50 steps).",
     "Hidden: otherwise, and at least half as many memories come back under the attack of 50 steps as before.",
@@ -164,7 +165,7 @@ def verdict(
         protocol: as measured.
         twins: names of the twins' states.
         blind: AUROC of scores that look at no model, memories against controls.
-        spoiled: Frechet distance or loss on ordinary images, as a multiple of a sound model's.
+        spoiled: how badly it draws, as a multiple of a sound model (`damage.spoiled`).
     """
     tests = compare(outcomes, protocol, twins)
     prompts = [_count(outcomes, state, PROMPT) for state in (ORIGINAL, ERASED)]
@@ -199,8 +200,9 @@ def _damaged(spoiled: float) -> list[str]:
     if spoiled <= SPOILED:
         return []
     return [
-        f"The model is spoiled: on ordinary images its Frechet distance or its loss is {spoiled:.1f} times what it was "
-        "or ordinary training leaves, and what draws nothing right draws no memory either."
+        f"The model is spoiled: on ordinary images its Frechet distance, its loss or its disregard of prompts is "
+        f"{spoiled:.1f} times what it was or ordinary training leaves, and what draws nothing right draws no memory "
+        "either."
     ]
 
 
