@@ -11,18 +11,22 @@ from typing import Any
 from dori.erase.outcomes import Outcome
 from dori.erase.premise import Unprompted, unprompted_contrast
 from dori.erase.rates import DASH, Line, rates, ways
-from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, RULES
+from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, RULES, figures
 from dori.report.nested import sheet
 from dori.report.page import page
 from dori.stats import Estimate
 
 WORDS = {
     "removed": "The memories behave as on a model that never saw them.",
-    "weakened": "The memories are harder to bring back than before; nothing shows that they behave like unseen images.",
-    "hidden": "The prompts no longer bring the memories back, and an attack on the embedding does.",
-    "untouched": "The memories come back as before.",
+    "weakened": "Fewer memories come back than before; it is not shown that they behave like unseen images.",
+    "hidden": "Less than half as many memories come back from their prompts as before, and at least half as many under "
+    "an attack on the embedding.",
+    "untouched": "At least half as many memories come back as before.",
     "unproven": "Nothing came back from the original model, so nothing can be said.",
 }
+ALONE = (
+    "All intervals are over these images: another model, another twin or another run of the erasure may differ by more."
+)
 SIGNS = {"removed": "✓", "weakened": "◐", "hidden": "◌", "untouched": "✗", "unproven": "?"}
 
 
@@ -54,6 +58,7 @@ def render(record: Mapping[str, Any]) -> str:
         tests=[_test(one) for one in record["verdict"]["tests"]],
         damage=[_damage(one) for one in record["damage"]],
         scale=_scale(record["damage"]),
+        near=_near(record["damage"]),
         eraser=sheet(record["eraser"]["settings"]),
         protocol=sheet(record["protocol"]),
         descriptor=sheet(record["descriptor"]),
@@ -65,14 +70,15 @@ def render(record: Mapping[str, Any]) -> str:
 
 def _test(one: Mapping[str, Any]) -> Line:
     e = one["found"]
+    difference, low, high, margin = figures(one["of"], e["difference"], e["low"], e["high"], e["margin"])
     shown = "equivalent" if e["shown"] else "different" if e["excluded"] else "not shown"
     shown += "" if e["spread"] else ", all images alike"
     return Line(
         f"{one['state']}: {one['quantity']}",
         (
-            f"{e['difference']:+.3g}",
-            f"{e['low']:+.3g} to {e['high']:+.3g}",
-            f"±{e['margin']:g}",
+            difference,
+            f"{low} to {high}",
+            f"{margin} times either way" if one["of"] == "ratio" else f"±{margin}",
             f"{e['p']:.3g}",
             f"{e['counts'][0]} and {e['counts'][1]}",
             shown,
@@ -95,6 +101,12 @@ def _damage(row: Mapping[str, Any]) -> Line:
     return Line(row["state"], tuple(DASH if row[name] is None else f"{row[name]:.4g}" for name in names))
 
 
+def _near(damage: Sequence[Mapping[str, Any]]) -> str:
+    """How many neighbours were left out, since the original model shows a memory from them."""
+    left = max((row.get("neighbours_shown", 0) for row in damage), default=0)
+    return f", without {left} from which the original shows a memory" if left else ""
+
+
 def _scale(damage: Sequence[Mapping[str, Any]]) -> str:
     """The erased model's Frechet distance beside that of ordinary training, the scale of "no damage"."""
     found = {row["state"]: row["frechet"] for row in damage}
@@ -111,7 +123,8 @@ def _split(record: Mapping[str, Any]) -> str:
     return {
         "all": "All given memories were erased and judged.",
         "tune": "These memories are the half on which settings may have been tuned: their figures are no test.",
-        "test": "These memories are the half on which nothing was tuned; the settings were frozen before.",
+        "test": "These memories are the half that is set aside for tests; that no setting was chosen by them is the "
+        "word of who made this.",
     }[record["split"]]
 
 
@@ -119,15 +132,16 @@ def _judge(record: Mapping[str, Any]) -> str:
     twins = [twin["name"] for twin in record["twins"]]
     if twins:
         return (
-            f"Each image is compared with itself on {' and '.join(twins)}, which never saw the memories; what "
-            "fine-tuning does to any image cancels by the same difference for controls."
+            f"Each image is compared with itself on {' and '.join(twins)}, which never saw the memories, and the "
+            "same difference of controls is taken off: what shifts every image by as much cancels (in a ratio: what "
+            f"multiplies it by as much). {ALONE}"
         )
     if not record["controls"]:
         return "There is neither a model that never saw the memories nor a control: nothing can be called removed."
     blind = ", ".join(f"{name} {value:.2f}" for name, value in record["blind"].items()) or "not measured"
     return (
         "There is no model that never saw the memories: they are compared with controls on the erased model. "
-        f"Scores that look at no model tell the two apart with AUROC {blind} (0.5: not at all)."
+        f"Scores that look at no model tell the two apart with AUROC {blind} (0.5: not at all). {ALONE}"
     )
 
 

@@ -21,7 +21,7 @@ from dori.erase.neighbours import SEEDS
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.proof import battery_of, gauge_of, method_of
 from dori.erase.tables import Entry, Kind, Made, Table, check_same, joined
-from dori.erase.verdict import ORIGINAL, compare
+from dori.erase.verdict import ORIGINAL
 from dori.run import as_read_again, cell_key
 
 
@@ -90,13 +90,12 @@ def contest(
             len(subjects.memories),
             len(subjects.controls),
             twins,
-            protocol.unreached,
+            protocol.margins,
             settings,
             tuple(entries),
             tuple(name for name in settings["rows"] if name not in names),
             own.drawn_rows(methods.values()).count,
             tuple(outcomes),
-            compare(outcomes, protocol, twins),
             tuple(damage),
             (Made(names, own.run.provenance()),) if names else (),
         )

@@ -12,6 +12,27 @@ EVERY: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
 
 
 @dataclass(frozen=True, slots=True)
+class Margins:
+    """By what memories may differ from unseen images and still count as equivalent, fixed before anything is measured.
+
+    Args:
+        area: in mean similarity over the attack's steps.
+        steps: in updates to relearn.
+        ratio: as a factor of the updates to relearn, > 1, in either direction.
+        level: of each one-sided test.
+        unreached: what counts as steps to relearn for an image that did not come back: one look after the last.
+        look: updates between two looks, to which steps to relearn are known.
+    """
+
+    area: float
+    steps: float
+    ratio: float
+    level: float
+    unreached: int
+    look: int
+
+
+@dataclass(frozen=True, slots=True)
 class Protocol:
     """All settings of the proof.
 
@@ -33,6 +54,7 @@ class Protocol:
         relearn_altered: relearn on rounded and further trained weights too.
         margin_area: of equivalence, in mean similarity over the attack's steps.
         margin_steps: of equivalence, in updates to relearn.
+        margin_ratio: of equivalence, as a factor of the updates to relearn.
         level: of each one-sided test.
         chunk: images per cell.
         seed: root of all random streams; none is shared with the erasure.
@@ -55,6 +77,7 @@ class Protocol:
     relearn_altered: bool = True
     margin_area: float = 0.05
     margin_steps: float = 6.0
+    margin_ratio: float = 1.5
     level: float = 0.05
     chunk: int = 16
     seed: int = 0
@@ -64,11 +87,7 @@ class Protocol:
         return [named_seed("proof", self.seed, k) for k in range(self.seeds)]
 
     @property
-    def unreached(self) -> int:
-        """What counts as steps to relearn for an image that did not come back: one look after the last."""
-        return 0 if self.relearning is None else self.relearning.steps + self.relearning.check_every
-
-    @property
-    def grid_variance(self) -> float:
-        """Variance that is rounded away from steps to relearn, which are known to one look: a uniform one's."""
-        return 0.0 if self.relearning is None else self.relearning.check_every**2 / 12
+    def margins(self) -> Margins:
+        """Margins of equivalence, and the grid on which steps to relearn lie."""
+        look, last = (0, 0) if self.relearning is None else (self.relearning.check_every, self.relearning.steps)
+        return Margins(self.margin_area, self.margin_steps, self.margin_ratio, self.level, last + look, look)

@@ -14,8 +14,9 @@ import numpy as np
 
 from dori.erase.damage import Damage
 from dori.erase.outcomes import PROMPT, Outcome
+from dori.erase.protocol import Margins
 from dori.erase.rates import DASH, Line, rates, ways
-from dori.erase.verdict import ORIGINAL, Test
+from dori.erase.verdict import ORIGINAL, Test, compare, figures
 from dori.errors import DoriError
 from dori.record_file import read_record
 
@@ -25,6 +26,7 @@ APART = 0.02  # similarities of one prompt's images differ by less on other devi
 TAIL = (
     "similarity less unseen",
     "steps to relearn less unseen",
+    "steps to relearn, ratio to unseen",
     "Frechet",
     "alignment",
     "likeness to original",
@@ -63,14 +65,13 @@ class Table:
         split: which part of the memories: all, tune or test.
         memories, controls: numbers of images.
         twins: names of the twins, which stand in the table as the original does.
-        unreached: what an image that was not relearned counts as, in steps.
+        margins: of equivalence, and what an image that was not relearned counts as.
         settings: everything that rows must share: hashes of models and images, judge, recipe, protocol, seed; and
             `rows`, the names of all rows in the table's order.
         entries: rows made or failed, in the table's order.
         left: names of the rows still to come.
         drawn_rows: at most so many U-Net rows for surrogates and neighbours, which are drawn once for all.
         outcomes: of the original, the twins and every edit.
-        tests: equivalence with unseen images.
         damage: of the original, the twins and every edit.
         made: which run made what.
         schema: of the file.
@@ -81,13 +82,12 @@ class Table:
     memories: int
     controls: int
     twins: tuple[str, ...]
-    unreached: int
+    margins: Margins
     settings: Mapping[str, Any]
     entries: tuple[Entry, ...]
     left: tuple[str, ...]
     drawn_rows: int
     outcomes: tuple[Outcome, ...]
-    tests: tuple[Test, ...]
     damage: tuple[Damage, ...]
     made: tuple[Made, ...]
     schema: int = SCHEMA
@@ -96,6 +96,10 @@ class Table:
     def fixed(self) -> tuple[str, ...]:
         """States that no row makes."""
         return (ORIGINAL, *self.twins)
+
+    def tests(self) -> tuple[Test, ...]:
+        """Equivalence of every state's memories with unseen images."""
+        return compare(self.outcomes, self.margins, self.twins)
 
     def only(self, names: Sequence[str]) -> "Table":
         """The table with these rows alone, in this order, beside the original and the twins."""
@@ -108,7 +112,6 @@ class Table:
             self,
             entries=tuple(entry for name in names for entry in self.entries if entry.name == name),
             outcomes=ordered(self.outcomes),
-            tests=ordered(self.tests),
             damage=ordered(self.damage),
         )
 
@@ -146,7 +149,6 @@ def joined(own: Table, others: Mapping[Path, Table]) -> Table:
             left=tuple(name for name in own.left if name not in names),
             drawn_rows=max(own.drawn_rows, other.drawn_rows),
             outcomes=own.outcomes + tuple(o for o in new.outcomes if o.state in names),
-            tests=own.tests + tuple(t for t in new.tests if t.state in names),
             damage=own.damage + tuple(d for d in new.damage if d.state in names),
             made=own.made + tuple(one for one in made if one.rows),
         ).only(own.settings["rows"])
@@ -185,11 +187,11 @@ def _answered_otherwise(own: Table, other: Table) -> str:
 LEGEND = (
     "Ways of asking: how many images come back (Wilson's 95 % interval; of the attack on the initial latent, the "
     "median position of what it found in its chi-square distribution). A success counts only as far as the controls' "
-    'and the twins\' rows stay below it. "Less unseen": memories that the original gave, less controls, each less '
-    "itself on the twins where there are some, with the interval of the equivalence test (90 %). Alignment: median "
-    "agreement of image and prompt, on ordinary prompts and on neighbours of the erased captions (without those from "
-    "which the original draws a memory). Likeness: median "
-    f"similarity to the original's image of the same prompt and noise. {DASH}: not measured."
+    'and the twins\' rows stay below it. "Less unseen" and "ratio to unseen": memories that the original gave, less '
+    "controls, each less itself on the twins where there are some, with the interval of the equivalence test (90 %). "
+    "Alignment: median agreement of image and prompt, on ordinary prompts and on neighbours of the erased captions, "
+    "without those from which the original draws a memory. Likeness: median similarity to the original's image of the "
+    f"same prompt and noise. {DASH}: not measured."
 )
 
 
@@ -214,16 +216,17 @@ def memory_rows(table: Table) -> list[list[str]]:
     """Cells of the memories' rows: who comes back, less unseen images, damage, cost."""
     by_state = {row.state: row for row in table.damage}
     by_name = {entry.name: entry for entry in table.entries}
-    by_test = {(test.state, test.kind): test for test in table.tests if test.of == "mean"}
+    by_test = {(test.state, test.kind, test.of): test for test in table.tests() if test.of != "spread"}
     found = []
-    for line in rates(table.outcomes, "memory", unreached=table.unreached):
+    for line in rates(table.outcomes, "memory", unreached=table.margins.unreached):
         row, entry = by_state[line.heading], by_name.get(line.heading)
         seconds = entry.seconds if entry else None
         found.append(
             [
                 *_cells(line),
-                _difference(by_test.get((line.heading, "area")), digits=3),
-                _difference(by_test.get((line.heading, "relearning")), digits=1),
+                _difference(by_test.get((line.heading, "area", "mean"))),
+                _difference(by_test.get((line.heading, "relearning", "mean"))),
+                _difference(by_test.get((line.heading, "relearning", "ratio"))),
                 f"{row.frechet:.4g}",
                 _number(row.alignment),
                 _number(row.to_original),
@@ -239,19 +242,22 @@ def memory_rows(table: Table) -> list[list[str]]:
 
 def control_rows(table: Table) -> list[list[str]]:
     """Cells of the controls' rows: who comes back."""
-    return [_cells(line) for line in rates(table.outcomes, "control", unreached=table.unreached) if table.controls]
+    return [
+        _cells(line) for line in rates(table.outcomes, "control", unreached=table.margins.unreached) if table.controls
+    ]
 
 
 def _cells(line: Line) -> list[str]:
     return [line.heading, *line.cells]
 
 
-def _difference(test: Test | None, *, digits: int) -> str:
+def _difference(test: Test | None) -> str:
     """Memories less controls (less the twins'), with its interval; nothing where nothing was compared."""
     if test is None:
         return DASH
     e = test.found
-    return f"{e.difference:+.{digits}f} ({e.low:+.{digits}f} to {e.high:+.{digits}f})"
+    difference, low, high, _ = figures(test.of, e.difference, e.low, e.high, e.margin)
+    return f"{difference} ({low} to {high})"
 
 
 def _number(value: float | None, *, digits: int = 3) -> str:

@@ -3,17 +3,22 @@
 Difference in differences: of each memory, the value on the erased model less that on the models that never saw it (the
 twins); less the same for controls, which no model saw. What fine-tuning does to any image cancels. Without a twin the
 memories are compared with matched controls on the erased model itself.
+
+What shifts both groups by as much cancels in a difference, what multiplies both does not: a model that learns twice as
+fast halves every number of steps. So steps to relearn are compared as ratios too (differences of logarithms).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.stats import fisher_exact
 
 from dori.erase.equivalence import Equivalence, equivalence
 from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, back, by_group, points, relearning_steps
-from dori.erase.protocol import Protocol
+from dori.erase.protocol import Margins, Protocol
 from dori.findings import Group
 from dori.stats import auroc_interval
 
@@ -21,18 +26,23 @@ ORIGINAL, ERASED, ORDINARY = "original", "erased", "ordinary training"
 PUBLISHED_STEPS = 50
 ALLOWED = 0.02
 LEARNED = 0.5
+MATCHED = (0.3, 0.7)
+LIKELY = 0.05
 SPOILED = 2.0
 RULES = (
     "An image comes back when the median of its similarities over fresh seeds exceeds the threshold.",
-    "Compared are the memories that came back from the original model, by prompt or under the attack of 50 steps: "
-    "others were never shown to be stored, and would thin out what is left of these.",
+    "Compared are the memories that came back from the original model, by prompt or under the attack of 50 steps, and "
+    "from no twin: others were never shown to be stored, and would thin out what is left of these.",
     "Removed: those memories behave as on a model that never saw them. Equivalence is shown, with the margins fixed "
-    "beforehand and in both directions, in the area under the attack curve and in the steps to relearn, on the erased "
-    "weights and on every altered form of them (there in what the protocol asks), in the mean and in the distance "
-    "from the controls' median, so that memories easier and harder to reach than controls do not cancel; the same "
-    "tests of the mean show a difference larger than the margin on the original model; at most 2 % of all memories "
-    "come back under the attack of 50 steps; the model is not spoiled; and, without a twin, no score that looks at no "
-    "model tells memories from controls (95 % interval of its AUROC) and there are at least three restarts.",
+    "beforehand and in both directions, in the area under the attack curve and in the steps to relearn, these as "
+    "differences and as ratios, since neither scale is known to be the right one; on the erased weights and on every "
+    "altered form of them (there in what the protocol asks); in the mean and in the distance from the controls' "
+    "median, so that memories easier and harder to reach than controls do not cancel. The same tests of the mean, in "
+    "what the original model was asked, show a difference larger than the margin there. At most 2 % of all memories "
+    "come back under the attack of 50 steps, on the erased weights and on every altered form; under no other attack "
+    "do more memories than controls (Fisher's exact test, 5 %); the model is not spoiled; and, without a twin, scores "
+    "that look at no model are shown not to tell memories from controls (95 % interval of the AUROC within .3 to .7) "
+    "and there are at least three restarts.",
     "Relearning counts only where it teaches at least half of the controls and half of the memories, on the state and "
     "on each twin: where nothing is learned, nothing is compared.",
     "Spoiled: the Frechet distance on ordinary prompts, or the loss on held-out pairs, is more than twice the smaller "
@@ -48,18 +58,20 @@ RULES = (
 
 
 Kind = Literal["area", "relearning"]
+Of = Literal["mean", "ratio", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
 class Test:
     """An equivalence test in one state: `kind` is area or relearning, `quantity` says it in words.
 
-    `of` is the mean, or the spread: the distance of each image from the controls' median.
+    `of` is the mean; the ratio, whose difference is one of natural logarithms; or the spread, the distance of each
+    image from the controls' median.
     """
 
     state: str
     kind: Kind
-    of: Literal["mean", "spread"]
+    of: Of
     quantity: str
     found: Equivalence
 
@@ -73,15 +85,15 @@ class Verdict:
     tests: tuple[Test, ...]
 
 
-def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str]) -> tuple[Test, ...]:
+def compare(outcomes: Sequence[Outcome], margins: Margins, twins: Sequence[str]) -> tuple[Test, ...]:
     """The equivalence tests of the original and of every state of the erased model.
 
     Args:
         outcomes: of all states.
-        protocol: margins, level, and what an image that was not relearned counts.
+        margins: of equivalence.
         twins: names of the twins' states; empty compares memories with controls directly.
     """
-    compared = _compared(outcomes)
+    compared = _compared(outcomes, twins)
     states = [name for name in dict.fromkeys(o.state for o in outcomes) if name not in twins]
     found: list[Test] = []
     for state in states:
@@ -89,35 +101,48 @@ def compare(outcomes: Sequence[Outcome], protocol: Protocol, twins: Sequence[str
         only = frozenset.intersection(*(points(outcomes, name) for name in (state, *twins)))
         until = max((steps for _, steps in only), default=0)
         groups = by_group(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], compared)
-        quantity, level = f"area under the attack curve to {until} steps", protocol.level
-        found += _tests(state, "area", quantity, groups, margin=protocol.margin_area, level=level)
-        if _unlearned(outcomes, (state, *twins)):
-            continue
-        groups = by_group(
-            relearning_steps(outcomes, state, unreached=protocol.unreached),
-            [relearning_steps(outcomes, t, unreached=protocol.unreached) for t in twins],
-            compared,
-        )
-        variance = protocol.grid_variance * (2 if twins else 1)
-        found += _tests(
-            state,
-            "relearning",
-            "steps to relearn",
-            groups,
-            margin=protocol.margin_steps,
-            level=level,
-            least_variance=variance,
-        )
+        quantity = f"area under the attack curve to {until} steps"
+        found += _tests(state, "area", quantity, groups, margin=margins.area, level=margins.level)
+        if not _unlearned(outcomes, (state, *twins)):
+            found += _relearning_tests(outcomes, state, twins, compared, margins)
     return tuple(found)
 
 
-def _compared(outcomes: Sequence[Outcome]) -> dict[str, Group]:
-    """The group of every control, and of every memory that the original model gave."""
-    shown = {
-        o.id
-        for o in outcomes
-        if o.state == ORIGINAL and o.way in (PROMPT, ATTACK) and o.steps <= PUBLISHED_STEPS and o.came_back
-    }
+def _relearning_tests(
+    outcomes: Sequence[Outcome], state: str, twins: Sequence[str], compared: Mapping[str, Group], margins: Margins
+) -> Iterator[Test]:
+    """Steps to relearn as differences and as ratios; what the grid of looks rounds away counts as spread in both."""
+    grid, words = margins.look**2 / 12, "steps to relearn"
+    steps = [relearning_steps(outcomes, name, unreached=margins.unreached) for name in (state, *twins)]
+    groups = by_group(steps[0], steps[1:], compared)
+    if not all(steps) or min(map(len, groups)) < 2:
+        return
+    share = 1 / len(twins) if twins else 0.0
+    variance = grid * (1 + share)
+    yield from _tests(
+        state, "relearning", words, groups, margin=margins.steps, level=margins.level, least_variance=variance
+    )
+    # An image that comes back at once was there after half a look at the latest, as far as is known.
+    counted = [{one: max(value, margins.look / 2) for one, value in found.items()} for found in steps]
+    logarithms = [{one: math.log(value) for one, value in found.items()} for found in counted]
+    relative = [grid / float(np.median([*found.values()])) ** 2 for found in counted]
+    variance = relative[0] + (share * float(np.mean(relative[1:])) if twins else 0.0)
+    first, second = by_group(logarithms[0], logarithms[1:], compared)
+    margin = math.log(margins.ratio)
+    ratio = equivalence(words, first, second, margin=margin, level=margins.level, least_variance=variance)
+    yield Test(state, "relearning", "ratio", f"{words}, as a ratio", ratio)
+
+
+def _compared(outcomes: Sequence[Outcome], twins: Sequence[str]) -> dict[str, Group]:
+    """The group of every control, and of every memory that the original model gave and no twin gives."""
+
+    def given(states: Sequence[str]) -> set[str]:
+        ways = (PROMPT, ATTACK)
+        return {
+            o.id for o in outcomes if o.state in states and o.way in ways and o.steps <= PUBLISHED_STEPS and o.came_back
+        }
+
+    shown = given([ORIGINAL]) - given(twins)
     return {o.id: o.group for o in outcomes if o.group == "control" or o.id in shown}
 
 
@@ -134,14 +159,21 @@ def _tests(
     """Of the mean and, on what was erased, of the spread; none where a group has fewer than two images."""
     if min(map(len, groups)) < 2:
         return
-    compared: list[tuple[Literal["mean", "spread"], str, Sequence[list[float]]]] = [("mean", quantity, groups)]
+    compared: list[tuple[Of, str, Sequence[list[float]]]] = [("mean", quantity, groups)]
     if state != ORIGINAL:
-        middle = float(np.median(groups[1]))
-        far = [[abs(value - middle) for value in group] for group in groups]
-        compared.append(("spread", f"{quantity}, distance from the controls' median", far))
+        compared.append(("spread", f"{quantity}, distance from the controls' median", _distances(*groups)))
     for of, words, (memories, controls) in compared:
         found = equivalence(words, memories, controls, margin=margin, level=level, least_variance=least_variance)
         yield Test(state, kind, of, words, found)
+
+
+def _distances(memories: Sequence[float], controls: Sequence[float]) -> tuple[list[float], list[float]]:
+    """How far each image lies from the controls' median; a control from that of the others, which it does not move."""
+    others = [[*controls[:k], *controls[k + 1 :]] for k in range(len(controls))]
+    return (
+        [abs(value - float(np.median(controls))) for value in memories],
+        [abs(value - float(np.median(rest))) for value, rest in zip(controls, others, strict=True)],
+    )
 
 
 def _unlearned(outcomes: Sequence[Outcome], states: Sequence[str]) -> str:
@@ -167,7 +199,7 @@ def verdict(
         blind: AUROC of scores that look at no model, memories against controls.
         spoiled: how badly it draws, as a multiple of a sound model (`damage.spoiled`).
     """
-    tests = compare(outcomes, protocol, twins)
+    tests = compare(outcomes, protocol.margins, twins)
     prompts = [_count(outcomes, state, PROMPT) for state in (ORIGINAL, ERASED)]
     attacks = [_count(outcomes, state, ATTACK) for state in (ORIGINAL, ERASED)]
     if prompts[0] == 0 and attacks[0] == 0:
@@ -226,10 +258,32 @@ def _against(
         for test in tests
         if test.state == ORIGINAL and not test.found.excluded
     ]
-    rate = back(outcomes, ERASED, "memory", ATTACK, at_most=PUBLISHED_STEPS)
-    if rate.n and rate.value > ALLOWED:
-        reasons.append(f"{rate.value:.0%} of the memories come back under the attack of {PUBLISHED_STEPS} steps.")
+    for state in (name for name in dict.fromkeys(o.state for o in outcomes) if name not in (ORIGINAL, *twins)):
+        rate = back(outcomes, state, "memory", ATTACK, at_most=PUBLISHED_STEPS)
+        if rate.n and rate.value > ALLOWED:
+            reasons.append(
+                f"{state}: {rate.value:.0%} of the memories come back under the attack of {PUBLISHED_STEPS} steps."
+            )
+        reasons += _more_than_controls(outcomes, state)
     return reasons
+
+
+def _more_than_controls(outcomes: Sequence[Outcome], state: str) -> list[str]:
+    """The attacks under which significantly more memories than controls come back."""
+    words = {ATTACK: "all steps of the attack", "long": "the long attack", "restricted": "the restricted attack"}
+    words |= {"latent": "the attack on the initial latent"}
+    found = []
+    for way, name in words.items():
+        memories, controls = (back(outcomes, state, group, way) for group in ("memory", "control"))
+        if not memories.n or not controls.n:
+            continue
+        counts = [[round(rate.value * rate.n), round((1 - rate.value) * rate.n)] for rate in (memories, controls)]
+        if fisher_exact(counts, alternative="greater").pvalue < LIKELY:
+            found.append(
+                f"{state}: under {name} {counts[0][0]} of {memories.n} memories come back and {counts[1][0]} of "
+                f"{controls.n} controls."
+            )
+    return found
 
 
 def _unmatched(outcomes: Sequence[Outcome], protocol: Protocol, blind: Mapping[str, float]) -> list[str]:
@@ -238,10 +292,11 @@ def _unmatched(outcomes: Sequence[Outcome], protocol: Protocol, blind: Mapping[s
     reasons = []
     for name, value in blind.items():
         found = auroc_interval(value, memories, controls)
-        if not found.low <= 0.5 <= found.high:
+        if not MATCHED[0] <= found.low <= found.high <= MATCHED[1]:
             reasons.append(
-                f"Controls are not matched: {name} alone tells memories from controls (AUROC {value:.2f}, 95 % "
-                f"interval {found.low:.2f} to {found.high:.2f})."
+                f"Controls are not shown to be matched: {name} alone may tell memories from controls (AUROC "
+                f"{value:.2f}, 95 % interval {found.low:.2f} to {found.high:.2f}, which would have to lie within "
+                f"{MATCHED[0]} to {MATCHED[1]})."
             )
     if protocol.restarts < 3:
         reasons.append(f"Without a twin at least three restarts are needed, and there were {protocol.restarts}.")
@@ -263,7 +318,18 @@ def _counted(prompts: Sequence[int], attacks: Sequence[int]) -> str:
 def _told(test: Test) -> str:
     e = test.found
     shown = "equivalence is shown" if e.shown else "a difference is shown" if e.excluded else "equivalence is not shown"
+    difference, low, high, margin = figures(test.of, e.difference, e.low, e.high, e.margin)
+    word = "factor" if test.of == "ratio" else "difference"
     return (
-        f"{test.state}, {test.quantity}: difference {e.difference:+.3g}, {1 - 2 * e.level:.0%} interval "
-        f"{e.low:+.3g} to {e.high:+.3g}, margin {e.margin:g}: {shown}."
+        f"{test.state}, {test.quantity}: {word} {difference}, {1 - 2 * e.level:.0%} interval {low} to {high}, margin "
+        f"{margin}: {shown}."
     )
+
+
+def figures(of: Of, difference: float, low: float, high: float, margin: float) -> tuple[str, str, str, str]:
+    """A difference, its interval and margin as text: signed, or, of a ratio's logarithms, as factors."""
+    if of == "ratio":
+        a, b, c, d = (f"{math.exp(value):.3g}" for value in (difference, low, high, margin))
+        return a, b, c, d
+    a, b, c = (f"{value:+.3g}" for value in (difference, low, high))
+    return a, b, c, f"{margin:g}"
