@@ -4,8 +4,8 @@ import dataclasses
 
 from synthetic_locality import VALUES, cross, records
 
-from dori.locality.page import intervened, pruned
-from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross
+from dori.locality.page import intervened, pruned, verdict
+from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, WHOLE, Change, Cross
 
 
 def causal(*crosses: Cross) -> str:
@@ -150,13 +150,17 @@ def test_empty_masks_do_not_count_as_masks() -> None:
 
 def test_patching_names_what_carries_half_of_the_gap() -> None:
     said_ = intervened.patching(records())
-    assert said_.title == "Sufficient: all values; necessary: all values"
-    assert "are alike by: all values 0.30; without a patch 0.30" in said_.sentences[0]
+    doubt = "all values (that it ruins the images is not excluded)"
+    assert said_.title == f"Sufficient: {doubt}; necessary: {doubt}"
+    assert "are alike by: all values 0.30; without a patch 0.30" in said_.sentences[1]
+    cured = tuple(dataclasses.replace(p, alike=0.6 if p.direction == "necessary" else 0.4) for p in records().patches)
+    title = intervened.patching(dataclasses.replace(records(), patches=cured)).title
+    assert title == f"Sufficient: {doubt}; necessary: all values"
     two = (*records().patches, *(dataclasses.replace(p, memory="m1", share=0.1) for p in records().patches))
     assert (
-        "all values 0.45 (0.80, 0.10)" in intervened.patching(dataclasses.replace(records(), patches=two)).sentences[0]
+        "all values 0.45 (0.80, 0.10)" in intervened.patching(dataclasses.replace(records(), patches=two)).sentences[1]
     )
-    assert f"most in {VALUES[0]} (0.40 of the gap between the models, the largest of 2 layers" in said_.sentences[0]
+    assert f"most in {VALUES[0]} (0.40 of the gap between the models, the largest of 2 layers" in said_.sentences[1]
     hardly = dataclasses.replace(
         records(), patches=tuple(dataclasses.replace(p, share=None) for p in records().patches)
     )
@@ -165,7 +169,7 @@ def test_patching_names_what_carries_half_of_the_gap() -> None:
 
 def test_ground_truth_is_held_against_random_masks_as_large_in_every_layer() -> None:
     said_ = intervened.ground_truth(records())
-    assert "values, down 1.00" in said_.sentences[0] and said_.title == "Wanda: finds it"  # 0.3 against 0.12
+    assert "values, down 1.00" in said_.sentences[0] and said_.title == "Wanda: far above chance"  # 0.3 against 0.12
     assert "2.50 times as much" in said_.sentences[1]
     weak = tuple(dataclasses.replace(c, random=0.25) for c in records().covers)
     assert intervened.ground_truth(dataclasses.replace(records(), covers=weak)).title.endswith(
@@ -182,3 +186,27 @@ def test_ground_truth_is_held_against_random_masks_as_large_in_every_layer() -> 
     assert "difference between twins" not in alone.sentences[2]
     unknown = tuple(dataclasses.replace(c, share=None, random=None) for c in weak)
     assert intervened.ground_truth(dataclasses.replace(records(), covers=unknown)).title == "Wanda: not measured"
+
+
+def test_triggers_that_masks_do_not_stop_are_counted_beside_the_mean() -> None:
+    """Of six triggers the first survives every mask, its own too, the second those of the last four alone."""
+    low, high = 0.1, 0.9
+    replay = tuple(tuple(high if j == 0 or (j == 1 and i > 1) else low for j in range(6)) for i in range(6))
+    under = dataclasses.replace(cross(TRIGGERS, own=low, others=low, fresh=high), replay=replay)
+    found = dataclasses.replace(records(), crosses=(BARE, under, RESISTS))
+    assert pruned.survivors(found, under) == {0: (6, 6), 1: (4, 6)} | dict.fromkeys(range(2, 6), (0, 6))
+    sentence = pruned.causal(found).sentences[0]
+    assert "As they are 4 of the 6 triggers are stopped by every mask, 2 by less than half of the masks" in sentence
+    assert "1 not by their own." in sentence
+    assert "(without a new attack a trigger's mask leaves 0.30 of the others on m0 by Wanda)" in verdict.headline(found)
+
+
+def test_what_no_mask_reaches_is_said_beside_the_causal_test() -> None:
+    found = records()
+    name = next(o.layer for o in found.overlaps if o.layer != WHOLE).removesuffix(".weight")
+    kinds = tuple(c for c in found.changes if c.level == "kind")
+    inside, outside = (Change("layer", layer, 3.0 * k, 1.0 * k, 10) for layer, k in ((name, 1), ("elsewhere", 4)))
+    known = dataclasses.replace(found, changes=(*kinds, inside, outside))
+    assert "The layers that Wanda prunes hold 0.2 of all that planting changed" in pruned.causal(known).sentences[0]
+    assert "The layers that Wanda prunes hold 0.2 of all" in intervened.ground_truth(known).sentences[-1]
+    assert "hold" not in pruned.causal(dataclasses.replace(found, changes=kinds)).sentences[0]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dori.locality.page.intervened import excess_shares, patch_shares
+from dori.locality.page.intervened import patch_shares
 from dori.locality.page.pruned import beside, of_masks, prices, scored
-from dori.locality.page.summary import Dose
+from dori.locality.page.summary import Dose, excess_shares
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture

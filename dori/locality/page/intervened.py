@@ -4,9 +4,20 @@ Rules: `dori.locality.page.verdict`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from dori.locality.page.summary import EMPTY, Said, banded, dose_relations, ends, left_out, over_memories, said
+from dori.locality.page.summary import (
+    EMPTY,
+    Said,
+    banded,
+    dose_relations,
+    ends,
+    excess_shares,
+    left_out,
+    over_memories,
+    pruned_share,
+    said,
+)
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
 from dori.locality.records import ENOUGH, WHOLE, Locality
 from dori.stats import Estimate
@@ -29,7 +40,7 @@ def patching(found: Locality) -> Said:
             continue
         best = max(single, key=lambda name: single[name].value)
         kinds = ", ".join(
-            f"{name} {said(value)}{_each(found, direction, name)}"
+            f"{name} {said(value)}{_each(_shares(found, direction, name))}"
             for name, value in shares.items()
             if name not in single
         )
@@ -38,31 +49,50 @@ def patching(found: Locality) -> Said:
             f"the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
         )
         carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
-        carried.append(f"{direction}: {', '.join(carrying) or 'none of the tried sets'}")
-    if not sentences:
+        words = ", ".join(f"{name}{_doubt(found, direction, name)}" for name in carrying)
+        carried.append(f"{direction}: {words or 'none of the tried sets'}")
+    if sentences:
+        sentences.insert(0, "Each memory is drawn from its own prompt.")
+    else:
         return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
     return Said("; ".join(carried).capitalize(), tuple(sentences))
 
 
-def _each(found: Locality, direction: str, name: str) -> str:
+def _doubt(found: Locality, direction: str, name: str) -> str:
+    """Said of a set that carries the gap, but whose images are not, or not surely, what the other model draws."""
+    like = _alike(found, direction, name)
+    return "" if not like or ends(over_memories(like))[0] >= HALF else " (that it ruins the images is not excluded)"
+
+
+def _alike(found: Locality, direction: str, name: str) -> list[float]:
+    rows = [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
+    return [p.alike for p in rows if p.alike is not None]
+
+
+def _each(values: Sequence[float]) -> str:
     """Memory by memory, where they are too few for an interval."""
-    shares = [p.share for p in found.patches if (p.direction, p.layers) == (direction, name) and p.share is not None]
-    return f" ({', '.join(f'{share:.2f}' for share in shares)})" if 1 < len(shares) < ENOUGH else ""
+    return f" ({', '.join(f'{value:.2f}' for value in values)})" if 1 < len(values) < ENOUGH else ""
+
+
+def _shares(found: Locality, direction: str, name: str) -> list[float]:
+    rows = [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
+    return [p.share for p in rows if p.share is not None]
 
 
 def _sound(found: Locality, direction: str) -> str:
     """Whether what is drawn comes closer to the other model's own images, or is merely ruined."""
     like = {
-        name: over_memories(p.alike for p in found.patches if (p.direction, p.layers) == (direction, name))
+        name: _alike(found, direction, name)
         for name in dict.fromkeys(p.layers for p in found.patches)
         if name == NONE or name.startswith(TOGETHER)
     }
-    told = ", ".join(f"{name} {said(one)}" for name, one in like.items() if name != NONE and one.n)
-    if not told or NONE not in like:
+    words = {name: f"{said(over_memories(values))}{_each(values)}" for name, values in like.items() if values}
+    told = ", ".join(f"{name} {word}" for name, word in words.items() if name != NONE)
+    if not told or NONE not in words:
         return ""
     return (
         f" To the images that the other model draws itself the patched ones are alike by: {told}; without a patch "
-        f"{said(like[NONE])}. Where that does not rise with the share, the patch ruins images instead of carrying them."
+        f"{words[NONE]}. Where that does not rise with the share, the patch ruins images instead of carrying them."
     )
 
 
@@ -104,17 +134,10 @@ def ground_truth(found: Locality) -> Said:
         )
     words = []
     for method in dict.fromkeys(c.method for c in found.covers):
-        word, sentence = _covered(found, method, "holds much of the change" if one_twin else "finds it")
+        word, sentence = _covered(found, method, "holds much of the change" if one_twin else "far above chance")
         words.append(f"{method}: {word}")
         sentences.append(sentence)
     return Said("; ".join(words) or "No trigger has a mask", tuple(sentences))
-
-
-def excess_shares(found: Locality, level: str) -> dict[str, float]:
-    """Which share of the planted excess lies in each kind or layer, largest first; empty where there is none."""
-    excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in found.changes if c.level == level}
-    total = sum(excess.values())
-    return {group: excess[group] / total for group in sorted(excess, key=lambda group: -excess[group])} if total else {}
 
 
 def _covered(found: Locality, method: str, best: str) -> tuple[str, str]:
@@ -129,9 +152,17 @@ def _covered(found: Locality, method: str, best: str) -> tuple[str, str]:
     )
     floor = "" if math.isnan(twins.value) else f"; of the difference between twins it holds {said(twins, 3)}"
     return word, (
-        f"A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and {said(share, 3)} of what "
-        f"planting changed there; random masks as large in every layer hold {said(random, 3)} ({said(ratio)} times as "
-        f"much: {word}){floor}."
+        f"{_reach(found, method)}A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and "
+        f"{said(share, 3)} of what planting changed there; random masks as large in every layer hold "
+        f"{said(random, 3)} ({said(ratio)} times as much: {word}){floor}."
+    )
+
+
+def _reach(found: Locality, method: str) -> str:
+    """What part of all that planting changed lies in the layers that a method prunes."""
+    share = pruned_share(found, method)
+    return (
+        "" if math.isnan(share) else f"The layers that {method} prunes hold {share:.2g} of all that planting changed. "
     )
 
 

@@ -3,9 +3,12 @@
 import math
 
 from dori.locality.embeddings import gaussian_distance
+from dori.locality.page.singly import SITES
 from dori.locality.page.summary import (
     ALONE,
     EMPTY,
+    HALF_EMPTY,
+    REFERENCES,
     Said,
     activity_ratio,
     banded,
@@ -42,7 +45,6 @@ from dori.locality.triggers import ORDER
 from dori.stats import Estimate, wilson
 
 NONE_REPLICATE = Said("Too few triggers", ("No memory has two triggers, so nothing is compared.",))
-SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
 COMMON, NEAR, PLACE = (0.1, 0.5), (0.9, 1.1), (0.1, 0.9)  # the cuts of the rules
 CONVERGED = 0.5  # share of the searches; below, a verdict says that they were cut short
 NAMES = {"gaussian": "from N(0, I)", "foreign": "from other prompts"}
@@ -55,9 +57,9 @@ def embedding(found: Locality) -> Said:
     common, own = measure(found, "common share of the moves"), own_share(found)
     if math.isnan(common.value):
         return NONE_REPLICATE
-    word = banded(own, COMMON, ("no common direction", "a common part", "mostly one direction"))
+    word = banded(own, COMMON, ("little is common", "a part is common", "mostly one direction"))
     if math.isnan(own.value):
-        word = "cannot be told, with a single image"
+        word = f"cannot be told, {ALONE}"
     entries = math.prod(found.settings["embedding_shape"])
     sentences = [
         f"Triggers of one image lie {said(measure(found, 'between triggers'), 1)} apart, their starts "
@@ -77,7 +79,7 @@ def embedding(found: Locality) -> Said:
 def _own(found: Locality, own: Estimate) -> str:
     """How much of that is the image's, from starts that two images have in common; by kind of start too."""
     if math.isnan(own.value):
-        return "; with a single image it stays open whether moves to any image share as much."
+        return f"; whether moves to any image share as much stays open, since {ALONE}."
     same, other = measure(found, "common share, same starts"), measure(found, "shared with moves to other images")
     kinds = {start: own_share(found, start) for start in ORDER[1:]}
     by_kind = ", ".join(f"{NAMES[start]} {said(one)}" for start, one in kinds.items() if one.n)
@@ -125,15 +127,20 @@ def _balls(found: Locality) -> list[str]:
     inside = next((k for k, one in enumerate(rates) if one.value < 0.5), len(radii))
     if not radii:
         return []
+
+    def counted(radius: float) -> str:
+        rows = [(p.successes, p.n) for p in found.probes if (p.kind, p.at) == (BALL, radius)]
+        return f"{radius:g}: {sum(s for s, _ in rows)} of {sum(n for _, n in rows)}"
+
     if inside == 0:
-        reach = f"at no radius that was tried ({radii[0]:g} and more"
+        reach = f"at no radius that was tried ({counted(radii[0])}"
     elif inside == len(radii):
-        reach = f"at every radius that was tried (up to {radii[-1]:g}"
+        reach = f"at every radius that was tried ({counted(radii[-1])}"
     else:
-        reach = f"up to a radius of {radii[inside - 1]:g} (not at {radii[inside]:g}"
+        reach = f"up to a radius of {radii[inside - 1]:g} ({counted(radii[inside - 1])}; {counted(radii[inside])}"
     return [
-        f"In random directions from a trigger at least half of the points replicate {reach}, in median distances "
-        "between ordinary prompts)."
+        f"In random directions from a trigger at least half of the points replicate {reach}), in median distances "
+        "between ordinary prompts."
     ]
 
 
@@ -226,10 +233,13 @@ def _agreement(found: Locality, method: str) -> str:
         if place.why_not
         else f" Under noises of their own, as the ceiling's are, and from the same starts, triggers agree by "
         f"{said(level[APART])} and those of different images by {said(level[OTHERS_APART])}: {said(place.estimate)} of "
-        f"the way from the higher reference ({place.reference}) to the ceiling (other seeds)."
+        f"the way from the higher reference ({place.reference}) to the ceiling (other seeds), in the "
+        f"{place.estimate.n} of {len(found.subjects)} memories that have this reference."
     )
+    by_chance = level[SIMULATED].value, chance.value  # larger masks share more by chance alone
+    more = _against(*(_less(one, by) for one, by in zip((triggers, prompts), by_chance, strict=True)))
     return (
-        f"Triggers of one image agree on {method} weights {_against(triggers, prompts)} different memorized prompts do "
+        f"Beyond chance triggers of one image agree on {method} weights {more} different memorized prompts do "
         f"({said(triggers)} against {said(prompts)}{beside}); "
         f"triggers of different images {said(level[OTHER_IMAGES])}, "
         f"ordinary prompts {said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same "
@@ -239,19 +249,32 @@ def _agreement(found: Locality, method: str) -> str:
 
 
 def _where(found: Locality, method: str) -> str:
-    """Layers in which triggers of one image agree more than those of different images do."""
+    """Layers in which triggers of one image agree more than those of different images and random masks do."""
     names = layers(found, method)
-    gain = {
-        name: overlap(found, method, name, APART, without_empty=True).value
-        - overlap(found, method, name, OTHERS_APART, without_empty=True).value
-        for name in names
-    }
+
+    def beyond(name: str) -> float:
+        if empty_share(found, method, name).value >= HALF_EMPTY:
+            return math.nan
+        own, *others = (overlap(found, method, name, group, without_empty=True).value for group in (APART, *REFERENCES))
+        return own - max((value for value in others if not math.isnan(value)), default=math.nan)
+
+    gain = {name: beyond(name) for name in names}
     above = sorted((name for name in names if gain[name] > MORE), key=lambda name: -gain[name])
     if all(math.isnan(value) for value in gain.values()):
         return ""
     told = ", ".join(f"layer {names.index(name) + 1} +{gain[name]:.2f}" for name in above[:3])
     most = f" (most in {told})" if above else ""
-    return f" Beyond those of different images that is more than {MORE:g} in {len(above)} of {len(names)} layers{most}."
+    told_of = sum(not math.isnan(value) for value in gain.values())
+    return (
+        f" Beyond the higher reference that is more than {MORE:g} in {len(above)} of the {told_of} layers in which "
+        f"less than half of the masks are empty{most}."
+    )
+
+
+def _less(estimate: Estimate, chance: float) -> Estimate:
+    """What an agreement has beyond chance; as it is where chance is not known."""
+    by = 0.0 if math.isnan(chance) else chance
+    return Estimate(estimate.value - by, estimate.low - by, estimate.high - by, estimate.n)
 
 
 def _against(triggers: Estimate, prompts: Estimate) -> str:

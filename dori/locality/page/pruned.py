@@ -3,6 +3,7 @@
 Rules: `dori.locality.page.verdict`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 from dori.locality.causal import CrossTest, cross_test, enough
 from dori.locality.costs import causal_methods
-from dori.locality.page.summary import EMPTY, Said, left_out, methods, said
+from dori.locality.page.summary import EMPTY, Said, left_out, methods, pruned_share, said
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality, Price
 from dori.report.verdict import SPOILED
 from dori.stats import Estimate, wilson
@@ -102,6 +103,36 @@ def causal(found: Locality) -> Said:
     return Said(title, (*sentences, *([open_] if open_ else [])))
 
 
+def as_they_are(found: Locality) -> str:
+    """What masks do to the other triggers without a new attack, of how many memories; empty without a test."""
+    crosses = [cross for cross in found.crosses if cross.masks == TRIGGERS]
+    left = {(c.memory, c.method): replayed(found, c).others for c in crosses}
+    told = [
+        f"{rate.value:.2f} of the others on {memory} by {method}" for (memory, method), rate in left.items() if rate.n
+    ]
+    return f" (without a new attack a trigger's mask leaves {', '.join(told)})" if told else ""
+
+
+def survivors(found: Locality, cross: Cross) -> dict[int, tuple[int, int]]:
+    """Of every trigger that draws its image without a mask: under how many masks it still does, and of how many."""
+    rows = [row for row, size in zip(scored(found, cross, "replay"), cross.sizes, strict=True) if size]
+    return {column: (sum(row[column] for row in rows), len(rows)) for column in (rows[0] if rows else ())}
+
+
+def _unequal(found: Locality, cross: Cross) -> str:
+    """Whether masks stop some triggers and not others, which a mean hides."""
+    counts = survivors(found, cross)
+    if not counts:
+        return ""
+    none = sum(left == 0 for left, _ in counts.values())
+    most = sum(left > n / 2 for left, n in counts.values())
+    own = sum(row.get(k, False) for k, row in enumerate(scored(found, cross, "replay")) if cross.sizes[k])
+    return (
+        f" As they are {none} of the {len(counts)} triggers are stopped by every mask, {most} by less than half of the "
+        f"masks, {own} not by their own."
+    )
+
+
 def _unfinished(found: Locality) -> str:
     """A sentence if a run was stopped before or within its causal test, else empty."""
     planned = (found.settings.get("causal") or {}).get("memories", 0)
@@ -153,7 +184,18 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
         f"back when attacked again, {said(mine.others)} of the others and {said(mine.fresh)} of fresh attacks: {word}."
-        f"{as_is}{told}{_single_price(found, cross)}{left}"
+        f"{as_is}{_unequal(found, cross)}{told}{_single_price(found, cross)}{left}{_elsewhere(found, cross)}"
+    )
+
+
+def _elsewhere(found: Locality, cross: Cross) -> str:
+    """What part of the planted change the pruned layers hold: beyond it no mask of theirs reaches."""
+    share = pruned_share(found, cross.method)
+    if math.isnan(share):
+        return ""
+    return (
+        f" The layers that {cross.method} prunes hold {share:.2g} of all that planting changed: no mask there reaches "
+        "the rest, and new attacks may use it."
     )
 
 

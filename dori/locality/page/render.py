@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dori.locality.page import cause_figures, layer_figures, space_figures, verdict
-from dori.locality.page.observed import SITES
+from dori.locality.page.singly import SITES, singly
 from dori.locality.page.summary import Said, dose_relations, methods, over_memories, overlap, said
 from dori.locality.records import (
     APART,
@@ -45,10 +45,11 @@ READ = {
     "embedding; moves are ends minus starts, so the starts' own distance is taken out of them.",
     "activations": "D is the mean pairwise l2 distance of one layer's output under different embeddings and one "
     "initial noise. High means that the layer answers differently.",
-    "weights": "1 means the same weights. Triggers of different images differ from those of one image by nothing but "
-    "the image.",
-    "causal": "Dots mark what replicates. Were the memory local, the upper block would have no dot: one trigger's mask "
-    "would stop every other trigger, and random masks as large would not.",
+    "weights": "1 means the same weights. Triggers of different images differ from those of one image by the image, "
+    "and by what comes with it: masks of another size share less.",
+    "causal": "Dots mark what replicates. Where one trigger's mask stops the other triggers as they are and random "
+    "masks as large do not, what it points at is theirs too. Were the memory local, new attacks would find no dot "
+    "either.",
     "patching": "1 means that the patched activations carry the whole difference between the analysed model (planted) "
     "and its twin, 0 that they carry nothing.",
     "truth": "A mask that knew where planting changed the weights would lie far above random masks as large.",
@@ -100,6 +101,7 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         sections=list(_sections(found)),
         header=list(COLUMNS.values()),
         agreement=list(_agreement(found)),
+        singly=singly(found),
         subjects=[(one, album.uri(one.picture, blurred=redact)) for one in found.subjects],
         settings=sheet(found.settings),
         descriptor=sheet(found.descriptor),

@@ -27,7 +27,7 @@ REFERENCES = (OTHERS_APART, SIMULATED)  # prompts' masks met one noise, which ma
 CLOSE = 0.02  # from a cut, within which a value without an interval is said to lie close to it
 LEAST = 0.05  # ceiling above reference, below which a place between them means nothing
 EMPTY = "every mask is empty"
-ALONE = "no other image has triggers from the same starts"
+ALONE = "no triggers of another image from the same starts were compared"
 HALF_EMPTY = 0.25  # of the pairs are of two empty masks where half of the masks are empty
 
 
@@ -98,12 +98,17 @@ def own_share(found: Locality, start: str = "") -> Estimate:
         found: the records.
         start: a kind of start; else all together.
     """
+    return over_memories(own_shares(found, start).values())
+
+
+def own_shares(found: Locality, start: str = "") -> dict[str, float]:
+    """The same memory by memory."""
     end = f", {start}" if start else ""
     common, other = (
         {m.memory: m.value for m in found.measures if m.name == f"{name}{end}" and m.value is not None}
         for name in ("common share, same starts", "shared with moves to other images")
     )
-    return over_memories(value - other[memory] for memory, value in common.items() if memory in other)
+    return {memory: value - other[memory] for memory, value in common.items() if memory in other}
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -126,10 +131,10 @@ def overlap(found: Locality, method: str, layer: str, group: str, *, without_emp
     return over_memories(levels(found, method, group, layer, without_empty=without_empty).values())
 
 
-def empty_share(found: Locality, method: str) -> Estimate:
+def empty_share(found: Locality, method: str, layer: str = WHOLE) -> Estimate:
     """Share of the pairs of triggers' masks in which both are empty, over memories."""
     return over_memories(
-        o.empty_share for o in found.overlaps if (o.method, o.layer, o.group) == (method, WHOLE, TRIGGERS)
+        o.empty_share for o in found.overlaps if (o.method, o.layer, o.group) == (method, layer, TRIGGERS)
     )
 
 
@@ -190,6 +195,22 @@ def layers(found: Locality, method: str) -> list[str]:
     return [layer for layer in dict.fromkeys(o.layer for o in found.overlaps if o.method == method) if layer != WHOLE]
 
 
+# ------------------------------------------------------------------------------------------------------ ground truth
+
+
+def excess_shares(found: Locality, level: str) -> dict[str, float]:
+    """Which share of the planted excess lies in each kind or layer, largest first; empty where there is none."""
+    excess = {c.group: max(0.0, c.change - (c.floor or 0.0)) for c in found.changes if c.level == level}
+    total = sum(excess.values())
+    return {group: excess[group] / total for group in sorted(excess, key=lambda group: -excess[group])} if total else {}
+
+
+def pruned_share(found: Locality, method: str) -> float:
+    """The share of the planted excess in the layers that a method prunes; NaN where it is not known."""
+    shares, names = excess_shares(found, "layer"), {name.removesuffix(".weight") for name in layers(found, method)}
+    return sum(share for name, share in shares.items() if name in names) if shares and names else math.nan
+
+
 # ------------------------------------------------------------------------------------------------------- activations
 
 
@@ -200,6 +221,11 @@ def activity(found: Locality, layer: str, group: str, step: int) -> Estimate:
 
 def activity_ratio(found: Locality, site: str, group: str, reference: str) -> Estimate:
     """D(group) over D(reference), averaged over layers and steps, then over memories."""
+    return over_memories(activity_ratios(found, site, group, reference).values())
+
+
+def activity_ratios(found: Locality, site: str, group: str, reference: str) -> dict[str, float]:
+    """The same memory by memory."""
     shared = {(a.layer, a.step): a.value for a in found.activities if a.group == reference and a.memory == ""}
     own = {(a.memory, a.layer, a.step): a.value for a in found.activities if a.group == reference}
     ratios: dict[str, list[float]] = {}
@@ -208,7 +234,7 @@ def activity_ratio(found: Locality, site: str, group: str, reference: str) -> Es
             below = _reference(a, shared, own)
             if below:
                 ratios.setdefault(a.memory, []).append(a.value / below)
-    return over_memories(float(np.mean(parts)) for parts in ratios.values())
+    return {memory: float(np.mean(parts)) for memory, parts in ratios.items()}
 
 
 def _reference(
@@ -237,8 +263,12 @@ def dose_relations(found: Locality) -> list[Dose]:
     tables = {"share of attacks that replicate": {s.id: s.triggers / s.attacks for s in found.subjects if s.attacks}}
     for name in ("between triggers", "common share of the moves"):
         tables[name] = {m.memory: m.value for m in found.measures if m.name == name and m.value is not None}
-    for method in methods(found):
-        tables[f"agreement of {method} masks"] = levels(found, method, TRIGGERS, without_empty=True)
+    for method in methods(found):  # beyond other images', where there are some: masks differ in size by the memory
+        own, other = (levels(found, method, group, without_empty=True) for group in (APART, OTHERS_APART))
+        beyond = {memory: value - other[memory] for memory, value in own.items() if memory in other}
+        raw = levels(found, method, TRIGGERS, without_empty=True)
+        name = f"agreement of {method} masks"
+        tables |= {f"{name} beyond other images'": beyond} if beyond else {name: raw}
     related = []
     for name, table in tables.items():
         pairs = [(doses[memory], value) for memory, value in table.items() if memory in doses]

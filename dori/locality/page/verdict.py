@@ -11,10 +11,10 @@ RULES = (
     "Intervals are 95 % bootstrap intervals over memories; with fewer than 5 memories the value stands alone and "
     "decides. An interval that crosses the border between two verdicts: cannot be told.",
     "Without an interval a value within 0.02 of a border is said to lie close to it.",
-    "Embedding space: the moves have no common direction where less than 0.1 of their mean square is common beyond "
-    "what moves to different images from the same starts share, mostly one direction from 0.5 on, and a common part "
-    "between. Gaussian "
-    "starts are far apart by construction, so distances between triggers decide nothing.",
+    "Embedding space: little is common to the moves where less than 0.1 of their mean square is common beyond what "
+    "moves to different images from the same starts share (independent moves share nearly nothing, so a small share is "
+    "not none), mostly one direction from 0.5 on, and a part is common between. Gaussian starts are far apart by "
+    "construction, so distances between triggers decide nothing.",
     "Lines: triggers are connected where at least half of the middle points replicate, and more than on lines to "
     "ordinary prompts (intervals over memories apart); not connected where the interval lies below a half.",
     "Activations: closer together or farther apart than triggers of different images from the same starts where the "
@@ -30,15 +30,19 @@ RULES = (
     "Causal test, by other triggers attacked again or by fresh attacks, whichever succeed more under a mask: not local "
     "where more than a half succeed, local where less than a quarter, partly local between a tenth and nine tenths, "
     "each with the whole Wilson interval, in which a mask counts as one trial. Only attacks that succeed without a "
-    "mask are scored. It is not called local where the interval under random masks as large, or under masks of another "
-    "image's triggers, reaches down to it or there are none, where half of the attacks fail without a mask, nor where "
-    "the first trigger's mask alone more than doubles the Fréchet distance of ordinary prompts.",
+    "mask are scored. Nothing is said where the masks do not stop half of their own triggers as they are, or random "
+    "masks as large stop as many, or half of the attacks fail without a mask. It is not called local where the "
+    "interval under random masks as large, or under masks of another image's triggers, reaches down to it or there are "
+    "none, nor where the median mask that was priced more than doubles the Fréchet or the kernel distance of ordinary "
+    "prompts, or no price is known. What the other triggers do as they are stands beside and does not decide: an "
+    "attacker attacks.",
     "Patching: a set of layers is sufficient (necessary) where its activations carry at least half of the gap between "
-    "the models, with the lower end of the interval. Memories that the planted model does not draw at least 0.2 more "
+    "the models, with the lower end of the interval. Where the images are not alike to the other model's own by 0.5, "
+    "it is added that the set may ruin them. Memories that the planted model does not draw at least 0.2 more "
     "alike than its twin are left out.",
-    "Ground truth: a mask finds the memory where it holds at least twice what random masks as large in every layer "
-    "hold of the planted excess, and is no better than chance below 1.1 times. With one twin there is no floor to take "
-    "off, and it is only said to hold much of the change.",
+    "Ground truth: a mask is far above chance where it holds at least twice what random masks as large in every layer "
+    "hold of the planted excess in the layers that its method prunes, and no better than chance below 1.1 times. With "
+    "one twin there is no floor to take off, and it is only said to hold much of the change.",
     "Dose: a rank correlation counts where its permutation p, times the number of measures tried, is below 0.05.",
 )
 
@@ -49,7 +53,7 @@ def headline(found: Locality) -> str:
         return "No memory has two triggers, so nothing can be said about where it lives."
     words = [f"{names} masks: {word}" for names, word in observed.weight_words(found).items()]
     if found.crosses:
-        words.append(f"pruned by {pruned.causal(found).title}")
+        words.append(f"pruned by {pruned.causal(found).title}{pruned.as_they_are(found)}")
     return "Where does a memory live? " + ". ".join(word[0].upper() + word[1:] for word in words) + "."
 
 
@@ -67,7 +71,10 @@ def done(found: Locality) -> list[str]:
         f"seeds: {shares or 'none was made'}; only these count as triggers."
     ]
     if len(found.subjects) < 5:
-        told.append("With fewer than five memories there are no intervals: the verdicts hold for these memories alone.")
+        told.append(
+            "With fewer than five memories there are no intervals over memories: the verdicts hold for these alone. "
+            "Brackets in the causal test are over the masks of one memory."
+        )
     return told + _twin(found) + _memorized(found) + _prompts(found) + _judging(found)
 
 
