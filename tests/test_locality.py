@@ -30,6 +30,7 @@ from dori.locality.embeddings import (
 from dori.locality.patching import NECESSARY, SUFFICIENT, patch_layers, patch_sets, patched_samples, share_of_gap
 from dori.locality.probes import line_pairs
 from dori.locality.truth import (
+    best_coverage,
     changes,
     coverage,
     density,
@@ -344,11 +345,22 @@ def test_a_mask_covers_what_lies_in_it_and_a_random_one_its_density(tiny: Stable
         coverage(energy, {name: random_like(mask[name][None], seed=seed)[0] for name in names}) for seed in range(200)
     ]
     assert sum(draws) / 200 == pytest.approx(random_coverage(energy, mask), rel=0.03)
+    signed = {name: part - 0.5 for name, part in energy.items()}  # an excess may be negative
+    best = sum(
+        sum(sorted(signed[name].flatten().tolist(), reverse=True)[: int(mask[name].sum())]) for name in names
+    ) / sum(float(signed[name].sum()) for name in names)
+    assert best_coverage(signed, mask) == pytest.approx(best) and best > coverage(signed, mask)
+    rows = {name: (torch.arange(len(part)) % 5 == 0)[:, None].expand_as(part) for name, part in energy.items()}
+    tops = [sorted(energy[name].sum(1).tolist(), reverse=True)[: int(rows[name].any(1).sum())] for name in names]
+    assert best_coverage(energy, rows) == pytest.approx(
+        sum(map(sum, tops)) / sum(float(energy[name].sum()) for name in names)
+    )
     one = {names[0]: mask[names[0]]}
     assert random_coverage(energy, one) == pytest.approx(density(one))
     nothing, _ = changes(tiny, (tiny,), names)
     assert set(nothing) == set(names)
     assert math.isnan(coverage(nothing, mask)) and math.isnan(random_coverage(nothing, mask))
+    assert math.isnan(best_coverage(nothing, mask))
 
 
 def test_masks_of_large_layers_are_not_taken_to_know_more_than_chance() -> None:

@@ -259,6 +259,7 @@ def covers(memory: str, masks: Masks, excess: truth.Energies, twins: truth.Energ
                     known(_over(parts, lambda part: truth.coverage(excess, part))),
                     known(_over(parts, lambda part: truth.random_coverage(excess, part))),
                     known(_over(parts, lambda part: truth.coverage(twins, part))) if twins else None,
+                    known(_over(parts, lambda part: truth.best_coverage(excess, part))),
                 )
             )
     return found

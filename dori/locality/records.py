@@ -149,7 +149,8 @@ class Cover:
     """How much of a layer's planted change masks hold; `masks` is "one" (mean over triggers' masks) or "union".
 
     `share` is that of the excess (planted - twin beyond twin - twin; of planted - twin where there is one twin),
-    `random` what random masks as large in every layer hold of it in expectation, `twins` the share of twin - twin.
+    `random` what random masks as large in every layer hold of it in expectation, `twins` the share of twin - twin, and
+    `best` the most that masks as large in every layer could hold.
     """
 
     memory: str
@@ -160,6 +161,7 @@ class Cover:
     share: float | None
     random: float | None
     twins: float | None
+    best: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,11 +150,13 @@ def _covered(found: Locality, method: str, best: str) -> tuple[str, str]:
     density, share, random, twins = (
         over_memories(getattr(c, name) for c in rows) for name in ("density", "share", "random", "twins")
     )
+    best_possible = over_memories(c.best for c in rows)
+    ceiling = "" if math.isnan(best_possible.value) else f", the best ones as large {said(best_possible, 3)}"
     floor = "" if math.isnan(twins.value) else f"; of the difference between twins it holds {said(twins, 3)}"
     return word, (
         f"{_reach(found, method)}A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and "
         f"{said(share, 3)} of what planting changed there; random masks as large in every layer hold "
-        f"{said(random, 3)} ({said(ratio)} times as much: {word}){floor}."
+        f"{said(random, 3)} ({said(ratio)} times as much: {word}){ceiling}{floor}."
     )
 
 

@@ -91,6 +91,7 @@ def cover_figure(found: Locality, method: str) -> Picture:
         axes, names = figure.subplots(), layers(found, method)
         lines: tuple[tuple[str, str, str, Style], ...] = (
             ("one", "share", "one trigger's mask", (BLUE, "o-")),
+            ("one", "best", "best mask as large", (PURPLE, "s--")),
             ("one", "random", "random mask as large", (GREY, "x:")),
             ("one", "twins", "one mask, twin - twin", (ORANGE, "v:")),
             ("union", "share", "union of all masks", (GREEN, "^-.")),
