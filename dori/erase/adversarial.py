@@ -28,7 +28,6 @@ y_near a caption with one word exchanged, z_t the noised image that the model as
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from dori.attack.dori import Dori
 from dori.audit.plan import Start
 from dori.cost import Rows
+from dori.erase.course import load_state, store_state
 from dori.erase.delta import CannotErase, WeightDelta, making
 from dori.erase.pairs import (
     Forget,
@@ -59,12 +58,10 @@ from dori.erase.starts import starting_points
 from dori.erase.tuning import RowLosses, Tuned, Tuner, tuning
 from dori.erase.unprompted import NOISES, without_prompt
 from dori.erase.watch import Watch
-from dori.errors import DoriError
 from dori.model.stable_diffusion import StableDiffusion
 from dori.progress import duration
-from dori.run import canonical_sha256, tensors_sha256, write_bytes
+from dori.run import canonical_sha256, tensors_sha256
 from dori.sampling import named_seed
-from dori.tensor_file import read_tensors
 
 NEVER = -1.0  # similarity of a memory whose trigger was not yet looked at
 
@@ -443,8 +440,6 @@ def near_pairs(memories: Forget) -> Pairs:
 
 
 def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> None:
-    tensors = {f"state.{name}": value.cpu().contiguous() for name, value in tuned.state().items()}
-    tensors |= {"last": progress.last, "triggers": progress.triggers.contiguous()}
     header = {
         "made_from": made_from,
         "round": progress.round,
@@ -453,18 +448,11 @@ def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> Non
         "log": progress.log,
         "without_prompt": progress.without_prompt,
     }
-    write_bytes(path, save(tensors, metadata={"erasure": json.dumps(header)}))
+    store_state(path, tuned, header, {"last": progress.last, "triggers": progress.triggers})
 
 
 def _load(path: Path, tuned: Tuned, made_from: str) -> _Progress:
-    texts, tensors = read_tensors(path, what="the state of an erasure", mend="delete it to begin anew")
-    header = json.loads(texts.get("erasure", "{}"))
-    if header.get("made_from") != made_from:
-        raise DoriError(
-            f"the state {path} belongs to an erasure with other settings, images or weights; delete it to "
-            "begin anew, or name another folder"
-        )
-    tuned.restore({key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")})
+    header, tensors = load_state(path, tuned, made_from)
     return _Progress(
         header["round"],
         header["quiet"],

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 
 from dori.cost import Rows
+from dori.erase.course import Course, origin
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator, surrogate_pairs
@@ -61,7 +62,7 @@ class ConceptAblation:
         """
         memories.need_texts("concept ablation")
         memories.need_surrogates("concept ablation")
-        work, before, log = work or Work(), model.rows, []
+        work, before = work or Work(), model.rows
         rows, generator = self.steps * self.batch, step_generator("concept ablation", seed, 0)
         which = even_rows(len(memories), rows, generator)
         batch = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
@@ -75,8 +76,11 @@ class ConceptAblation:
                         for part in torch.arange(rows).split(self.tuner.rows_per_call)
                     ]
                 )
+        drawn, parts = model.rows - before, torch.arange(rows, device=model.device).split(self.batch)
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            for step, part in enumerate(torch.arange(rows, device=model.device).split(self.batch)):
+            course = Course(tuned, self.steps, work, origin(self, memories, retain, seed))
+            for step in course:
+                part = parts[step]
                 errors = prediction_losses(
                     model, noisy[part], batch.timestep[part], batch.embeddings[part], targets[part]
                 )
@@ -91,6 +95,6 @@ class ConceptAblation:
                         generator=step_generator("prior", seed, step),
                     )
                 )
-                log.append(loss)
-            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+                course.log.append(loss)
+            made = making(self, seed=seed, rows=drawn + course.rows, updates=tuned.steps, log=course.log)
             return tuned.edit("concept ablation", made)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dori.cost import Rows
+from dori.erase.course import Course, origin
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
     Forget,
@@ -75,9 +76,10 @@ class EraseDiff:
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
     ) -> WeightDelta:
         """The edit."""
-        work, before, log = work or Work(), model.rows, []
+        work = work or Work()
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            for step in range(self.steps):
+            course = Course(tuned, self.steps, work, origin(self, memories, retain, seed))
+            for step in course:
                 generator = step_generator("erase diff", seed, step)
                 ordinary = ordinary_batch(model, retain, self.batch, generator)
                 keep, loss = tuned.gradient(denoising_losses(model, ordinary), len(ordinary))
@@ -89,6 +91,6 @@ class EraseDiff:
                 )
                 weight = balance(keep, forget, eta=self.eta, rule=self.rule)
                 tuned.update([k + weight * f for k, f in zip(keep, forget, strict=True)])
-                log.append({"retain": loss, "forget": forgotten, "lambda": weight})
-            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+                course.log.append({"retain": loss, "forget": forgotten, "lambda": weight})
+            made = making(self, seed=seed, rows=course.rows, updates=tuned.steps, log=course.log)
             return tuned.edit("EraseDiff", made)

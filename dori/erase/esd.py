@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dori.cost import Rows
+from dori.erase.course import Course, origin
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import Forget, Pairs, Work, even_rows, noised, prediction_losses, step_generator
 from dori.erase.tuning import Tuner, tuning
@@ -123,12 +124,14 @@ class Esd:
                 rows_per_call=self.tuner.rows_per_call,
             )
         targets = negative_targets(model, noisy, t, embeddings, eta=self.eta, rows_per_call=self.tuner.rows_per_call)
-        log = []
+        drawn, parts = model.rows - before, torch.arange(len(which), device=model.device).split(self.batch)
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            for rows in torch.arange(len(which), device=model.device).split(self.batch):
+            course = Course(tuned, self.steps, work, origin(self, memories, retain, seed))
+            for step in course:
+                rows = parts[step]
                 errors = prediction_losses(model, noisy[rows], t[rows], embeddings[rows], targets[rows])
                 gradient, loss = tuned.gradient(errors, len(rows))
                 tuned.update(gradient)
-                log.append(loss)
-            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+                course.log.append(loss)
+            made = making(self, seed=seed, rows=drawn + course.rows, updates=tuned.steps, log=course.log)
             return tuned.edit("ESD", made)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dori.cost import Rows
+from dori.erase.course import Course, origin
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, memory_batch, step_generator
@@ -43,13 +44,14 @@ class GradientAscent:
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
     ) -> WeightDelta:
         """The edit."""
-        work, before, log = work or Work(), model.rows, []
+        work = work or Work()
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            for step in range(self.steps):
+            course = Course(tuned, self.steps, work, origin(self, memories, retain, seed))
+            for step in course:
                 generator = step_generator("gradient ascent", seed, step)
                 batch = memory_batch(model, memories, self.batch, generator)
                 gradient, loss = tuned.gradient(denoising_losses(model, batch), len(batch))
-                log.append(loss)
+                course.log.append(loss)
                 if self.stop_above is not None and loss > self.stop_above:
                     break
                 gradient = [-g for g in gradient]
@@ -58,5 +60,5 @@ class GradientAscent:
                         tuned, gradient, retain, rows=self.batch, weight=self.retain_weight, generator=generator
                     )
                 )
-            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            made = making(self, seed=seed, rows=course.rows, updates=tuned.steps, log=course.log)
             return tuned.edit("gradient ascent", made)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dori.cost import Rows
+from dori.erase.course import Course, origin
 from dori.erase.delta import WeightDelta, making
 from dori.erase.ordinary import beside_ordinary
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, even_rows, noised, step_generator, surrogate_pairs
@@ -45,9 +46,10 @@ class NaiveDeletion:
             CannotErase: a memory has no surrogate.
         """
         memories.need_surrogates("naive deletion")
-        work, before, log = work or Work(), model.rows, []
+        work = work or Work()
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            for step in range(self.steps):
+            course = Course(tuned, self.steps, work, origin(self, memories, retain, seed))
+            for step in course:
                 generator = step_generator("naive deletion", seed, step)
                 which = even_rows(len(memories), self.batch, generator)
                 kept = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
@@ -57,6 +59,6 @@ class NaiveDeletion:
                         tuned, gradient, retain, rows=self.batch, weight=self.retain_weight, generator=generator
                     )
                 )
-                log.append(loss)
-            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+                course.log.append(loss)
+            made = making(self, seed=seed, rows=course.rows, updates=tuned.steps, log=course.log)
             return tuned.edit("naive deletion", made)

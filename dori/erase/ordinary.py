@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dori.cost import Rows
+from dori.erase.course import Course, origin
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import Forget, Pairs, Work, denoising_losses, ordinary_batch, step_generator
 from dori.erase.tuning import Tuned, Tuner, tuning
@@ -53,12 +54,13 @@ class OrdinaryTraining:
         self, model: StableDiffusion, memories: Forget, retain: Pairs, *, seed: int, work: Work | None = None
     ) -> WeightDelta:
         """The edit; `memories` are not looked at."""
-        work, before, log = work or Work(), model.rows, []
+        work = work or Work()
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            for step in range(self.steps):
+            course = Course(tuned, self.steps, work, origin(self, memories, retain, seed))
+            for step in course:
                 batch = ordinary_batch(model, retain, self.batch, step_generator("ordinary", seed, step))
                 gradient, loss = tuned.gradient(denoising_losses(model, batch), len(batch))
                 tuned.update(gradient)
-                log.append(loss)
-            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+                course.log.append(loss)
+            made = making(self, seed=seed, rows=course.rows, updates=tuned.steps, log=course.log)
             return tuned.edit("ordinary training", made)

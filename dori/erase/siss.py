@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dori.cost import Rows
+from dori.erase.course import Course, origin
 from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
     Batch,
@@ -101,12 +102,13 @@ class Siss:
             CannotErase: a memory has no surrogate.
         """
         memories.need_surrogates("SISS")
-        work, before, log = work or Work(), model.rows, []
+        work = work or Work()
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
-            for step in range(self.steps):
-                log.append(self._step(tuned, memories, step_generator("siss", seed, step)))
+            course = Course(tuned, self.steps, work, origin(self, memories, retain, seed))
+            for step in course:
+                course.log.append(self._step(tuned, memories, step_generator("siss", seed, step)))
             name = "SISS" if self.timesteps is None else f"SISS, t from {self.timesteps[0]}"
-            made = making(self, seed=seed, rows=model.rows - before, updates=tuned.steps, log=log)
+            made = making(self, seed=seed, rows=course.rows, updates=tuned.steps, log=course.log)
             return tuned.edit(name, made)
 
     def _step(self, tuned: Tuned, memories: Forget, generator: torch.Generator) -> dict[str, Any]:
