@@ -387,6 +387,20 @@ def test_reference_prompts_are_different_and_none_is_a_memorys(tiny: StableDiffu
         choose_sets(dataclasses.replace(subjects, memories=twice), PLAN)
 
 
+def test_memories_are_spread_over_the_doses_whatever_the_order_of_the_folder(tiny: StableDiffusion) -> None:
+    subjects = tiny_subjects(tiny)
+    first = subjects.memories[0]
+    doses = (1.0, 8.0, 3.0, 6.0, 1.0, 8.0, None, 3.0, 6.0)  # as a folder may list them
+    pool = tuple(
+        dataclasses.replace(first, memory=dataclasses.replace(first.memory, id=f"m{k}", text=f"w{k}", dose=dose))
+        for k, dose in enumerate(doses)
+    )
+    some = dataclasses.replace(subjects, memories=pool)
+    chosen = {n: choose_sets(some, dataclasses.replace(PLAN, memories=n)).cases for n in (2, 5)}
+    assert [case.memory.id for case in chosen[2]] == ["m1", "m5"]
+    assert [case.memory.dose for case in chosen[5]] == [8.0, 6.0, 3.0, 1.0, None]
+
+
 def test_memorized_prompts_are_those_that_bring_their_image_back(tiny: StableDiffusion, tmp_path: Path) -> None:
     """One of the images of a text is enough; with fewer than two such prompts all stay, and the share tells."""
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))

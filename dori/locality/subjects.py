@@ -98,10 +98,9 @@ def _texts(cases: Sequence[Case]) -> list[str]:
 
 
 def _analysed(pool: Sequence[Case], limit: int) -> list[Case]:
-    """Memories spread over the order of the pool; few ones, of which no relation to the dose can be told, by dose."""
-    if limit < ENOUGH:
-        return sorted(pool, key=lambda case: -(case.memory.dose or 0))[:limit]  # stable
-    return [pool[index] for index in choose(len(pool), limit)]
+    """Memories spread over the doses; few ones, of which no relation to the dose can be told, the most duplicated."""
+    by_dose = sorted(pool, key=lambda case: -(case.memory.dose or 0))  # stable
+    return by_dose[:limit] if limit < ENOUGH else [by_dose[index] for index in choose(len(pool), limit)]
 
 
 def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:
