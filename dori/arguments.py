@@ -245,6 +245,12 @@ def _erase(erase: argparse.ArgumentParser) -> None:
     )
     erase.add_argument("--limit", type=_count, metavar="N", help="at most so many memories and as many controls")
     erase.add_argument(
+        "--budget",
+        type=_count,
+        metavar="ROWS",
+        help="end an adversarial erasure after the round in which its U-Net rows pass this (default: all its rounds)",
+    )
+    erase.add_argument(
         "--rate-scale",
         type=_factor,
         metavar="X",

@@ -292,6 +292,7 @@ def _erase(arguments: argparse.Namespace) -> int:
             take=tuple(arguments.take),
             split=arguments.split,
             limit=arguments.limit,
+            budget=arguments.budget,
             rate_scale=arguments.rate_scale,
             seed=arguments.seed,
             device=arguments.device,

@@ -286,6 +286,8 @@ def test_mistakes_are_one_sentence(
 
 def test_a_request_becomes_a_plan() -> None:
     plan = Request("testbed", Path("x"), preset="full", seed=3, limit=4).plan()
+    assert plan.adversarial.budget_rows is None
+    assert Request("testbed", Path("out"), budget=900).plan().adversarial.budget_rows == 900
     assert (plan.memories, plan.controls, plan.seed, plan.protocol.seed, plan.tables.seed) == (4, 4, 3, 3, 3)
     assert plan.adversarial.tuner.learning_rate == pytest.approx(2e-4)
     early = Request("testbed-early", Path("x"))

@@ -57,6 +57,7 @@ class Request:
         take: tables of the same images and settings whose rows are taken over.
         split: part of the memories to erase.
         limit: at most so many memories and controls; None leaves it to the preset.
+        budget: U-Net rows after which an adversarial erasure ends with its round; None makes all its rounds.
         rate_scale: factor on all learning rates; None is 1, and the testbed's own for the testbed.
         seed: root of all random streams.
         device: of the model.
@@ -76,6 +77,7 @@ class Request:
     take: tuple[Path, ...] = ()
     split: Split = "all"
     limit: int | None = None
+    budget: int | None = None
     rate_scale: float | None = None
     seed: int = 0
     device: str = "cpu"
@@ -144,6 +146,7 @@ class Request:
         plan = dataclasses.replace(
             plan,
             seed=self.seed,
+            adversarial=dataclasses.replace(plan.adversarial, budget_rows=self.budget),
             protocol=dataclasses.replace(plan.protocol, seed=self.seed),
             tables=dataclasses.replace(plan.tables, seed=self.seed),
         )
@@ -196,6 +199,7 @@ def _claim(request: Request, own: Bench) -> None:
         "preset": request.preset,
         "split": request.split,
         "limit": request.limit,
+        "budget": request.budget,
         "rate scale": request.rate_scale,
         "seed": request.seed,
         "sampling": [own.plan.protocol.sampling_steps, own.plan.protocol.guidance_scale],
