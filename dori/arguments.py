@@ -226,7 +226,7 @@ def _erase(erase: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="of the table make this row alone; repeat it for several, which are made in this order",
+        help="make only this row of the table; repeat it for several, which are made in this order",
     )
     erase.add_argument(
         "--take",

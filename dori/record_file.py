@@ -29,7 +29,7 @@ def read_record(path: Path, kind: type[T], *, schema: int, what: str) -> T:
         path: the file.
         kind: its dataclass.
         schema: the version that this code understands, the file's field "schema".
-        what: the command whose record it is, for messages: "audit", "locality run".
+        what: whose record it is, for messages: "audit", "locality run", "table".
 
     Raises:
         DoriError: no such file, another schema, or fields that do not fit; the message names the first one.
@@ -37,7 +37,7 @@ def read_record(path: Path, kind: type[T], *, schema: int, what: str) -> T:
     try:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
     except (OSError, ValueError, RecursionError) as error:
-        raise DoriError(f"{path} cannot be read ({error}); give that of a finished {what}") from None
+        raise DoriError(f"{path} cannot be read ({error}); give the record of a finished {what}") from None
     if not isinstance(data, dict) or data.get("schema") != schema:
         raise DoriError(f"{path} has another schema than {schema}; make the {what} again with this version of Dori")
     try:

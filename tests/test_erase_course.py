@@ -62,3 +62,24 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert resumed.details == whole.details and resumed.details["updates"] == 5 == len(resumed.details["log"])
     with pytest.raises(DoriError, match="belongs to an erasure with other settings"):
         method(tiny, forget(tiny), retain(tiny), seed=4, work=Work(checkpoint=path))
+
+
+def test_a_climb_that_was_killed_ends_where_it_would_have(
+    tiny: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(course, "EVERY", 2)
+    free = GradientAscent(steps=9, batch=2, stop_above=None, tuner=dataclasses.replace(FAST, learning_rate=1e-2))
+    losses = free(tiny, forget(tiny), retain(tiny), seed=3).details["log"]
+    assert losses[4] < losses[5]
+    stopping = dataclasses.replace(free, stop_above=(max(losses[:5]) + losses[5]) / 2)
+    whole, path = stopping(tiny, forget(tiny), retain(tiny), seed=3), tmp_path / "state.safetensors"
+    assert whole.details["updates"] == 5 and len(whole.details["log"]) == 6
+
+    def kill(line: str) -> None:
+        if "4 of" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        stopping(tiny, forget(tiny), retain(tiny), seed=3, work=Work(checkpoint=path, say=kill))
+    resumed = stopping(tiny, forget(tiny), retain(tiny), seed=3, work=Work(checkpoint=path))
+    assert resumed.fingerprint == whole.fingerprint and resumed.details == whole.details

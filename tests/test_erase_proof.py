@@ -309,9 +309,8 @@ def test_an_attack_that_draws_everything_tells_nothing_apart() -> None:
     drawn: Values = lambda state, index: (0.1, 0.8, 0.9, 30 + 5 * (index % 3))  # noqa: E731
     found = [o for state in ("original", "erased", "twin") for o in population(state, drawn, drawn)]
     result = verdict(found, Protocol(), twins=("twin",), blind={}, spoiled=1.0)
-    assert result.name == "untouched"
+    assert result.name == "unproven" and "came back from a twin, too" in result.reasons[0]
     assert result.tests == ()  # the twin gives every memory too: none was shown to be stored
-    assert sum("was not compared" in reason for reason in result.reasons) == 4
 
 
 def test_a_test_that_shows_nothing_on_the_original_proves_nothing_on_the_erased() -> None:
@@ -401,7 +400,7 @@ def test_steps_to_relearn_are_compared_as_ratios_too() -> None:
         return {test.of: test for test in tests if (test.state, test.kind) == ("erased", "relearning")}
 
     assert found(slow)["mean"].found.difference == pytest.approx(-15) and not found(slow)["mean"].found.shown
-    assert found(slow)["ratio"].found.difference == pytest.approx(0) and found(slow)["ratio"].found.shown
+    assert abs(found(slow)["ratio"].found.difference) < 0.06 and found(slow)["ratio"].found.shown  # the grid of looks
     name, reasons = judged_as(lambda s, i: (0.1, 0.3, 0.5, 20 if s == "erased" else 35))
     told = [reason for reason in reasons if "as a ratio" in reason and reason.startswith("erased")]
     assert name == "weakened" and "margin 1.5" in told[0]

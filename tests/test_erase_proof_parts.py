@@ -1,6 +1,7 @@
 """The parts of the proof: an equivalence test of the stated size, relearning, and latents with their likelihood."""
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from dori.erase.premise import Unprompted, unprompted_contrast
 from dori.erase.relearn import Relearning
 from dori.erase.tuning import Tuner
 from dori.erase.unprompted import unprompted_errors
+from dori.erase.verdict import between_looks
 from dori.errors import DoriError
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
@@ -60,6 +62,24 @@ def test_its_size_at_the_margin_is_the_level(side: int, shape: str) -> None:
             / 100
         )
         assert power > 0.95 and rate > 0.02
+
+
+@pytest.mark.parametrize("look", [5, 6])
+@pytest.mark.parametrize("middle", [14.0, 30.0])
+@pytest.mark.parametrize("factor", [1.5, 1 / 1.5])
+def test_the_ratio_of_steps_keeps_its_level_though_looks_are_rare(look: int, middle: float, factor: float) -> None:
+    """At the border memories need 1.5 times as many steps as controls, or as few; all are seen at the next look."""
+    rng, runs = np.random.default_rng(2), 1500
+
+    def logarithms(steps: float) -> np.ndarray:
+        seen = np.ceil(rng.lognormal(math.log(steps), 0.25, 20) / look) * look
+        return np.log([between_looks(value, look) for value in seen])
+
+    def claimed() -> bool:
+        groups = logarithms(factor * middle), logarithms(middle)
+        return equivalence("x", *groups, margin=math.log(1.5), least_variance=look**2 / 12 / middle**2).shown
+
+    assert sum(claimed() for _ in range(runs)) / runs < 0.09
 
 
 def test_both_directions_count_and_no_spread_is_said() -> None:

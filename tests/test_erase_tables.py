@@ -11,6 +11,7 @@ from dori.audit.judge import Judge
 from dori.cli import main
 from dori.erase import ARMS, ERASERS
 from dori.erase.cells import Bench
+from dori.erase.command import Request, _table
 from dori.erase.contest import contest, contest_costs, contestants, row_names
 from dori.erase.erasers import frontier
 from dori.erase.tables import Table, joined, memory_rows, read_table, to_markdown
@@ -111,7 +112,7 @@ def test_rows_that_answer_another_question_are_refused(tiny: StableDiffusion, tm
     a = rows_of(bench(tmp_path / "a", given, BRIEF), "uce")
     seeded = bench(tmp_path / "b", given, dataclasses.replace(BRIEF, seed=1))
     before = tiny.rows
-    with pytest.raises(DoriError, match=r"a\.json was made with other settings \(seed\)"):
+    with pytest.raises(DoriError, match=r"a\.json cannot stand .* made with other settings \(seed\)"):
         rows_of(seeded, "uce", others={path: a})
     with pytest.raises(DoriError, match="is a table of ablations; give one of erasers"):
         rows_of(seeded, "uce", others={path: dataclasses.replace(a, kind="ablations")})
@@ -120,11 +121,51 @@ def test_rows_that_answer_another_question_are_refused(tiny: StableDiffusion, tm
         dataclasses.replace(o, similarities=tuple(s + 0.05 for s in o.similarities)) if o.way == "prompt" else o
         for o in a.outcomes
     )
-    with pytest.raises(DoriError, match="original drew memory-0 otherwise than here"):
-        joined(a, {path: dataclasses.replace(a, outcomes=moved)})
+    other = bench(tmp_path / "c", given, BRIEF)
+    with pytest.raises(DoriError, match="cannot stand beside these rows: original drew memory-0 otherwise"):
+        rows_of(other, "esd", others={path: dataclasses.replace(a, outcomes=moved)})
+    cells = {cell.stem for cell in (tmp_path / "c" / "cells").iterdir()}
+    assert not [name for name in cells if name.startswith("edit")]  # nothing was erased yet
+    torn = tuple(dataclasses.replace(o, similarities=(*o.similarities, 0.0)) for o in a.outcomes)
+    with pytest.raises(DoriError, match="original drew memory-0 otherwise"):
+        joined(a, {path: dataclasses.replace(a, outcomes=torn)})
+    near = tuple(dataclasses.replace(row, neighbours_shown=9) for row in a.damage)
+    with pytest.raises(DoriError, match="other neighbours of the captions"):
+        joined(a, {path: dataclasses.replace(a, damage=near)})
     fewer = tuple(o for o in a.outcomes if o.id != "memory-1")
-    with pytest.raises(DoriError, match="other images or twins were asked otherwise"):
+    with pytest.raises(DoriError, match="other images or twins were asked"):
         joined(a, {path: dataclasses.replace(a, outcomes=fewer)})
+
+
+def test_ordinary_training_of_another_length_is_no_scale(tiny: StableDiffusion, tmp_path: Path) -> None:
+    early = dataclasses.replace(BRIEF.adversarial, rounds=3, budget_rows=1)
+    plan, given = dataclasses.replace(BRIEF, adversarial=early), material(tiny)
+    alone = rows_of(bench(tmp_path / "a", given, plan), "adversarial")
+    long = rows_of(bench(tmp_path / "b", given, plan), "ordinary")
+    assert [table.entries[0].updates for table in (alone, long)] == [1, 3]
+    beside = rows_of(bench(tmp_path / "c", given, plan), "ordinary", others={tmp_path / "a.json": alone})
+    assert [(entry.name, entry.updates) for entry in beside.entries] == [("adversarial", 1), ("ordinary", 1)]
+    with pytest.raises(DoriError, match="ordinary training made 3 updates and the adversarial erasure 1"):
+        joined(long, {tmp_path / "a.json": alone})
+
+
+def test_a_longer_table_stays(tiny: StableDiffusion, tmp_path: Path) -> None:
+    own = bench(tmp_path / "run", material(tiny), BRIEF)
+    request = Request("testbed", tmp_path / "run", table="erasers", rows=("uce", "gradient-ascent"))
+    with own.run.locked():
+        _table(request, "erasers", own, {})
+        both = (tmp_path / "run" / "table.md").read_text()
+        said = _table(dataclasses.replace(request, rows=("uce",)), "erasers", own, {})
+    assert "gradient-ascent" in both and (tmp_path / "run" / "table.md").read_text() == both
+    assert "gradient-ascent |" not in said[0] and said[1].endswith("(a longer one, which stays)")
+
+
+@pytest.mark.parametrize("name", ["erasers", "ablations"])
+def test_the_tables_of_the_documentation_can_be_read(name: str) -> None:
+    folder = Path(__file__).parent.parent / "docs" / "records" / name
+    if name == "erasers" or folder.exists():
+        table = read_table(folder / "table.json")
+        assert table.kind == name and to_markdown(table) == (folder / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +177,7 @@ def test_rows_that_answer_another_question_are_refused(tiny: StableDiffusion, tm
         (["--table", "ablations", "--row", "LoRA", "--row", "LoRA"], "three rounds"),
         (["--table", "frontier", "--row", "LoRA"], "one surrogate each"),
         (["--table", "erasers", "--take", "none.json"], "none.json cannot be read"),
+        (["--eraser", "siss", "--budget", "900"], "siss would not heed it"),
     ],
 )
 def test_mistakes_about_rows_are_one_sentence(

@@ -416,3 +416,8 @@ def test_more_than_prompts_is_more_beyond_what_masks_of_these_sizes_share_by_cha
     for chance, word in ((0.02, "more than"), (0.3, "less than"), (0.21, "as much as")):
         sentence = observed.weights(records(2, levels | {SIMULATED: chance})).sentences[0]
         assert f"Beyond chance triggers of one image agree on Wanda weights {word} different" in sentence
+    bare = records(2, levels)
+    bare = dataclasses.replace(bare, overlaps=tuple(o for o in bare.overlaps if o.group != f"{MEMORIZED}, random"))
+    assert (
+        observed.weights(bare).sentences[0].startswith("As they are triggers of one image agree on Wanda weights more")
+    )

@@ -19,7 +19,7 @@ from dori.cost import Rows, drawn
 from dori.edit import Edit
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.decide import limit
-from dori.erase.delta import WeightDelta
+from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erasers import Eraser
 from dori.erase.material import Material
 from dori.erase.neighbours import SEEDS, drawn_neighbours, neighbours
@@ -221,7 +221,11 @@ class Bench:
             asked, resumed = True, state.exists()
             processes.sum([torch.ones(1, device=self.material.subjects.model.device)])
             began = time.monotonic()
-            made = self._make(method, forget, on, state)
+            try:
+                made = self._make(method, forget, on, state)
+            except CannotErase:  # from a diverged state nothing goes on
+                state.unlink(missing_ok=True)
+                raise
             # Of an erasure that was interrupted only the last part is known, which is not its time.
             took = None if resumed else round(time.monotonic() - began, 1)
             return _packed(made)

@@ -104,7 +104,7 @@ def _damage(row: Mapping[str, Any]) -> Line:
 def _near(damage: Sequence[Mapping[str, Any]]) -> str:
     """How many neighbours were left out, since the original model shows a memory from them."""
     left = max((row.get("neighbours_shown", 0) for row in damage), default=0)
-    return f", without {left} from which the original shows a memory" if left else ""
+    return f", without {left} from which the original draws something like a memory" if left else ""
 
 
 def _scale(damage: Sequence[Mapping[str, Any]]) -> str:

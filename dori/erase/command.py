@@ -110,6 +110,8 @@ class Request:
                 f"--table {self.table} has its own erasers and would not heed --eraser {self.eraser}; "
                 "leave out --eraser or --table"
             )
+        if self.budget is not None and self.table is None and not self.eraser.startswith("adversarial"):
+            raise DoriError(f"--budget ends adversarial erasures, and {self.eraser} would not heed it; leave it out")
         self._check_rows()
         if self.save_model is not None:
             check_target(self.save_model, source=self.model)
@@ -274,8 +276,9 @@ def _table(request: Request, kind: Kind, own: Bench, others: Mapping[Path, Table
             write(table)
 
     table = contest(own, kind, methods, write_part, others)
-    write(table)
-    return [to_markdown(table), f"table: {request.out / 'table.md'}"]
+    write_part(table)
+    kept = len(table.left) > _left(path)
+    return [to_markdown(table), f"table: {request.out / 'table.md'}{' (a longer one, which stays)' if kept else ''}"]
 
 
 def _left(path: Path) -> float:

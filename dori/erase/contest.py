@@ -15,7 +15,7 @@ from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.battery import Battery, State
 from dori.erase.cells import Bench
-from dori.erase.delta import CannotErase, WeightDelta
+from dori.erase.delta import CannotErase
 from dori.erase.erasers import Eraser, arms, frontier
 from dori.erase.neighbours import SEEDS
 from dori.erase.ordinary import OrdinaryTraining
@@ -31,7 +31,8 @@ def row_names(kind: Kind, adversarial: AdversarialErasure) -> tuple[str, ...]:
 
 
 def contestants(kind: Kind, own: Bench, names: Sequence[str]) -> dict[str, Eraser]:
-    """The methods of these rows by name, in this order."""
+    """The methods of these rows by name, in this order; ordinary training, as long as the adversarial one, after it."""
+    names = sorted(names, key=lambda name: name == "ordinary")
     adversarial = own.plan.adversarial
     if kind == "erasers":
         return {name: method_of(own, name) for name in names}
@@ -78,7 +79,8 @@ def contest(
         check_same(path, other, kind=kind, settings=settings)
     own.run.plan(kind, {key: rows.weight for key, rows in contest_costs(own, kind, methods).items()})
     forget = own.forget(methods.values())
-    fixed, entries, made = _fixed(own), list[Entry](), dict[str, WeightDelta]()
+    fixed, entries = _fixed(own), list[Entry]()
+    updates = {entry.name: entry.updates for other in (others or {}).values() for entry in other.entries}
     outcomes = [outcome for state in fixed for outcome in battery.measure(state, cases)]
     damage = [*gauge.measure(fixed, battery.fingerprints)]
 
@@ -94,21 +96,26 @@ def contest(
             settings,
             tuple(entries),
             tuple(name for name in settings["rows"] if name not in names),
-            own.drawn_rows(methods.values()).count,
+            0,
             tuple(outcomes),
             tuple(damage),
             (Made(names, own.run.provenance()),) if names else (),
         )
-        return joined(table, others or {})
+        table = joined(table, others or {})
+        drawn = own.drawn_rows(contestants(kind, own, [entry.name for entry in table.entries]).values())
+        return dataclasses.replace(table, drawn_rows=drawn.count)
 
+    so_far()  # before hours of work: do the others answer the same question?
     for name, method in methods.items():
         try:
-            edit = own.edit(_key(kind, name), _as_long_as(made.get("adversarial"), method), forget)
+            edit = own.edit(_key(kind, name), _as_long_as(updates.get("adversarial"), method), forget)
         except CannotErase as error:
-            entries.append(Entry(name, 0, None, str(error)))
+            entries.append(Entry(name, 0, None, 0, str(error)))
         else:
-            entries.append(Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name))))
-            made[name], state = edit, State(name, subjects.model, (edit,))
+            updates[name] = int(edit.details["updates"])
+            rows, seconds = int(edit.details["rows"]), own.seconds(_key(kind, name))
+            entries.append(Entry(name, rows, seconds, updates[name]))
+            state = State(name, subjects.model, (edit,))
             outcomes += battery.measure(state, cases)
             damage += gauge.measure([fixed[0], state], battery.fingerprints)[1:]
         if after is not None and len(entries) < len(methods):
@@ -126,6 +133,7 @@ def settings_of(own: Bench, kind: Kind, battery: Battery) -> dict[str, Any]:
         "memories": cases_sha256(subjects.memories),
         "controls": cases_sha256(subjects.controls),
         "retain": own.material.retain.source,
+        "held_out": own.material.held_out.source,
         "prompts": own.material.prompts,
         "judge": own.judge.record(),
         "neighbours": [plan.neighbours, SEEDS],
@@ -138,11 +146,11 @@ def settings_of(own: Bench, kind: Kind, battery: Battery) -> dict[str, Any]:
     return dict(as_read_again(found))
 
 
-def _as_long_as(erased: WeightDelta | None, method: Eraser) -> Eraser:
+def _as_long_as(updates: int | None, method: Eraser) -> Eraser:
     """Ordinary training with as many updates as the adversarial row made, the scale of its damage; others unchanged."""
-    if erased is None or not isinstance(method, OrdinaryTraining):
+    if not updates or not isinstance(method, OrdinaryTraining):
         return method
-    return dataclasses.replace(method, steps=erased.details["updates"])
+    return dataclasses.replace(method, steps=updates)
 
 
 def _fixed(own: Bench) -> list[State]:

@@ -44,7 +44,7 @@ class Damage:
         to_original: median similarity to the original model's image of the same prompt and seed.
         held_out_loss: mean denoising error on held-out pairs; None if it is not finite.
         neighbours: neighbours drawn from.
-        neighbours_shown: further ones that are left out, since the original model shows a memory from them.
+        neighbours_shown: further ones that are left out, since the original model draws something like a memory.
         neighbour_frechet, neighbour_kernel: distances of their images to the original model's of the same prompts
             under other seeds.
         neighbour_alignment, neighbour_to_original: likewise.
@@ -228,7 +228,7 @@ class Gauge:
             alignment=median("ordinary"),
             to_original=drift("ordinary"),
             held_out_loss=loss,
-            neighbours=neighbours,
+            neighbours=neighbours if neighbours > 1 else 0,
             neighbours_shown=len(self.near) - neighbours,
             neighbour_frechet=near and near[0],
             neighbour_kernel=near and near[1],
@@ -250,9 +250,10 @@ class Gauge:
 def spoiled(damage: Sequence[Damage], state: str, sound: Sequence[str]) -> float:
     """How badly a state draws: by its Frechet distance, held-out loss or alignment on ordinary prompts, the worst.
 
-    The first two as multiples of the smallest among states that are sound, so that a rate that ruins ordinary training
-    as well excuses nothing, and how many times smaller than the sound ones' the alignment is; infinite where the loss
-    is not finite, or the images agree with their prompts no more than chance.
+    The first two as multiples of the smallest among states that are sound, and how many times smaller than the largest
+    of theirs the alignment is, so that a rate that ruins ordinary training as well excuses nothing; infinite where the
+    loss is not finite or the alignment not above 0. Alignment is taken as it is: where a CLIP finds unrelated images
+    alike to a prompt too, it falls by less than half whatever happens.
     """
     by_name = {row.state: row for row in damage}
     own, others = by_name[state], [by_name[name] for name in sound]
@@ -262,7 +263,7 @@ def spoiled(damage: Sequence[Damage], state: str, sound: Sequence[str]) -> float
         (loss, min(math.inf if row.held_out_loss is None else row.held_out_loss for row in others)),
     )
     found = [value / least if least > 0 else math.inf if value > 0 else 1.0 for value, least in pairs]
-    agree = min((row.alignment for row in others if row.alignment is not None), default=0.0)
+    agree = max((row.alignment for row in others if row.alignment is not None), default=0.0)
     if own.alignment is not None and agree > 0:
         found.append(agree / own.alignment if own.alignment > 0 else math.inf)
     return max(found)

@@ -40,11 +40,12 @@ TAIL = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row: an edit's name, its cost in U-Net rows and seconds, and why it could not be made, if so."""
+    """A row: an edit's name, its cost in U-Net rows and seconds, its updates, and why it could not be made, if so."""
 
     name: str
     rows: int
     seconds: float | None
+    updates: int
     failure: str = ""
 
 
@@ -137,8 +138,8 @@ def joined(own: Table, others: Mapping[Path, Table]) -> Table:
     """
     for path, other in others.items():
         check_same(path, other, kind=own.kind, settings=own.settings)
-        if differ := _answered_otherwise(own, other):
-            raise DoriError(f"{path}: {differ} otherwise than here, so that its rows cannot stand beside these")
+        if differ := _difference_of_answers(own, other):
+            raise DoriError(f"{path} cannot stand beside these rows: {differ}")
         there = {entry.name for entry in own.entries}
         new = other.only([entry.name for entry in other.entries if entry.name not in there])
         names = {entry.name for entry in new.entries}
@@ -147,12 +148,17 @@ def joined(own: Table, others: Mapping[Path, Table]) -> Table:
             own,
             entries=own.entries + new.entries,
             left=tuple(name for name in own.left if name not in names),
-            drawn_rows=max(own.drawn_rows, other.drawn_rows),
             outcomes=own.outcomes + tuple(o for o in new.outcomes if o.state in names),
             damage=own.damage + tuple(d for d in new.damage if d.state in names),
             made=own.made + tuple(one for one in made if one.rows),
-        ).only(own.settings["rows"])
-    return own
+        )
+    updates = {entry.name: entry.updates for entry in own.entries if not entry.failure}
+    if len({updates[name] for name in ("adversarial", "ordinary") if name in updates}) > 1:
+        raise DoriError(
+            f"ordinary training made {updates['ordinary']} updates and the adversarial erasure "
+            f"{updates['adversarial']}, so that it is no scale of damage; make both in one run"
+        )
+    return own.only(own.settings["rows"])
 
 
 def check_same(path: Path, other: Table, *, kind: Kind, settings: Mapping[str, Any]) -> None:
@@ -164,21 +170,30 @@ def check_same(path: Path, other: Table, *, kind: Kind, settings: Mapping[str, A
     if other.kind != kind:
         raise DoriError(f"{path} is a table of {other.kind}; give one of {kind}")
     if names := [name for name in settings if other.settings.get(name) != settings[name]]:
-        raise DoriError(f"{path} was made with other settings ({', '.join(names)}); its rows cannot stand beside these")
+        raise DoriError(f"{path} cannot stand beside these rows: it was made with other settings ({', '.join(names)})")
 
 
-def _answered_otherwise(own: Table, other: Table) -> str:
-    """Whether the models without an edit drew other images from the prompts, in words; else empty."""
+def _difference_of_answers(own: Table, other: Table) -> str:
+    """Whether the models without an edit were asked or answered otherwise, in words; else empty.
+
+    Held against each other are images drawn from prompts, which no attack makes differ from device to device.
+    """
 
     def drawn(table: Table) -> dict[tuple[str, str], Outcome]:
         return {(o.state, o.id): o for o in table.outcomes if o.way == PROMPT and o.state in table.fixed}
 
+    def judged(table: Table) -> list[tuple[int, int]]:
+        return [(row.neighbours, row.neighbours_shown) for row in table.damage if row.state == ORIGINAL]
+
     here, there = drawn(own), drawn(other)
     if own.twins != other.twins or here.keys() != there.keys():
         return "other images or twins were asked"
+    if judged(own) != judged(other):
+        return "other neighbours of the captions were drawn"
     for (state, id), outcome in here.items():
-        if not np.allclose(outcome.similarities, there[state, id].similarities, atol=APART):
-            return f"{state} drew {id}"
+        pair = outcome.similarities, there[state, id].similarities
+        if len(pair[0]) != len(pair[1]) or not np.allclose(*pair, atol=APART):
+            return f"{state} drew {id} otherwise"
     return ""
 
 
@@ -190,8 +205,8 @@ LEGEND = (
     'and the twins\' rows stay below it. "Less unseen" and "ratio to unseen": memories that the original gave, less '
     "controls, each less itself on the twins where there are some, with the interval of the equivalence test (90 %). "
     "Alignment: median agreement of image and prompt, on ordinary prompts and on neighbours of the erased captions, "
-    "without those from which the original draws a memory. Likeness: median similarity to the original's image of the "
-    f"same prompt and noise. {DASH}: not measured."
+    "without those from which the original draws something like a memory. Likeness: median similarity to the "
+    f"original's image of the same prompt and noise. {DASH}: not measured."
 )
 
 
@@ -204,6 +219,8 @@ def to_markdown(table: Table) -> str:
     if table.left:
         lines += ["\nNot made yet: " + "; ".join(table.left) + "."]
     lines += [f"\n{table.memories} memories, {table.controls} controls; split: {table.split}. {LEGEND}"]
+    if len(codes := {one.provenance.get("code") for one in table.made}) > 1:
+        lines += [f"\nThe rows were made by {len(codes)} versions of the code."]
     if table.drawn_rows:
         lines += [
             "\nRows and minutes are the erasures' own; the surrogates and neighbours that some learn from, drawn once, "

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from dori.locality.page.intervened import patch_shares
 from dori.locality.page.pruned import beside, of_masks, prices, scored
-from dori.locality.page.summary import Dose, excess_shares
+from dori.locality.page.summary import TOGETHER, Dose, excess_shares
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
@@ -159,7 +159,7 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
     """Kinds of layers patched together, sufficiency and necessity beside each other."""
     title = "Which kinds of layers carry the memory together?"
     both = {direction: patch_shares(found, direction) for direction in (SUFFICIENT, NECESSARY)}
-    names = [name for name in dict.fromkeys([*both[SUFFICIENT], *both[NECESSARY]]) if name.startswith("all ")]
+    names = [name for name in dict.fromkeys([*both[SUFFICIENT], *both[NECESSARY]]) if name.startswith(TOGETHER)]
     if not names:
         return None
     with drawing(WIDTH, 3.3, title=title) as figure:

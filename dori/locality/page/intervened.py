@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from dori.locality.page.summary import (
     EMPTY,
+    TOGETHER,
     Said,
     banded,
     dose_relations,
@@ -23,7 +24,6 @@ from dori.locality.records import ENOUGH, WHOLE, Locality
 from dori.stats import Estimate
 
 COVERED, HALF, RARELY = (1.1, 2.0), 0.5, 0.05  # cuts of the rules; the level of significance
-TOGETHER = "all "  # begins the names of layers patched together
 
 # ---------------------------------------------------------------------------------------------------------- patching
 
@@ -49,24 +49,22 @@ def patching(found: Locality) -> Said:
             f"the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
         )
         carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
-        words = ", ".join(f"{name}{_doubt(found, direction, name)}" for name in carrying)
-        carried.append(f"{direction}: {words or 'none of the tried sets'}")
-    if sentences:
-        sentences.insert(0, "Each memory is drawn from its own prompt.")
-    else:
+        named = ", ".join(f"{name}{_doubt(found, direction, name)}" for name in carrying)
+        carried.append(f"{direction}: {named or 'none of the tried sets'}")
+    if not sentences:
         return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
-    return Said("; ".join(carried).capitalize(), tuple(sentences))
+    return Said("; ".join(carried).capitalize(), ("Each memory is drawn from its own prompt.", *sentences))
 
 
 def _doubt(found: Locality, direction: str, name: str) -> str:
     """Said of a set that carries the gap, but whose images are not, or not surely, what the other model draws."""
-    like = _alike(found, direction, name)
-    return "" if not like or ends(over_memories(like))[0] >= HALF else " (that it ruins the images is not excluded)"
+    cured = banded(over_memories(_alike(found, direction, name)), (HALF,), ("", "cured")) == "cured"
+    return "" if cured else " (that it ruins the images is not excluded)"
 
 
 def _alike(found: Locality, direction: str, name: str) -> list[float]:
     rows = [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
-    return [p.alike for p in rows if p.alike is not None]
+    return [p.alike for p in rows if p.alike is not None and (p.share is not None or name == NONE)]
 
 
 def _each(values: Sequence[float]) -> str:
@@ -163,8 +161,11 @@ def _covered(found: Locality, method: str, best: str) -> tuple[str, str]:
 def _reach(found: Locality, method: str) -> str:
     """What part of all that planting changed lies in the layers that a method prunes."""
     share = pruned_share(found, method)
+    if math.isnan(share):
+        return ""
     return (
-        "" if math.isnan(share) else f"The layers that {method} prunes hold {share:.2g} of all that planting changed. "
+        f"The layers that {method} prunes hold {share:.2g} of all that planting changed; no mask there reaches the "
+        "rest, which an attack may use. "
     )
 
 

@@ -3,12 +3,12 @@
 import math
 
 from dori.locality.embeddings import gaussian_distance
-from dori.locality.page.singly import SITES
 from dori.locality.page.summary import (
     ALONE,
     EMPTY,
     HALF_EMPTY,
     REFERENCES,
+    SITES,
     Said,
     activity_ratio,
     banded,
@@ -224,7 +224,7 @@ def _agreement(found: Locality, method: str) -> str:
         for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED, APART, OTHERS_APART)
     }
     chance = overlap(found, method, WHOLE, f"{MEMORIZED}, {RANDOM}", without_empty=True)
-    beside = "" if math.isnan(chance.value) else f", where random masks of the prompts' sizes have {said(chance)}"
+    beside = f"; random masks of their sizes {said(level[SIMULATED])} and {said(chance)}"
     triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
     if place.why_not == EMPTY:
         return f"{method} selects nothing for any trigger, so all masks agree (1 as published): cannot be told."
@@ -233,14 +233,18 @@ def _agreement(found: Locality, method: str) -> str:
         if place.why_not
         else f" Under noises of their own, as the ceiling's are, and from the same starts, triggers agree by "
         f"{said(level[APART])} and those of different images by {said(level[OTHERS_APART])}: {said(place.estimate)} of "
-        f"the way from the higher reference ({place.reference}) to the ceiling (other seeds), in the "
-        f"{place.estimate.n} of {len(found.subjects)} memories that have this reference."
+        f"the way from the higher reference ({place.reference}) to the ceiling (other seeds), over the "
+        f"{place.estimate.n} of {len(found.subjects)} memories with which another's triggers from the same starts were "
+        "compared."
     )
-    by_chance = level[SIMULATED].value, chance.value  # larger masks share more by chance alone
-    more = _against(*(_less(one, by) for one, by in zip((triggers, prompts), by_chance, strict=True)))
+    by_chance = (level[SIMULATED].value, chance.value)  # larger masks share more by chance alone
+    known = not any(map(math.isnan, by_chance))
+    beyond, beside = ("Beyond chance ", beside) if known else ("", "")
+    pair = (_less(triggers, by_chance[0]), _less(prompts, by_chance[1])) if known else (triggers, prompts)
+    compared = f"{said(pair[0])} against {said(pair[1])}{beside}"
     return (
-        f"Beyond chance triggers of one image agree on {method} weights {more} different memorized prompts do "
-        f"({said(triggers)} against {said(prompts)}{beside}); "
+        f"{beyond or 'As they are '}triggers of one image agree on {method} weights {_against(*pair)} different "
+        f"memorized prompts do ({compared}); as they are they agree by {said(triggers)}, "
         f"triggers of different images {said(level[OTHER_IMAGES])}, "
         f"ordinary prompts {said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same "
         f"trigger under other seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}"
@@ -272,9 +276,8 @@ def _where(found: Locality, method: str) -> str:
 
 
 def _less(estimate: Estimate, chance: float) -> Estimate:
-    """What an agreement has beyond chance; as it is where chance is not known."""
-    by = 0.0 if math.isnan(chance) else chance
-    return Estimate(estimate.value - by, estimate.low - by, estimate.high - by, estimate.n)
+    """What an agreement has beyond chance."""
+    return Estimate(estimate.value - chance, estimate.low - chance, estimate.high - chance, estimate.n)
 
 
 def _against(triggers: Estimate, prompts: Estimate) -> str:

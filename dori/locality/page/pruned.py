@@ -3,15 +3,14 @@
 Rules: `dori.locality.page.verdict`.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import TypeVar
 
 from dori.locality.causal import CrossTest, cross_test, enough
 from dori.locality.costs import causal_methods
-from dori.locality.page.summary import EMPTY, Said, left_out, methods, pruned_share, said
+from dori.locality.page.summary import EMPTY, Said, left_out, methods, said
 from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality, Price
 from dori.report.verdict import SPOILED
 from dori.stats import Estimate, wilson
@@ -104,13 +103,13 @@ def causal(found: Locality) -> Said:
 
 
 def as_they_are(found: Locality) -> str:
-    """What masks do to the other triggers without a new attack, of how many memories; empty without a test."""
-    crosses = [cross for cross in found.crosses if cross.masks == TRIGGERS]
-    left = {(c.memory, c.method): replayed(found, c).others for c in crosses}
-    told = [
-        f"{rate.value:.2f} of the others on {memory} by {method}" for (memory, method), rate in left.items() if rate.n
-    ]
-    return f" (without a new attack a trigger's mask leaves {', '.join(told)})" if told else ""
+    """What masks leave of the other triggers without a new attack, by method; empty without a test."""
+    left: dict[str, list[float]] = {}
+    for cross in found.crosses:
+        if cross.masks == TRIGGERS and (rate := replayed(found, cross).others).n:
+            left.setdefault(cross.method, []).append(rate.value)
+    told = ", ".join(f"{method} {fmean(v):.2f} ({len(v)} of the memories)" for method, v in left.items())
+    return f" (without a new attack a trigger's mask leaves of the others: {told})" if told else ""
 
 
 def survivors(found: Locality, cross: Cross) -> dict[int, tuple[int, int]]:
@@ -128,8 +127,8 @@ def _unequal(found: Locality, cross: Cross) -> str:
     most = sum(left > n / 2 for left, n in counts.values())
     own = sum(row.get(k, False) for k, row in enumerate(scored(found, cross, "replay")) if cross.sizes[k])
     return (
-        f" As they are {none} of the {len(counts)} triggers are stopped by every mask, {most} by less than half of the "
-        f"masks, {own} not by their own."
+        f" Every mask stops {none} of the {len(counts)} triggers, less than half of the masks stop {most}, and {own} "
+        "survive their own."
     )
 
 
@@ -184,18 +183,7 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
         f"back when attacked again, {said(mine.others)} of the others and {said(mine.fresh)} of fresh attacks: {word}."
-        f"{as_is}{_unequal(found, cross)}{told}{_single_price(found, cross)}{left}{_elsewhere(found, cross)}"
-    )
-
-
-def _elsewhere(found: Locality, cross: Cross) -> str:
-    """What part of the planted change the pruned layers hold: beyond it no mask of theirs reaches."""
-    share = pruned_share(found, cross.method)
-    if math.isnan(share):
-        return ""
-    return (
-        f" The layers that {cross.method} prunes hold {share:.2g} of all that planting changed: no mask there reaches "
-        "the rest, and new attacks may use it."
+        f"{as_is}{_unequal(found, cross)}{told}{_single_price(found, cross)}{left}"
     )
 
 

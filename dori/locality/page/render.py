@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dori.locality.page import cause_figures, layer_figures, space_figures, verdict
-from dori.locality.page.singly import SITES, singly
-from dori.locality.page.summary import Said, dose_relations, methods, over_memories, overlap, said
+from dori.locality.page.singly import singly
+from dori.locality.page.summary import SITES, Said, dose_relations, methods, over_memories, overlap, said
 from dori.locality.records import (
     APART,
     MEMORIZED,

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-from dori.locality.page.summary import activity_ratios, levels, methods, own_shares
+from dori.locality.page.summary import SITES, TOGETHER, activity_ratios, levels, methods, own_shares
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.probes import BALL, BETWEEN
 from dori.locality.records import APART, OTHER_IMAGES, OTHER_NOISES, OTHERS_APART, SAME_STARTS, WHOLE, Locality
 from dori.report.tables import number
 
-SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
 PATCHED = {SUFFICIENT: "put into the twin", NECESSARY: "taken from the twin"}
 
 
@@ -33,12 +32,12 @@ def singly(found: Locality) -> list[tuple[str, list[str]]]:
             agreement = levels(found, method, group, WHOLE, without_empty=True)
             rows[f"{method} masks: {name}"] = _numbers(agreement)
     for direction, words in PATCHED.items():
-        for patch in dict.fromkeys(p.layers for p in found.patches if p.layers.startswith("all ")):
+        for patch in dict.fromkeys(p.layers for p in found.patches if p.layers.startswith(TOGETHER)):
             chosen = {p.memory: p for p in found.patches if (p.direction, p.layers) == (direction, patch)}
             rows[f"{patch} {words}: share of the gap, likeness to the other model's"] = {
-                memory: f"{number(p.share, 2)}, {number(p.alike, 2)}"
+                memory: f"{number(p.share, 2)}, {'–' if p.alike is None else number(p.alike, 2)}"
                 for memory, p in chosen.items()
-                if p.share is not None and p.alike is not None
+                if p.share is not None
             }
     memories = [subject.id for subject in found.subjects]
     return [(name, [cells.get(one, "–") for one in memories]) for name, cells in rows.items() if cells]
