@@ -46,8 +46,9 @@ def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timeste
     Small models move by larger rates than Stable Diffusion; one factor keeps the published proportions between
     methods. Published steps are for one image, so that as many images get so many times as many. Concept Ablation's
     tiny batches grow instead, and its rate with them, since its base rate is meant for one row: as many rows and as
-    long a way, in the published number of steps. There is no average of weights, which would hold short trainings
-    back. Ordinary training is the scale of damage: its steps, rate and average are the adversarial one's.
+    long a way, in the published number of steps (for hundreds of images at once that rate would be too high). There is
+    no average of weights, which would hold short trainings back. Ordinary training is the scale of damage: its steps,
+    rate and average are the adversarial one's.
 
     Args:
         name: in `dori.erase.ERASERS`.
