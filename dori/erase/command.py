@@ -289,6 +289,12 @@ def _left(path: Path) -> float:
         return math.inf
 
 
+def _rounded(own: Bench) -> str:
+    judged = "half" in own.plan.protocol.roundings
+    row = "the row of half precision judges it" if judged else "no row judges that; --preset full does"
+    return f" (in the lower precision of the file that it came from: {row})"
+
+
 def written(request: Request, own: Bench, proof: Proof) -> list[str]:
     """Write everything; the model last, so that a full disk loses nothing that was computed."""
     out, subjects, run = request.out, own.material.subjects, own.run
@@ -308,6 +314,6 @@ def written(request: Request, own: Bench, proof: Proof) -> list[str]:
     ]
     if request.save_model is not None:
         with proof.edit.applied(subjects.model):
-            save_model(subjects.model, request.save_model, source=request.model)
-        lines.append(f"model: {request.save_model}")
+            rounded = save_model(subjects.model, request.save_model, source=request.model)
+        lines.append(f"model: {request.save_model}{_rounded(own) if rounded else ''}")
     return lines

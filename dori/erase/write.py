@@ -42,22 +42,25 @@ def check_target(target: Path, *, source: str) -> None:
         )
 
 
-def save_model(model: StableDiffusion, target: Path, *, source: str) -> None:
-    """Write the model as it is now, edits put on.
+def save_model(model: StableDiffusion, target: Path, *, source: str) -> bool:
+    """Write the model as it is now, edits put on; a single file's weights in the precision that they had there.
 
     Args:
         model: the model.
         target: as in `check_target`.
         source: as in `check_target`.
 
+    Returns:
+        Whether weights were rounded, so that the file's are not quite the model's.
+
     Raises:
         DoriError: as `check_target`, or the place cannot be written.
     """
     check_target(target, source=source)
     if target.suffix == ".safetensors":
-        _save_file(model, target, Path(source))
-    else:
-        _save_folder(model, target)
+        return _save_file(model, target, Path(source))
+    _save_folder(model, target)
+    return False
 
 
 def _save_folder(model: StableDiffusion, target: Path) -> None:
@@ -91,12 +94,14 @@ def _save_folder(model: StableDiffusion, target: Path) -> None:
         raise DoriError(f"{target} cannot be written ({reason}); free some space or name another place") from None
 
 
-def _save_file(model: StableDiffusion, target: Path, source: Path) -> None:
+def _save_file(model: StableDiffusion, target: Path, source: Path) -> bool:
     header, tensors = read_tensors(source, what="the model that was erased", mend="restore it")
-    weights = model.unet.state_dict()
+    weights, rounded = model.unet.state_dict(), False
     for key, name in unet_names(tensors, dict(model.unet.config)).items():
+        rounded |= tensors[key].element_size() < weights[name].element_size()
         tensors[key] = weights[name].detach().to("cpu", tensors[key].dtype).reshape(tensors[key].shape).contiguous()
     write_bytes(target, save(tensors, metadata=header))
+    return rounded
 
 
 def unet_names(checkpoint: Mapping[str, Tensor], config: Mapping[str, object]) -> dict[str, str]:
