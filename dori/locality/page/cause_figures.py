@@ -146,6 +146,8 @@ def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
         axes.set_xticks(range(len(rows[TRIGGERS])), [str(p.joined) for p in rows[TRIGGERS]], fontsize=8.5)
         axes.set_xlabel("Masks joined")
         axes.set_ylabel("Kernel distance")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.0), high)  # from 0 on, so that a small price looks small
         legend_above(axes)
         return [picture(figure, f"{title} {'; '.join(told)}.")]
 
