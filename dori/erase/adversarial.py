@@ -41,7 +41,7 @@ from dori.attack.dori import Dori
 from dori.audit.plan import Start
 from dori.cost import Rows
 from dori.erase.course import load_state, store_state
-from dori.erase.delta import CannotErase, WeightDelta, making
+from dori.erase.delta import WeightDelta, making
 from dori.erase.pairs import (
     Forget,
     Pairs,
@@ -191,7 +191,7 @@ class AdversarialErasure:
         if self.needs_surrogates:
             memories.need_surrogates("adversarial fine-tuning")
         if self.near_weight:
-            near_pairs(memories)
+            memories.need_near()
         memories = dataclasses.replace(
             memories, surrogates=tuple(images[: self.surrogates] for images in memories.surrogates)
         )
@@ -354,7 +354,7 @@ class AdversarialErasure:
             return former_losses(tuned, batch, model.encode([""]))
 
         def near() -> RowLosses:
-            held = near_pairs(memories)
+            held = memories.need_near()
             which = torch.randint(len(held), (self.batch,), generator=generator)
             batch = noised(model, held.latents[which].float(), held.embeddings[which].float(), generator)
             return former_losses(tuned, batch, batch.embeddings)
@@ -420,23 +420,6 @@ class AdversarialErasure:
         triggers = memories.embeddings.float().repeat(len(self.starts), 1, 1, 1)
         unseen = torch.full((len(memories),), NEVER)
         return _Progress(0, 0, int(task.work.processes.sum([spent])[0]), unseen, triggers, [], found)
-
-
-def near_pairs(memories: Forget) -> Pairs:
-    """What L_Near holds.
-
-    Raises:
-        CannotErase: there is nothing.
-    """
-    if memories.near is None:
-        raise CannotErase(
-            "near_weight holds neighbours of the captions, and none were drawn; give them, or leave it out"
-        )
-    if not len(memories.near):
-        raise CannotErase(
-            "near_weight holds neighbours of the captions, and there is none that shows no memory; leave it out"
-        )
-    return memories.near
 
 
 def _store(path: Path, tuned: Tuned, progress: _Progress, made_from: str) -> None:

@@ -267,18 +267,16 @@ def _table(request: Request, kind: Kind, own: Bench, others: Mapping[Path, Table
     methods = contestants(kind, own, names)
     _announce(own, list(contest_costs(own, kind, methods).values()))
 
-    def write(table: Table) -> None:
-        write_json(path, dataclasses.asdict(table))
-        write_text(request.out / "table.md", to_markdown(table))
+    def write(table: Table) -> bool:
+        longer = len(table.left) > _left(path)  # it stays until it is made again
+        if not longer:
+            write_json(path, dataclasses.asdict(table))
+            write_text(request.out / "table.md", to_markdown(table))
+        return longer
 
-    def write_part(table: Table) -> None:
-        if len(table.left) <= _left(path):  # a longer table stays until it is made again
-            write(table)
-
-    table = contest(own, kind, methods, write_part, others)
-    write_part(table)
-    kept = len(table.left) > _left(path)
-    return [to_markdown(table), f"table: {request.out / 'table.md'}{' (a longer one, which stays)' if kept else ''}"]
+    table = contest(own, kind, methods, write, others)
+    stays = " (a longer one, which stays)" if write(table) else ""
+    return [to_markdown(table), f"table: {request.out / 'table.md'}{stays}"]
 
 
 def _left(path: Path) -> float:

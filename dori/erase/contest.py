@@ -15,12 +15,14 @@ from dori.erase import ARMS, ERASERS
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.battery import Battery, State
 from dori.erase.cells import Bench
+from dori.erase.damage import Damage
 from dori.erase.delta import CannotErase
 from dori.erase.erasers import Eraser, arms, frontier
 from dori.erase.neighbours import SEEDS
 from dori.erase.ordinary import OrdinaryTraining
+from dori.erase.outcomes import Outcome
 from dori.erase.proof import battery_of, gauge_of, method_of
-from dori.erase.tables import Entry, Kind, Made, Table, check_same, joined
+from dori.erase.tables import Entry, Kind, Table, check_same, joined
 from dori.erase.verdict import ORIGINAL
 from dori.run import as_read_again, cell_key
 
@@ -56,7 +58,7 @@ def contest(
     own: Bench,
     kind: Kind,
     methods: Mapping[str, Eraser],
-    after: Callable[[Table], None] | None = None,
+    after: Callable[[Table], object] | None = None,
     others: Mapping[Path, Table] | None = None,
 ) -> Table:
     """Make and judge every edit of a table; an eraser that cannot do it leaves its reason instead.
@@ -72,55 +74,68 @@ def contest(
     Raises:
         DoriError: a table among `others` answers another question.
     """
-    subjects, protocol = own.material.subjects, own.plan.tables
+    subjects, protocol, others = own.material.subjects, own.plan.tables, others or {}
     battery, gauge, cases = battery_of(own, protocol), gauge_of(own, protocol), (*subjects.memories, *subjects.controls)
     settings = settings_of(own, kind, battery)
-    for path, other in (others or {}).items():  # before anything is computed
+    for path, other in others.items():  # before anything is computed
         check_same(path, other, kind=kind, settings=settings)
     own.run.plan(kind, {key: rows.weight for key, rows in contest_costs(own, kind, methods).items()})
-    forget = own.forget(methods.values())
-    fixed, entries = _fixed(own), list[Entry]()
-    updates = {entry.name: entry.updates for other in (others or {}).values() for entry in other.entries}
-    outcomes = [outcome for state in fixed for outcome in battery.measure(state, cases)]
-    damage = [*gauge.measure(fixed, battery.fingerprints)]
-
-    def so_far() -> Table:
-        twins, names = tuple(twin.name for twin in subjects.twins), tuple(entry.name for entry in entries)
-        table = Table(
-            kind,
-            own.material.split,
-            len(subjects.memories),
-            len(subjects.controls),
-            twins,
-            protocol.margins,
-            settings,
-            tuple(entries),
-            tuple(name for name in settings["rows"] if name not in names),
-            0,
-            tuple(outcomes),
-            tuple(damage),
-            (Made(names, own.run.provenance()),) if names else (),
-        )
-        table = joined(table, others or {})
-        drawn = own.drawn_rows(contestants(kind, own, [entry.name for entry in table.entries]).values())
-        return dataclasses.replace(table, drawn_rows=drawn.count)
-
-    so_far()  # before hours of work: do the others answer the same question?
+    forget, fixed = own.forget(methods.values()), _fixed(own)
+    mine = _without_rows(own, kind, settings)
+    mine = dataclasses.replace(
+        mine,
+        outcomes=tuple(outcome for state in fixed for outcome in battery.measure(state, cases)),
+        damage=gauge.measure(fixed, battery.fingerprints),
+    )
+    _whole(own, mine, others)  # before hours of work: do the others answer the same question?
+    updates = {entry.name: entry.updates for other in others.values() for entry in other.entries}
     for name, method in methods.items():
+        outcomes, damage = list[Outcome](), list[Damage]()
         try:
             edit = own.edit(_key(kind, name), _as_long_as(updates.get("adversarial"), method), forget)
         except CannotErase as error:
-            entries.append(Entry(name, 0, None, 0, str(error)))
+            entry = Entry(name, 0, None, 0, str(error))
         else:
             updates[name] = int(edit.details["updates"])
-            rows, seconds = int(edit.details["rows"]), own.seconds(_key(kind, name))
-            entries.append(Entry(name, rows, seconds, updates[name]))
+            entry = Entry(name, int(edit.details["rows"]), own.seconds(_key(kind, name)), updates[name])
             state = State(name, subjects.model, (edit,))
             outcomes += battery.measure(state, cases)
             damage += gauge.measure([fixed[0], state], battery.fingerprints)[1:]
-        if after is not None and len(entries) < len(methods):
-            after(so_far())
-    return so_far()
+        mine = mine.with_row(entry, outcomes, damage, own.run.provenance())
+        if after is not None and len(mine.entries) < len(methods):
+            after(_whole(own, mine, others))
+    return _whole(own, mine, others)
+
+
+def _without_rows(own: Bench, kind: Kind, settings: Mapping[str, Any]) -> Table:
+    """A table before anything is measured."""
+    subjects = own.material.subjects
+    return Table(
+        kind,
+        own.material.split,
+        len(subjects.memories),
+        len(subjects.controls),
+        tuple(twin.name for twin in subjects.twins),
+        own.plan.tables.margins,
+        settings,
+        entries=(),
+        left=tuple(settings["rows"]),
+        drawn_rows=0,
+        outcomes=(),
+        damage=(),
+        made=(),
+    )
+
+
+def _whole(own: Bench, mine: Table, others: Mapping[Path, Table]) -> Table:
+    """This run's rows beside the others', with what was drawn for all of them.
+
+    Raises:
+        DoriError: as `joined`.
+    """
+    table = joined(mine, others)
+    drawn = own.drawn_rows(contestants(table.kind, own, [entry.name for entry in table.entries]).values())
+    return dataclasses.replace(table, drawn_rows=drawn.count)
 
 
 def settings_of(own: Bench, kind: Kind, battery: Battery) -> dict[str, Any]:

@@ -5,6 +5,7 @@ damage" has a scale. Neighbours (an erased caption with one word exchanged) are 
 original model shows a memory are left out, since there a change is what was wanted.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,22 +104,27 @@ class Gauge:
             fingerprints: of their models, by name.
         """
         original = states[0]
-        near = self._without_memories(original, self._inputs(self.near) | original.made_of(fingerprints))
-        base = self._inputs(near)
-        drawn = [self._drawn_in(state, near, base | state.made_of(fingerprints)) for state in states]
-        other = self._references(original, near, base | original.made_of(fingerprints))
-        losses = [self._loss_in(state, base | state.made_of(fingerprints)) for state in states]
-        return tuple(
-            self._row(state, len(near), found, drawn[0], other, loss)
-            for state, found, loss in zip(states, drawn, losses, strict=True)
-        )
+        near = self._without_memories(original, self._inputs() | original.made_of(fingerprints))
+        rows = dataclasses.replace(self, near=near)._measured(states, fingerprints)
+        return tuple(dataclasses.replace(row, neighbours_shown=len(self.near) - len(near)) for row in rows)
 
-    def _inputs(self, near: Sequence[str]) -> dict[str, Any]:
+    def _measured(self, states: Sequence[State], fingerprints: Mapping[str, str]) -> list[Damage]:
+        """The rows, by all neighbours."""
+        original, base = states[0], self._inputs()
+        drawn = [self._drawn_in(state, base | state.made_of(fingerprints)) for state in states]
+        other = self._references(original, base | original.made_of(fingerprints))
+        losses = [self._loss_in(state, base | state.made_of(fingerprints)) for state in states]
+        return [
+            self._row(state, found, drawn[0], other, loss)
+            for state, found, loss in zip(states, drawn, losses, strict=True)
+        ]
+
+    def _inputs(self) -> dict[str, Any]:
         return {
             "judge": self.judge.record(),
             "sampling": [self.sampling_steps, self.guidance_scale],
             "seed": self.seed,
-            "prompts": [self.ordinary, near],
+            "prompts": [self.ordinary, self.near],
         }
 
     def _without_memories(self, original: State, inputs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -144,17 +150,17 @@ class Gauge:
             unlike = self.run.once_tensors(SHOWN, {**inputs, **memories}, compute)["unlike"]
         return tuple(text for text, kept in zip(self.near, unlike.tolist(), strict=True) if kept)
 
-    def _drawn_in(self, state: State, near: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _drawn_in(self, state: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         with state.applied():
             return self.run.once_tensors(
-                cell_key("damage", state.name), inputs, partial(self._both, state.model, near, "damage")
+                cell_key("damage", state.name), inputs, partial(self._both, state.model, "damage")
             )
 
-    def _references(self, original: State, near: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _references(self, original: State, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         held = "" if self.held_out is None else pixels_sha256(self.held_out)
 
         def compute() -> dict[str, Tensor]:
-            found = self._both(original.model, near, "damage reference")
+            found = self._both(original.model, "damage reference")
             if self.held_out is not None:
                 found["ordinary.features"] = self.judge.features(self.held_out)
             return found
@@ -162,10 +168,10 @@ class Gauge:
         with original.applied():
             return self.run.once_tensors(REFERENCE, {**inputs, "held_out": held}, compute)
 
-    def _both(self, model: StableDiffusion, near: Sequence[str], name: str) -> dict[str, Tensor]:
+    def _both(self, model: StableDiffusion, name: str) -> dict[str, Tensor]:
         """Ordinary prompts and neighbours, drawn and described."""
         found = self._described(model, self.ordinary, f"{name} ordinary", "ordinary")
-        return found | (self._described(model, near, f"{name} near", "near") if len(near) > 1 else {})
+        return found | (self._described(model, self.near, f"{name} near", "near") if len(self.near) > 1 else {})
 
     def _described(self, model: StableDiffusion, prompts: Sequence[str], name: str, group: str) -> dict[str, Tensor]:
         found = drawn_and_described(
@@ -197,7 +203,6 @@ class Gauge:
     def _row(
         self,
         state: State,
-        neighbours: int,
         found: Mapping[str, Tensor],
         original: Mapping[str, Tensor],
         reference: Mapping[str, Tensor],
@@ -228,8 +233,7 @@ class Gauge:
             alignment=median("ordinary"),
             to_original=drift("ordinary"),
             held_out_loss=loss,
-            neighbours=neighbours if neighbours > 1 else 0,
-            neighbours_shown=len(self.near) - neighbours,
+            neighbours=len(self.near) if len(self.near) > 1 else 0,
             neighbour_frechet=near and near[0],
             neighbour_kernel=near and near[1],
             neighbour_alignment=median("near"),

@@ -94,6 +94,7 @@ def drawn_neighbours(
         z = sample(model, y, noise, steps=sampling.steps, guidance_scale=sampling.guidance_scale)
         images, finite = finite_images(model.to_images(z).cpu())
         unlike = (deciding_pairs(descriptor, cases, images) < below * limits).all(1) & finite
-        latents, embeddings = [*latents, z.cpu()], [*embeddings, y.cpu()]
+        latents.append(z.cpu())
+        embeddings.append(y.cpu())
         kept.append(unlike.view(-1, SEEDS).all(1))
     return Drawn(torch.cat(latents), torch.cat(embeddings), torch.cat(kept))

@@ -15,7 +15,7 @@ import numpy as np
 from dori.erase.damage import Damage
 from dori.erase.outcomes import PROMPT, Outcome
 from dori.erase.protocol import Margins
-from dori.erase.rates import DASH, Line, rates, ways
+from dori.erase.rates import DASH, rates, ways
 from dori.erase.verdict import ORIGINAL, Test, compare, figures
 from dori.errors import DoriError
 from dori.record_file import read_record
@@ -101,6 +101,19 @@ class Table:
     def tests(self) -> tuple[Test, ...]:
         """Equivalence of every state's memories with unseen images."""
         return compare(self.outcomes, self.margins, self.twins)
+
+    def with_row(
+        self, entry: Entry, outcomes: Sequence[Outcome], damage: Sequence[Damage], provenance: Mapping[str, Any]
+    ) -> "Table":
+        """The table of one run with one more row."""
+        return dataclasses.replace(
+            self,
+            entries=(*self.entries, entry),
+            left=tuple(name for name in self.left if name != entry.name),
+            outcomes=(*self.outcomes, *outcomes),
+            damage=(*self.damage, *damage),
+            made=(Made((*(made.name for made in self.entries), entry.name), provenance),),
+        )
 
     def only(self, names: Sequence[str]) -> "Table":
         """The table with these rows alone, in this order, beside the original and the twins."""
@@ -240,7 +253,8 @@ def memory_rows(table: Table) -> list[list[str]]:
         seconds = entry.seconds if entry else None
         found.append(
             [
-                *_cells(line),
+                line.heading,
+                *line.cells,
                 _difference(by_test.get((line.heading, "area", "mean"))),
                 _difference(by_test.get((line.heading, "relearning", "mean"))),
                 _difference(by_test.get((line.heading, "relearning", "ratio"))),
@@ -259,13 +273,10 @@ def memory_rows(table: Table) -> list[list[str]]:
 
 def control_rows(table: Table) -> list[list[str]]:
     """Cells of the controls' rows: who comes back."""
-    return [
-        _cells(line) for line in rates(table.outcomes, "control", unreached=table.margins.unreached) if table.controls
-    ]
-
-
-def _cells(line: Line) -> list[str]:
-    return [line.heading, *line.cells]
+    if not table.controls:
+        return []
+    lines = rates(table.outcomes, "control", unreached=table.margins.unreached)
+    return [[line.heading, *line.cells] for line in lines]
 
 
 def _difference(test: Test | None) -> str:

@@ -20,7 +20,7 @@ from dori.locality.page.summary import (
     said,
 )
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
-from dori.locality.records import ENOUGH, WHOLE, Locality
+from dori.locality.records import ENOUGH, WHOLE, Locality, Patch
 from dori.stats import Estimate
 
 COVERED, HALF, RARELY = (1.1, 2.0), 0.5, 0.05  # cuts of the rules; the level of significance
@@ -40,7 +40,7 @@ def patching(found: Locality) -> Said:
             continue
         best = max(single, key=lambda name: single[name].value)
         kinds = ", ".join(
-            f"{name} {said(value)}{_each(_shares(found, direction, name))}"
+            f"{name} {said(value)}{_each([p.share for p in _patched(found, direction, name)])}"
             for name, value in shares.items()
             if name not in single
         )
@@ -62,19 +62,20 @@ def _doubt(found: Locality, direction: str, name: str) -> str:
     return "" if cured else " (that it ruins the images is not excluded)"
 
 
+def _patched(found: Locality, direction: str, name: str) -> list[Patch]:
+    return [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
+
+
 def _alike(found: Locality, direction: str, name: str) -> list[float]:
-    rows = [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
-    return [p.alike for p in rows if p.alike is not None and (p.share is not None or name == NONE)]
+    """Likeness to the other model's own images, of the memories that count; without a patch of all."""
+    rows = [p for p in _patched(found, direction, name) if p.share is not None or name == NONE]
+    return [p.alike for p in rows if p.alike is not None]
 
 
-def _each(values: Sequence[float]) -> str:
-    """Memory by memory, where they are too few for an interval."""
-    return f" ({', '.join(f'{value:.2f}' for value in values)})" if 1 < len(values) < ENOUGH else ""
-
-
-def _shares(found: Locality, direction: str, name: str) -> list[float]:
-    rows = [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
-    return [p.share for p in rows if p.share is not None]
+def _each(values: Sequence[float | None]) -> str:
+    """Memory by memory, where they are too few for an interval; what was not measured is left out."""
+    told = [f"{value:.2f}" for value in values if value is not None]
+    return f" ({', '.join(told)})" if 1 < len(told) < ENOUGH else ""
 
 
 def _sound(found: Locality, direction: str) -> str:

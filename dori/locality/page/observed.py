@@ -223,8 +223,6 @@ def _agreement(found: Locality, method: str) -> str:
         group: overlap(found, method, WHOLE, group, without_empty=True)
         for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED, APART, OTHERS_APART)
     }
-    chance = overlap(found, method, WHOLE, f"{MEMORIZED}, {RANDOM}", without_empty=True)
-    beside = f"; random masks of their sizes {said(level[SIMULATED])} and {said(chance)}"
     triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
     if place.why_not == EMPTY:
         return f"{method} selects nothing for any trigger, so all masks agree (1 as published): cannot be told."
@@ -237,14 +235,9 @@ def _agreement(found: Locality, method: str) -> str:
         f"{place.estimate.n} of {len(found.subjects)} memories with which another's triggers from the same starts were "
         "compared."
     )
-    by_chance = (level[SIMULATED].value, chance.value)  # larger masks share more by chance alone
-    known = not any(map(math.isnan, by_chance))
-    beyond, beside = ("Beyond chance ", beside) if known else ("", "")
-    pair = (_less(triggers, by_chance[0]), _less(prompts, by_chance[1])) if known else (triggers, prompts)
-    compared = f"{said(pair[0])} against {said(pair[1])}{beside}"
+    by_chance = level[SIMULATED], overlap(found, method, WHOLE, f"{MEMORIZED}, {RANDOM}", without_empty=True)
     return (
-        f"{beyond or 'As they are '}triggers of one image agree on {method} weights {_against(*pair)} different "
-        f"memorized prompts do ({compared}); as they are they agree by {said(triggers)}, "
+        f"{_beside_prompts(method, triggers, prompts, by_chance)}; as they are they agree by {said(triggers)}, "
         f"triggers of different images {said(level[OTHER_IMAGES])}, "
         f"ordinary prompts {said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same "
         f"trigger under other seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}"
@@ -272,6 +265,18 @@ def _where(found: Locality, method: str) -> str:
     return (
         f" Beyond the higher reference that is more than {MORE:g} in {len(above)} of the {told_of} layers in which "
         f"less than half of the masks are empty{most}."
+    )
+
+
+def _beside_prompts(method: str, triggers: Estimate, prompts: Estimate, by_chance: tuple[Estimate, Estimate]) -> str:
+    """Triggers against prompts, beyond what masks of their sizes share by chance, where that is known."""
+    opening, sizes = "As they are", ""
+    if not any(math.isnan(chance.value) for chance in by_chance):
+        opening, sizes = "Beyond chance", f"; random masks of their sizes {' and '.join(map(said, by_chance))}"
+        triggers, prompts = _less(triggers, by_chance[0].value), _less(prompts, by_chance[1].value)
+    return (
+        f"{opening} triggers of one image agree on {method} weights {_against(triggers, prompts)} different memorized "
+        f"prompts do ({said(triggers)} against {said(prompts)}{sizes})"
     )
 
 

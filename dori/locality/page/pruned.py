@@ -16,6 +16,13 @@ from dori.report.verdict import SPOILED
 from dori.stats import Estimate, wilson
 
 Record = TypeVar("Record", Cross, Joined, Price)
+# What else attacks were made under, in the order in which `causal_word` takes them.
+BESIDE = {
+    NO_MASK: "without a mask",
+    RANDOM: "under random masks as large",
+    OTHER_MASKS: "under masks of another image's triggers",
+}
+UNSCORED = " (what fails there is not scored)"
 
 
 def tested(found: Locality, cross: Cross) -> CrossTest:
@@ -151,34 +158,23 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     if empty == len(cross.sizes):
         word = f"cannot be told, {EMPTY}"
         return word, f"{cross.memory}, {cross.method}: all {empty} masks are empty and prune nothing: {word}."
-    controls = {
-        name: beside(found, cross, masks)
-        for name, masks in (
-            ("Without a mask (what fails there is not scored):", NO_MASK),
-            ("Under random masks as large:", RANDOM),
-            ("Under masks of another image's triggers:", OTHER_MASKS),
-        )
-    }
-    bare, random, other = (None if one is None else tested(found, one) for one in controls.values())
+    kinds = {masks: beside(found, cross, masks) for masks in BESIDE}
+    attacked = {masks: None if one is None else tested(found, one) for masks, one in kinds.items()}
+    plain = {masks: replayed(found, one) for masks, one in kinds.items() if one is not None and masks != NO_MASK}
     mine, replay = tested(found, cross), replayed(found, cross)
-    by_chance = controls["Under random masks as large:"]
-    hidden = unhidden(replay, None if by_chance is None else replayed(found, by_chance))
-    word = causal_word(mine, bare, random, other, unhidden=hidden, dear=too_dear(found, cross))
+    hidden = unhidden(replay, plain.get(RANDOM))
+    word = causal_word(mine, *attacked.values(), unhidden=hidden, dear=too_dear(found, cross))
     told = "".join(
-        f" {name} {said(test.others)} and {said(test.fresh)}."
-        for name, test in zip(controls, (bare, random, other), strict=True)
+        f" {BESIDE[masks].capitalize()}{UNSCORED if masks == NO_MASK else ''}: {said(test.others)} and "
+        f"{said(test.fresh)}."
+        for masks, test in attacked.items()
         if test is not None
     )
-    as_is = f" As they are, without a new attack, {said(replay.own)} and {said(replay.others)} still do"
-    chance = [
-        f"{said(replayed(found, one).others)} {words}"
-        for one, words in (
-            (by_chance, "under random masks as large"),
-            (controls["Under masks of another image's triggers:"], "under masks of another image's triggers"),
-        )
-        if one is not None
-    ]
-    as_is += f" ({', '.join(chance)})." if chance else "."
+    chance = ", ".join(f"{said(test.others)} {BESIDE[masks]}" for masks, test in plain.items())
+    as_is = (
+        f" As they are, without a new attack, {said(replay.own)} and {said(replay.others)} still do"
+        f"{f' ({chance})' if chance else ''}."
+    )
     left = f" {empty} of the {len(cross.sizes)} masks are empty and left out." if empty else ""
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
