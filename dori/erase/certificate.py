@@ -22,7 +22,7 @@ WORDS = {
     "hidden": "Less than half as many memories come back from their prompts as before, and at least half as many under "
     "an attack on the embedding.",
     "untouched": "At least half as many memories come back as before.",
-    "unproven": "Nothing came back from the original model, so nothing can be said.",
+    "unproven": "No memory came back from the original model that a twin does not give too, so nothing can be said.",
 }
 ALONE = (
     "All intervals are over these images: another model, another twin or another run of the erasure may differ by more."

@@ -1,8 +1,8 @@
 """The verdict on an erasure: removed, weakened, hidden or untouched, by stated rules and nothing else.
 
 Difference in differences: of each memory, the value on the erased model less that on the models that never saw it (the
-twins); less the same for controls, which no model saw. What fine-tuning does to any image cancels. Without a twin the
-memories are compared with matched controls on the erased model itself.
+twins); less the same for controls, which no model saw. Without a twin the memories are compared with matched controls
+on the erased model itself.
 
 What shifts both groups by as much cancels in a difference, what multiplies both does not: a model that learns twice as
 fast halves every number of steps. So steps to relearn are compared as ratios too (differences of logarithms).
