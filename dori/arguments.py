@@ -211,6 +211,12 @@ def _erase(erase: argparse.ArgumentParser) -> None:
     erase.add_argument("--retain", type=Path, metavar="FOLDER", help="ordinary images with texts")
     erase.add_argument("--controls", type=Path, metavar="FOLDER", help="images of the same kind that are not in it")
     _twins(erase)
+    erase.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the model from which MODEL and its twins were trained, before the memories: how far a twin went from it "
+        "is a scale of damage",
+    )
     _running(erase, "quick", "full")
     _clip(erase)
     _judging(erase)

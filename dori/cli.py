@@ -285,6 +285,7 @@ def _erase(arguments: argparse.Namespace) -> int:
             retain=arguments.retain,
             controls=arguments.controls,
             twins=tuple(arguments.twin),
+            base=arguments.base,
             preset=arguments.preset,
             eraser=arguments.eraser,
             table=arguments.table,

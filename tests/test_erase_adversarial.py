@@ -18,7 +18,7 @@ from dori.erase.decide import PART, deciding, deciding_pairs
 from dori.erase.delta import CannotErase
 from dori.erase.pairs import Batch, Work, former_losses, step_generator
 from dori.erase.starts import starting_points
-from dori.erase.surrogates import Surrogates, SurrogateSearch, anchor_prompt, filtered, shortened
+from dori.erase.surrogates import Surrogates, SurrogateSearch, anchor_prompts, filtered, shortened
 from dori.erase.tuning import Tuner, tuning
 from dori.erase.unprompted import without_prompt
 from dori.erase.watch import Watch
@@ -310,7 +310,8 @@ def test_a_template_is_watched_as_it_will_be_judged(tiny: StableDiffusion) -> No
 def test_prompts_are_shortened_word_by_word() -> None:
     assert shortened("a b c d e f g h") == ("a b c d e f", "a b c d", "a b", "")
     assert shortened("one two") == ("one", "") and shortened("one") == ("",) and shortened(None) == ("",)
-    assert anchor_prompt("a b c d e") == "a b" and anchor_prompt("one") == "" and anchor_prompt(None) == ""
+    assert anchor_prompts("a b c d e") == ("a b", "a", "") and anchor_prompts("one") == anchor_prompts(None) == ("",)
+    assert anchor_prompts("a b c d e f g h") == ("a b c d", "a b", "")
 
 
 def test_candidates_are_kept_greedily_if_unlike_target_and_one_another() -> None:

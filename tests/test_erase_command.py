@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from erasing import PLAN, bench, cases, draw, material, twin_of
+from conftest import tiny_parts
+from erasing import DESCRIPTOR, PLAN, bench, cases, draw, material, twin_of
 
 from dori.attack.dori import Dori
 from dori.audit.schedule import Subjects
@@ -27,13 +28,14 @@ from dori.erase.material import Material, Uses, divided, of_split
 from dori.erase.pairs import Pairs
 from dori.erase.plan import PRESETS, Plan, fitted, scaled
 from dori.erase.premise import Unprompted, unprompted_contrast
-from dori.erase.proof import ORDINARY, Proof, proof_costs, prove
+from dori.erase.proof import ORDINARY, Proof, gauge_of, proof_costs, prove
 from dori.erase.tuning import Tuner
 from dori.errors import DoriError
 from dori.findings import read_audit
 from dori.model.load import load_model, model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
+from dori.sampling import initial_noise, named_seed, sample
 
 
 def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "adversarial") -> Proof:
@@ -85,6 +87,40 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path, name:
     assert f"lies {abs(100 * (erased / ordinarily - 1)):.1f} % " in page
     for image in (*given.subjects.memories, *given.subjects.controls):
         assert image.memory.text not in re.sub(r"<[^>]*>", "", page).split()
+
+
+def test_the_drift_of_a_twin_from_the_base_is_a_scale(tiny: StableDiffusion, tmp_path: Path) -> None:
+    twin, base = twin_of(tmp_path), StableDiffusion(**tiny_parts(tmp_path), name="base <i>")
+    with torch.no_grad():
+        base.unet.conv_in.weight.sub_(0.1 * draw(*base.unet.conv_in.weight.shape, seed=1))
+    given = dataclasses.replace(material(tiny, twin), base=base)
+    proof = proven(tmp_path / "a", given)
+    rows = {row["state"]: row for row in proof.record["damage"]}
+    assert list(rows) == ["original", "erased", "ordinary training", "twin <b>", "base <i>"]
+    assert rows["base <i>"]["to_base"] is None
+    assert rows["original"]["to_base"] == rows["base <i>"]["to_original"]  # one pair of images
+    assert proof.record["base"] == {"name": "base <i>", "sha256": model_fingerprint(base)}
+    page, drift = render(proof.record), rows["twin <b>"]["to_base"]
+    assert f"{drift:.3f} (twin &lt;b&gt;)" in page and page.count("likeness to base") == 2 and "<i>" not in page
+    gauge = gauge_of(bench(tmp_path / "b", given), PLAN.protocol)
+    noise = initial_noise(tiny, [named_seed("damage ordinary", gauge.seed, k) for k in range(len(gauge.ordinary))])
+    drawn = [
+        DESCRIPTOR(
+            model.to_images(
+                sample(
+                    model,
+                    model.encode(list(gauge.ordinary)),
+                    noise,
+                    steps=1,
+                    guidance_scale=PLAN.protocol.guidance_scale,
+                )
+            )
+        )
+        for model in (twin, base)
+    ]
+    assert drift == pytest.approx(float((drawn[0] * drawn[1]).sum(1).median()), abs=1e-4)
+    proof = proven(tmp_path / "c", material(tiny, twin))
+    assert proof.record["base"] is None and "to base" not in render(proof.record)
 
 
 def own_surrogates(folder: Path, given: Material) -> int:

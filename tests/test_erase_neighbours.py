@@ -13,6 +13,8 @@ from dori.audit.judge import Judge
 from dori.cost import Rows
 from dori.erase.adversarial import AdversarialErasure
 from dori.erase.battery import State
+from dori.erase.cells import ANCHORS
+from dori.erase.concept_ablation import ConceptAblation
 from dori.erase.damage import Damage
 from dori.erase.delta import CannotErase
 from dori.erase.neighbours import drawn_neighbours, neighbours
@@ -130,6 +132,37 @@ def test_taught_neighbours_are_drawn_once_and_cost_what_was_planned(tiny: Stable
     before = tiny.rows
     edit = own.edit("adversarial", plan.adversarial, again)
     assert tiny.rows - before == edit.details["rows"] == own.edit_rows(plan.adversarial).count
+
+
+def test_an_anchor_is_the_longest_short_prompt_that_shows_no_memory(tiny: StableDiffusion, tmp_path: Path) -> None:
+    given, search = material(tiny), PLAN.surrogates
+    first, second = given.subjects.memories
+    first = dataclasses.replace(first, memory=dataclasses.replace(first.memory, text="ab cd ef gh"))
+    seed = named_seed("anchors", PLAN.seed)
+    noise = initial_noise(tiny, [named_seed("neighbour", seed, "ab cd", 1)])
+    guided = {"steps": search.sampling_steps, "guidance_scale": search.guidance_scale}
+    (image,) = tiny.to_images(sample(tiny, tiny.encode(["ab cd"]), noise, **guided))
+    second = dataclasses.replace(second, image=image)  # half of the first one's prompt shows the second
+    subjects = dataclasses.replace(given.subjects, memories=(first, second))
+    given = dataclasses.replace(given, subjects=subjects)
+
+    def anchors(threshold: float, below: float) -> tuple[Tensor, ...]:
+        plan = dataclasses.replace(PLAN, surrogates=dataclasses.replace(search, below_target=below))
+        own = bench(tmp_path, given, plan)
+        own = dataclasses.replace(own, judge=Judge(dataclasses.replace(DESCRIPTOR, threshold=threshold)))
+        planned, rows = own.drawn_costs([ConceptAblation()])[ANCHORS], tiny.rows
+        found = own._anchors(own.forget([]).source)
+        assert tiny.rows - rows == planned.forward > 0
+        return found
+
+    free, checked = anchors(2.0, 1.0), anchors(0.9999, 1.0)
+    assert torch.equal(free[0], tiny.encode(["ab cd"])) and torch.equal(checked[0], tiny.encode(["ab"]))
+    assert all(torch.equal(found[1], tiny.encode(["m"])) for found in (free, checked))  # half of "m 1"
+    assert [len(anchor) for anchor in anchors(-1.1, 1.0)] == [0, 0]
+    without = dataclasses.replace(forget(tiny), anchors=(free[0], free[0][:0], free[0]))
+    with pytest.raises(CannotErase, match="memory 'm1'"):
+        ConceptAblation()(tiny, without, retain(tiny), seed=0)
+    assert [len(anchor) for anchor in bench(tmp_path, given).forget([PLAN.adversarial]).anchors] == [0, 0]
 
 
 def test_damage_is_not_judged_by_neighbours_that_show_a_memory(tiny: StableDiffusion, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Several processes: they share rows, triggers and the search for surrogates, and reach what one reaches."""
 
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,21 @@ def test_shares_of_rows_cover_the_batch_once() -> None:
     given = {0: draw(2, 3, seed=0), 1: draw(0, 3, seed=0), 2: draw(5, 3, seed=1)}
     alone = Processes().every(given, 3, like=given[1])
     assert all(torch.equal(alone[row], rows) for row, rows in given.items()) and len(alone) == 3
+
+
+def test_shares_of_cells_are_even_and_the_first_process_goes_on_with_the_others_from_their_end() -> None:
+    costs = {f"cell-{i}": (7 * i) % 11 + 1 for i in range(30)}
+    for count, beside in ((1, 5), (2, 0), (3, 40), (4, 10_000)):
+        processes = [Processes(index, count) for index in range(count)]
+        shares = processes[0].shares(costs, beside=beside)
+        assert sorted(key for share in shares for key in share) == sorted(costs)
+        assert all(share == [key for key in costs if key in share] for share in shares)  # in the given order
+        loads = [sum(costs[key] for key in share) + beside * (i == 0) for i, share in enumerate(shares)]
+        assert max(loads[1:] or [0]) - min(loads) <= max(costs.values())
+        assert loads[0] <= max([beside, *loads[1:]]) + max(costs.values()) or count == 1
+        first, *others = [one.in_turn(costs, beside=beside) for one in processes]
+        assert others == shares[1:] and first[: len(shares[0])] == shares[0] and sorted(first) == sorted(costs)
+        assert count < 2 or first[-len(shares[-1]) :] == shares[-1][::-1]
 
 
 WORKER = """
@@ -88,6 +104,51 @@ made = dataclasses.replace(bench(run, material(model), plan), work=Work(processe
 tensors = [*made.surrogates, made.near.latents, made.near.embeddings]
 torch.save([tensors, made.near.source, model.rows], folder / f"found-{processes.index}.pt")
 """
+
+
+PROVER = """
+import sys
+from pathlib import Path
+from typing import Any
+sys.path.insert(0, "tests")
+import dataclasses, json
+import torch
+from conftest import tiny_parts
+from erasing import PLAN, bench, material
+from dori.erase.pairs import Work
+from dori.erase.processes import started
+from dori.erase.proof import prove
+from dori.model.stable_diffusion import StableDiffusion
+from dori.run import Run
+folder, asked = Path(sys.argv[1]), []
+processes = started(device="cpu")
+own = folder / f"tokenizer-{processes.index}"
+own.mkdir(exist_ok=True)
+model = StableDiffusion(**tiny_parts(own), name="tiny")
+run = folder / "run" if processes.first else folder / "run" / "processes" / str(processes.index)
+work = Work(states=folder / "run", processes=processes)
+once = Run.once_record
+def counted(self, key, inputs, compute):
+    return once(self, key, inputs, lambda: asked.append(key) or compute())
+Run.once_record = counted
+proof = prove(dataclasses.replace(bench(run, material(model)), work=work), "adversarial")
+assert (proof is None) == (not processes.first)
+record = proof and {key: value for key, value in proof.record.items() if key != "provenance"}
+(folder / f"proven-{processes.index}.json").write_text(json.dumps([record, asked], sort_keys=True))
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_judging_and_any_number_goes_on(tmp_path: Path) -> None:
+    def proven(count: int) -> list[Any]:
+        run_together(PROVER, tmp_path, count)
+        return [json.loads((tmp_path / f"proven-{rank}.json").read_text()) for rank in range(count)]
+
+    (record, first), (_, second) = proven(2)
+    assert any(".relearn." in key for key in second) and any(".dori." in key for key in second)
+    assert sum(key.startswith("proof") for key in first) > 3
+    (again, asked), (helped, nothing) = proven(1)[0], proven(2)[1]
+    assert again == record and asked == nothing == [] and helped is None  # all was there, for one process and for two
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """The proof's measurements: every state of the model, asked in every way, in cells that survive a kill."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,21 +114,28 @@ class Battery:
 
     def measure(self, state: State, cases: Sequence[Case]) -> list[Outcome]:
         """All outcomes of these images in this state."""
+        with state.applied():
+            return [outcome for ask in self.cells(state, cases).values() for outcome in ask()]
+
+    def cells(self, state: State, cases: Sequence[Case]) -> dict[str, Callable[[], list[Outcome]]]:
+        """Every cell of `measure` by its name, to be called in this state."""
         self.fingerprint(state.model)
         base = state.made_of(self.fingerprints) | {
             "judge": self.judge.record(),
             "seeds": self.protocol.fresh_seeds(),
             "sampling": [self.protocol.sampling_steps, self.protocol.guidance_scale],
         }
-        found: list[Outcome] = []
-        with state.applied():
-            for asking in askings(self.protocol, state):
-                for chunk in self._chunks(asking, cases):
-                    found += self._ask(state, asking, chunk, base)
-            if self.protocol.relearning is not None and state.relearned:
-                for case in cases:
-                    for restart in range(self.protocol.restarts):
-                        found += self._relearn(state, case, Asking(RELEARN, restart=restart), base)
+        found: dict[str, Callable[[], list[Outcome]]] = {
+            self._key(state, asking, chunk): partial(self._ask, state, asking, chunk, base)
+            for asking in askings(self.protocol, state)
+            for chunk in self._chunks(asking, cases)
+        }
+        if self.protocol.relearning is not None and state.relearned:
+            found |= {
+                self._relearn_key(state, case, k): partial(self._relearn, state, case, k, base)
+                for case in cases
+                for k in range(self.protocol.restarts)
+            }
         return found
 
     def fingerprint(self, model: StableDiffusion) -> str:
@@ -256,20 +264,19 @@ class Battery:
 
     # ---------------------------------------------------------------------------------------------------- relearning
 
-    def _relearn(self, state: State, case: Case, asking: Asking, base: Mapping[str, Any]) -> list[Outcome]:
+    def _relearn(self, state: State, case: Case, restart: int, base: Mapping[str, Any]) -> list[Outcome]:
         inputs = {
             **base,
             **self._about([case]),
             "relearning": self.protocol.relearning,
             "seed": self.protocol.seed,
-            "restart": asking.restart,
+            "restart": restart,
             "enough": limit(self.judge.descriptor, case),  # it ends the training
         }
         record = self.run.once_record(
-            self._relearn_key(state, case, asking.restart),
-            inputs,
-            lambda: self._relearned(state.model, case, asking.restart),
+            self._relearn_key(state, case, restart), inputs, lambda: self._relearned(state.model, case, restart)
         )
+        asking = Asking(RELEARN, restart=restart)
         return [
             self._outcome(state, case, asking, steps=int(step), similarities=values) for step, values in record.items()
         ]

@@ -18,6 +18,7 @@ from dori.audit.judge import Case, Judge, pixels_sha256
 from dori.cost import Rows, drawn
 from dori.edit import Edit
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.concept_ablation import ConceptAblation
 from dori.erase.decide import limit
 from dori.erase.delta import CannotErase, WeightDelta
 from dori.erase.erasers import Eraser
@@ -25,13 +26,15 @@ from dori.erase.material import Material
 from dori.erase.neighbours import SEEDS, drawn_neighbours, neighbours
 from dori.erase.pairs import Forget, Pairs, Work
 from dori.erase.plan import Plan
-from dori.erase.surrogates import anchor_prompt
+from dori.erase.surrogates import anchor_prompts
 from dori.erase.watch import Watch
+from dori.errors import DoriError
 from dori.run import Run, canonical_sha256, cell_key, tensors_sha256
 from dori.sampling import Sampling, named_seed
 
 SURROGATES = "surrogates"  # first part of their cells' names
 NEAR = "neighbours"  # the cell of what their captions draw
+ANCHORS = "anchors"  # the cell of which shortened prompts show no memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,23 +61,61 @@ class Bench:
         """The same for one process."""
         return dataclasses.replace(self, work=Work(say=self.work.say))
 
+    def beside_first(self) -> "Bench":
+        """This process with the first one's cells, which it reads and adds to: their folder is the same for all."""
+        if self.work.processes.first:
+            return self
+        run = Run(self.work.states or self.run.folder, device=self.run.device, modules=self.run.modules)
+        return dataclasses.replace(self, run=run)
+
     def forget(self, methods: Iterable[Eraser]) -> Forget:
-        """The memories as tensors, with what these erasers learn from beside: surrogates, neighbours of captions."""
+        """The memories as tensors, with what these erasers learn from beside: surrogates, anchors, neighbours."""
         methods = list(methods)
         model, cases = self.material.subjects.model, self._cases
         texts, source = tuple(case.memory.text for case in cases), canonical_sha256(self._base())
-        none = torch.zeros(0, *model.latent_shape)
+        none, unasked = torch.zeros(0, *model.latent_shape), torch.zeros(0, *model.embedding_shape)
         return Forget(
             tuple(case.memory.id for case in cases),
             texts,
             torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
             self._surrogates(source) if _need_surrogates(methods) else (none,) * len(cases),
-            model.encode([anchor_prompt(text) for text in texts]).cpu(),
+            self._anchors(source) if _need_anchors(methods) else (unasked,) * len(cases),
             self.material.prompts.erasing,
             source,
             self._near(source) if _need_neighbours(methods) else None,
         )
+
+    def _anchors(self, source: str) -> tuple[Tensor, ...]:
+        """Each memory's longest anchor prompt that shows no memory, embedded: a cell of the first process."""
+        model, search, device = self.material.subjects.model, self.plan.surrogates, self.material.subjects.model.device
+        forms = [anchor_prompts(case.memory.text) for case in self._cases]
+        texts = self._anchor_texts()
+
+        def compute() -> dict[str, Tensor]:
+            drawn = drawn_neighbours(
+                model,
+                texts,
+                self._cases,
+                self.judge.descriptor,
+                below=search.below_target,
+                sampling=Sampling(search.sampling_steps, search.guidance_scale),
+                seed=named_seed("anchors", self.plan.seed),
+            )
+            return {"unlike": drawn.unlike}
+
+        inputs = {"memories": source, "texts": texts, "search": search, "judge": self._judged_by()}
+        seen = self.run.once_tensors(ANCHORS, inputs, compute)["unlike"] if self.work.processes.first else None
+        seen = torch.zeros(len(texts)) if seen is None else seen.float()
+        unlike = dict(zip(texts, self.work.processes.of_first(seen.to(device)).tolist(), strict=True))
+        chosen = [next((text for text in own if unlike[text]), None) for own in forms]
+        shorter = sum(text != own[0] for own, text in zip(forms, chosen, strict=True))
+        self.work.say(f"anchors: half of the prompt, and less for {shorter} of {len(forms)}, where half shows a memory")
+        return tuple(model.encode([text or ""]).cpu()[: text is not None] for text in chosen)
+
+    def _anchor_texts(self) -> tuple[str, ...]:
+        """All forms that may be an anchor."""
+        return tuple(dict.fromkeys(form for case in self._cases for form in anchor_prompts(case.memory.text)))
 
     def _near(self, source: str) -> Pairs:
         """What the model draws from neighbours of the captions, without copies: a cell of the first process."""
@@ -207,6 +248,9 @@ class Bench:
             "surrogates": tensors_sha256({str(i): kept for i, kept in enumerate(forget.surrogates)})
             if method.needs_surrogates
             else "",
+            "anchors": tensors_sha256({str(i): kept for i, kept in enumerate(forget.anchors)})
+            if _need_anchors([method])
+            else "",
             "near": forget.near.source if forget.near and _need_neighbours([method]) else "",
             "retain": self.material.retain.source,
         }
@@ -230,15 +274,19 @@ class Bench:
             took = None if resumed else round(time.monotonic() - began, 1)
             return _packed(made)
 
-        if not processes.first:  # it keeps nothing, and helps if the first one computes
+        if not processes.first:  # it helps if the first one computes, and reads what that one keeps
             (wanted,) = processes.sum([torch.zeros(1, device=self.material.subjects.model.device)])
-            return self._make(method, forget, on, state) if float(wanted) else WeightDelta(name, {})
+            if float(wanted):
+                self._make(method, forget, on, state)
+            processes.wait()
+            return _unpacked(self.beside_first().run.once_tensors(cell_key("edit", name), inputs, _unseen))
         stored = self.run.once_tensors(cell_key("edit", name), inputs, compute)
         state.unlink(missing_ok=True)  # several times as large as the model, and the cell is kept
         if asked:
             self.run.once_record(cell_key("seconds", name), inputs, lambda: {"seconds": took})
         else:
             processes.sum([torch.zeros(1, device=self.material.subjects.model.device)])
+        processes.wait()
         return _unpacked(stored)
 
     def seconds(self, name: str) -> float | None:
@@ -281,10 +329,12 @@ class Bench:
         """The cells of what these erasers learn from beside the memories, with their cost, at most."""
         methods, search = list(methods), self.plan.surrogates
         found = self.surrogate_costs() if _need_surrogates(methods) else {}
-        if _need_neighbours(methods):
-            images, steps, scale = SEEDS * len(self.taught_neighbours()), search.sampling_steps, search.guidance_scale
-            found |= {NEAR: drawn(images, sampling_steps=steps, guidance_scale=scale)}
-        return found
+        asked = {NEAR: self.taught_neighbours()} if _need_neighbours(methods) else {}
+        asked |= {ANCHORS: self._anchor_texts()} if _need_anchors(methods) else {}
+        return found | {
+            key: drawn(SEEDS * len(texts), sampling_steps=search.sampling_steps, guidance_scale=search.guidance_scale)
+            for key, texts in asked.items()
+        }
 
     def drawn_rows(self, methods: Iterable[Eraser]) -> Rows:
         """At most so many U-Net rows of `drawn_costs`, the surrogates' mitigations included."""
@@ -322,9 +372,23 @@ def _need_surrogates(methods: Iterable[Eraser]) -> bool:
     return any(method.needs_surrogates for method in methods)
 
 
+def _need_anchors(methods: Iterable[Eraser]) -> bool:
+    """Whether anchor prompts are needed at all."""
+    return any(isinstance(method, ConceptAblation) for method in methods)
+
+
 def _need_neighbours(methods: Iterable[Eraser]) -> bool:
     """Whether neighbours of the captions are held at all."""
     return any(isinstance(method, AdversarialErasure) and method.near_weight != 0 for method in methods)
+
+
+def _unseen() -> dict[str, Tensor]:
+    """Where a process looks for what the first one has stored.
+
+    Raises:
+        DoriError: always.
+    """
+    raise DoriError("a process does not see what the first one has written; give --out in a folder that all share")
 
 
 def _packed(edit: WeightDelta) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ def render(record: Mapping[str, Any]) -> str:
     """
     outcomes, name = outcomes_of(record), record["verdict"]["name"]
     relearning = record["protocol"]["relearning"]
+    based = record.get("base") is not None  # records of before have none
     unreached = relearning["steps"] + relearning["check_every"] if relearning else 0
     return page(
         "erase/certificate.html",
@@ -56,8 +57,10 @@ def render(record: Mapping[str, Any]) -> str:
         ways=ways(outcomes),
         lines={group: rates(outcomes, group, unreached=unreached) for group in ("memory", "control")},
         tests=[_test(one) for one in record["verdict"]["tests"]],
-        damage=[_damage(one) for one in record["damage"]],
+        damage=[_damage(one, based=based) for one in record["damage"]],
+        based=based,
         scale=_scale(record["damage"]),
+        drift=_drift(record),
         near=_near(record["damage"]),
         eraser=sheet(record["eraser"]["settings"]),
         protocol=sheet(record["protocol"]),
@@ -86,17 +89,11 @@ def _test(one: Mapping[str, Any]) -> Line:
     )
 
 
-def _damage(row: Mapping[str, Any]) -> Line:
+def _damage(row: Mapping[str, Any], *, based: bool) -> Line:
     names = (
-        "frechet",
-        "kernel",
-        "alignment",
-        "to_original",
-        "held_out_loss",
-        "neighbour_frechet",
-        "neighbour_kernel",
-        "neighbour_alignment",
-        "neighbour_to_original",
+        *("frechet", "kernel", "alignment", "to_original", *(["to_base"] if based else []), "held_out_loss"),
+        *("neighbour_frechet", "neighbour_kernel", "neighbour_alignment", "neighbour_to_original"),
+        *(["neighbour_to_base"] if based else []),
     )
     return Line(row["state"], tuple(DASH if row[name] is None else f"{row[name]:.4g}" for name in names))
 
@@ -116,6 +113,20 @@ def _scale(damage: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"On ordinary prompts the erased model's Frechet distance lies {abs(change):.1f} % "
         f"{'above' if change >= 0 else 'below'} that of ordinary training for as many updates."
+    )
+
+
+def _drift(record: Mapping[str, Any]) -> str:
+    """How far another training of the base goes, beside how far the erasure went."""
+    rows = {row["state"]: row for row in record["damage"]}
+    twins = [row for twin in record["twins"] if (row := rows[twin["name"]]).get("to_base") is not None]
+    if not twins or rows[ERASED]["to_original"] is None:
+        return ""
+    listed = " and ".join(f"{row['to_base']:.3f} ({row['state']})" for row in twins)
+    return (
+        f"Images of the same prompts and noises: the erased model's are like the original's by "
+        f"{rows[ERASED]['to_original']:.3f} (median similarity), a twin's like those of {record['base']['name']}, from "
+        f"which it was trained, by {listed}."
     )
 
 

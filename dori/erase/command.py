@@ -50,6 +50,7 @@ class Request:
         out: folder of the run.
         memories, retain, controls: folders; none of them with the testbed's own images.
         twins: models that never saw the memories.
+        base: the model from which this one and the twins were trained; None without one.
         preset: name of the plan.
         eraser: name of the eraser; with a table the default alone.
         table: make a table instead of one erasure.
@@ -70,6 +71,7 @@ class Request:
     retain: Path | None = None
     controls: Path | None = None
     twins: tuple[str, ...] = ()
+    base: str | None = None
     preset: str = "quick"
     eraser: str = DEFAULT
     table: Kind | None = None
@@ -93,11 +95,13 @@ class Request:
             DoriError: folders are missing or superfluous, a table is asked for one eraser or a row that it has not,
                 or the model could not be written where it should.
         """
-        if self.own_images and (self.retain or self.controls or self.twins or self.device != "cpu"):
+        if self.own_images and (self.retain or self.controls or self.twins or self.base or self.device != "cpu"):
             raise DoriError(
-                "without --memories the testbed's own images are erased, judged by its own twins on the "
-                "CPU; leave out --retain, --controls, --twin and --device, or give --memories FOLDER"
+                "without --memories the testbed's own images are erased, judged by its own twins on the CPU; "
+                "leave out --retain, --controls, --twin, --base and --device, or give --memories FOLDER"
             )
+        if self.table is not None and self.base is not None:
+            raise DoriError("--base is a scale of one erasure's damage, and tables have none; leave it out")
         if not self.own_images and (self.memories is None or self.retain is None):
             raise DoriError(
                 "an erasure needs the images to erase and ordinary images with texts that hold the model "
@@ -256,6 +260,7 @@ def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Mater
         retain=request.retain,
         controls=request.controls,
         twins=request.twins,
+        base=request.base,
         device=device,
     )
 

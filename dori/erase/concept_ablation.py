@@ -8,7 +8,8 @@ Source: Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models" (IC
 x_t noised anchor images, eps(., .) the frozen model. Full weights, 400 steps of batch 2, prior weight 1; 5e-7 is a base
 rate, which the published scripts multiply by the rows of a batch. The paper's anchors are paraphrases by a language
 model, filtered by similarity; here they need none: the anchor images are the model's own samples that do not replicate
-(the surrogates), the anchor prompt is the prompt shortened.
+(the surrogates), the anchor prompt is the longest of half the prompt, a quarter and nothing from which the model draws
+no memory.
 
 Trap: with the frozen model's prediction under the *memorized* prompt as target nothing would change, since that
 prediction is the memory; the anchor prompt must not replicate either.
@@ -58,21 +59,22 @@ class ConceptAblation:
         """The edit.
 
         Raises:
-            CannotErase: a memory has no text or no surrogate.
+            CannotErase: a memory has no text, no surrogate or no anchor.
         """
         memories.need_texts("concept ablation")
         memories.need_surrogates("concept ablation")
+        anchors = memories.need_anchors("concept ablation")
         work, before = work or Work(), model.rows
         rows, generator = self.steps * self.batch, step_generator("concept ablation", seed, 0)
         which = even_rows(len(memories), rows, generator)
         batch = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
         noisy, targets = model.add_noise(batch.latents, batch.noise, batch.timestep), batch.noise
         if self.target == "model":  # drawn beforehand, so that no second model is kept
-            anchors = memories.anchors[which].to(batch.embeddings)
+            asked = anchors[which].to(batch.embeddings)
             with torch.no_grad():
                 targets = torch.cat(
                     [
-                        model.predict_noise(noisy[part], batch.timestep[part], anchors[part])
+                        model.predict_noise(noisy[part], batch.timestep[part], asked[part])
                         for part in torch.arange(rows).split(self.tuner.rows_per_call)
                     ]
                 )

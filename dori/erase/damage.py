@@ -1,8 +1,9 @@
 """What an erasure costs: ordinary prompts, neighbours of the erased captions, and the loss on held-out pairs.
 
-Each figure stands beside that of ordinary training for the same steps and of a twin against the model, so that "no
-damage" has a scale. Neighbours (an erased caption with one word exchanged) are where damage hides; those from which the
-original model shows a memory are left out, since there a change is what was wanted.
+Each figure stands beside that of ordinary training for the same steps, and of a twin against the model and against the
+base that both were trained from, so that "no damage" has a scale. Neighbours (an erased caption with one word
+exchanged) are where damage hides; those from which the original model shows a memory are left out, since there a change
+is what was wanted.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ class Damage:
         neighbour_frechet, neighbour_kernel: distances of their images to the original model's of the same prompts
             under other seeds.
         neighbour_alignment, neighbour_to_original: likewise.
+        to_base, neighbour_to_base: as `to_original`, to the images of the base; None without one.
     """
 
     state: str
@@ -64,6 +66,8 @@ class Damage:
     neighbour_alignment: float | None
     neighbour_to_original: float | None
     neighbours_shown: int = 0
+    to_base: float | None = None
+    neighbour_to_base: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +86,7 @@ class Gauge:
         pairs: held-out pairs for the loss.
         sampling_steps, guidance_scale: of every generation.
         seed: of the noises.
+        base: name of the state of the base, "" without one.
     """
 
     judge: Judge
@@ -95,6 +100,7 @@ class Gauge:
     sampling_steps: int
     guidance_scale: float
     seed: int
+    base: str = ""
 
     def measure(self, states: Sequence[State], fingerprints: Mapping[str, str]) -> tuple[Damage, ...]:
         """One row a state, the original first.
@@ -110,12 +116,13 @@ class Gauge:
 
     def _measured(self, states: Sequence[State], fingerprints: Mapping[str, str]) -> list[Damage]:
         """The rows, by all neighbours."""
-        original, base = states[0], self._inputs()
-        drawn = [self._drawn_in(state, base | state.made_of(fingerprints)) for state in states]
-        other = self._references(original, base | original.made_of(fingerprints))
-        losses = [self._loss_in(state, base | state.made_of(fingerprints)) for state in states]
+        original, inputs = states[0], self._inputs()
+        drawn = [self._drawn_in(state, inputs | state.made_of(fingerprints)) for state in states]
+        other = self._references(original, inputs | original.made_of(fingerprints))
+        losses = [self._loss_in(state, inputs | state.made_of(fingerprints)) for state in states]
+        base = next((found for state, found in zip(states, drawn, strict=True) if state.name == self.base), {})
         return [
-            self._row(state, found, drawn[0], other, loss)
+            self._row(state, found, drawn[0], base, other, loss)
             for state, found, loss in zip(states, drawn, losses, strict=True)
         ]
 
@@ -205,6 +212,7 @@ class Gauge:
         state: State,
         found: Mapping[str, Tensor],
         original: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
         reference: Mapping[str, Tensor],
         loss: float | None,
     ) -> Damage:
@@ -212,9 +220,10 @@ class Gauge:
             key = f"{group}.alignment"
             return float(found[key].median()) if key in found else None
 
-        def drift(group: str) -> float | None:
+        def likeness(group: str, other: Mapping[str, Tensor]) -> float | None:
             key = f"{group}.descriptors"
-            return None if found is original or key not in found else float(cosine(found[key], original[key]).median())
+            compared = found is not other and key in found and key in other
+            return float(cosine(found[key], other[key]).median()) if compared else None
 
         def distances(group: str) -> tuple[float, float] | None:
             key, seed = f"{group}.features", named_seed("kernel", self.seed)
@@ -231,13 +240,15 @@ class Gauge:
             frechet=ordinary[0],
             kernel=ordinary[1],
             alignment=median("ordinary"),
-            to_original=drift("ordinary"),
+            to_original=likeness("ordinary", original),
             held_out_loss=loss,
             neighbours=len(self.near) if len(self.near) > 1 else 0,
             neighbour_frechet=near and near[0],
             neighbour_kernel=near and near[1],
             neighbour_alignment=median("near"),
-            neighbour_to_original=drift("near"),
+            neighbour_to_original=likeness("near", original),
+            to_base=likeness("ordinary", base),
+            neighbour_to_base=likeness("near", base),
         )
 
     def costs(self, states: Sequence[State]) -> dict[str, Rows]:

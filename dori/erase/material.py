@@ -23,6 +23,7 @@ from dori.errors import DoriError
 from dori.memory import Memory, load_images, read_memories
 from dori.metrics.similarity import Descriptor
 from dori.model.stable_diffusion import StableDiffusion
+from dori.model.twins import load_base
 from dori.prompts import ordinary_prompts
 from dori.run import canonical_sha256
 from dori.stats import choose
@@ -61,6 +62,8 @@ class Material:
         pictures: their images in [0, 1], shape (m, 3, H, W).
         prompts: ordinary prompts by use.
         split: which part of the given memories is erased.
+        base: the model from which this one and its twins were trained, whose drift from it is a scale of damage; None
+            where there is none.
     """
 
     subjects: Subjects
@@ -69,6 +72,7 @@ class Material:
     pictures: Tensor
     prompts: Uses
     split: Split
+    base: StableDiffusion | None = None
 
 
 def of_split(cases: Sequence[Case], split: Split) -> tuple[Case, ...]:
@@ -165,7 +169,13 @@ def testbed_material(plan: Plan, split: Split, *, checkpoint: Planted) -> tuple[
     held_texts, pictures = ordinary_pairs(plan.held_out, seed=HELD_OUT_SEED)
     texts, images = ordinary_pairs(plan.retain, seed=RETAIN_SEED)
     material = Material(
-        subjects, pairs_of(model, texts, images), pairs_of(model, held_texts, pictures), pictures, prompts, split
+        subjects,
+        pairs_of(model, texts, images),
+        pairs_of(model, held_texts, pictures),
+        pictures,
+        prompts,
+        split,
+        load_testbed("base"),
     )
     return material, testbed_judge()
 
@@ -179,13 +189,14 @@ def folder_material(
     retain: Path,
     controls: Path | None = None,
     twins: Sequence[str] = (),
+    base: str | None = None,
     device: str = "cpu",
 ) -> tuple[Material, Judge]:
     """A user's model and folders; every sixth of the ordinary pairs, at most as many as planned, is held out.
 
     Raises:
         DoriError: any of them cannot be read, there are fewer than eight ordinary images with a text, an image is given
-            in two roles, or a twin cannot be compared.
+            in two roles, or a twin or the base cannot be compared.
     """
     ordinary = [one for one in read_memories(retain, default_kind="ordinary") if one.text is not None]
     if len(ordinary) < 8:
@@ -211,5 +222,6 @@ def folder_material(
         pictures[:held],
         prompts,
         split,
+        None if base is None else load_base(opened, base, device=device),
     )
     return material, judge

@@ -49,7 +49,8 @@ class Forget:
         embeddings: prompt embeddings, shape (n, l, d); the empty prompt's where there is no text.
         surrogates: for each memory, latents (k, c, h, w) of images with the prompt's meaning that are no copies;
             k = 0 where none could be made, or none was asked for.
-        anchors: embeddings of each prompt's shortened form, shape (n, l, d).
+        anchors: for each memory, the embedding (1, l, d) of a shortened form of its prompt that shows no memory; shape
+            (0, l, d) where each form shows one, or none was asked for.
         ordinary: prompts that belong to no memory.
         source: names what latents and embeddings were made from, as in `Pairs`.
         near: what the model draws from neighbours of the prompts, without copies; None where nobody asked for it.
@@ -60,7 +61,7 @@ class Forget:
     latents: Tensor
     embeddings: Tensor
     surrogates: tuple[Tensor, ...]
-    anchors: Tensor
+    anchors: tuple[Tensor, ...]
     ordinary: tuple[str, ...]
     source: str
     near: Pairs | None = None
@@ -94,6 +95,20 @@ class Forget:
                     "made: the mitigated model and all shortened prompts, even the empty one, draw images too like a "
                     "memory; leave it out, or take an eraser that needs none, such as adversarial"
                 )
+
+    def need_anchors(self, eraser: str) -> Tensor:
+        """Every memory's anchor, shape (n, l, d).
+
+        Raises:
+            CannotErase: a memory has none; the message names it.
+        """
+        for one, anchor in zip(self.ids, self.anchors, strict=True):
+            if len(anchor) == 0:
+                raise CannotErase(
+                    f"{eraser} needs a shortened prompt of memory {one!r} from which the model draws no memory, and "
+                    "even the empty one shows one; leave it out, or take an eraser that needs none, such as adversarial"
+                )
+        return torch.cat(list(self.anchors))
 
     def need_near(self) -> "Pairs":
         """What L_Near holds.

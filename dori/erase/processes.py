@@ -59,6 +59,29 @@ class Processes:
         (whole,) = self.sum([whole])
         return [rows[: int(length)] for rows, length in zip(whole, lengths, strict=True)]
 
+    def shares(self, costs: Mapping[str, int], *, beside: int) -> list[list[str]]:
+        """What each process computes: the costliest goes to whoever has least so far; each in the given order.
+
+        Args:
+            costs: of every cell.
+            beside: cost of what the first process computes alone.
+        """
+        loads, taken = [beside] + [0] * (self.count - 1), dict[str, int]()
+        for key in sorted(costs, key=lambda key: -costs[key]):
+            taken[key] = loads.index(min(loads))
+            loads[taken[key]] += costs[key]
+        return [[key for key in costs if taken[key] == index] for index in range(self.count)]
+
+    def in_turn(self, costs: Mapping[str, int], *, beside: int) -> list[str]:
+        """The cells of this process in its order, where all read and write one folder.
+
+        The first one goes on with the shares of the others, each from its end, so that none waits for another.
+        """
+        shares = self.shares(costs, beside=beside)
+        if not self.first:
+            return shares[self.index]
+        return shares[0] + [key for other in shares[1:] for key in reversed(other)]
+
     def wait(self) -> None:
         """Return when every process is here."""
         if self.count > 1:

@@ -6,7 +6,7 @@ record, `proof.json`, from which the certificate is drawn (`dori.erase.certifica
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,12 @@ from dori.erase.erasers import Eraser, eraser, ordinary
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.plan import Plan
 from dori.erase.premise import unprompted_in, unprompted_key, unprompted_rows
+from dori.erase.processes import Processes
 from dori.erase.protocol import Protocol
 from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, verdict
 from dori.findings import Group
 from dori.model.load import model_fingerprint
+from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
 
 HARMLESS = "harmless"
@@ -83,6 +85,7 @@ def gauge_of(own: Bench, protocol: Protocol) -> Gauge:
         sampling_steps=protocol.sampling_steps,
         guidance_scale=protocol.guidance_scale,
         seed=plan.seed,
+        base=material.base.name if material.base else "",
     )
 
 
@@ -101,11 +104,12 @@ def states_of(own: Bench, edit: WeightDelta, harmless: WeightDelta | None, proto
     return found + [State(twin.name, twin) for twin in subjects.twins]
 
 
-def gauged(states: Sequence[State], trained: WeightDelta) -> list[State]:
-    """The states whose damage is gauged: original, erased, ordinary training, twins."""
+def gauged(states: Sequence[State], trained: WeightDelta, base: StableDiffusion | None) -> list[State]:
+    """The states whose damage is gauged: original, erased, ordinary training, twins, and the base if there is one."""
     original = states[0]
     twins = [state for state in states if state.model is not original.model]
-    return [*states[:2], State(ORDINARY, original.model, (trained,)), *twins]
+    bases = [] if base is None else [State(base.name, base)]
+    return [*states[:2], State(ORDINARY, original.model, (trained,)), *twins, *bases]
 
 
 def _pure(states: Sequence[State]) -> list[State]:
@@ -130,7 +134,7 @@ def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     for state in states:
         found |= battery.costs(state, cases)
     found |= {unprompted_key(state): unprompted_rows(cases) for state in _pure(states)}
-    return found | gauge_of(own, protocol).costs(gauged(states, nothing))
+    return found | gauge_of(own, protocol).costs(gauged(states, nothing, own.material.base))
 
 
 def prove(own: Bench, name: str) -> Proof | None:
@@ -141,7 +145,7 @@ def prove(own: Bench, name: str) -> Proof | None:
         name: of the eraser, in `dori.erase.ERASERS`.
 
     Returns:
-        The proof; None in processes that only helped to erase.
+        The proof; None in processes that only helped.
 
     Raises:
         CannotErase: the training diverged, or a memory lacks a text or a surrogate.
@@ -151,15 +155,20 @@ def prove(own: Bench, name: str) -> Proof | None:
     own.run.plan("erase", {key: rows.weight for key, rows in proof_costs(own, name).items()})
     forget = own.forget([method])
     edit = own.edit(name, method, forget)
-    if not own.work.processes.first:
-        return None
-    own = own.alone()
     harmless = own.edit(HARMLESS, _harmless(plan, protocol), forget, on=edit) if protocol.harmless_steps else None
     trained = own.edit(ORDINARY, ordinary(plan.adversarial, edit.details["updates"]), forget)
+    processes, own = own.work.processes, own.beside_first().alone()
     battery, states = battery_of(own, protocol), states_of(own, edit, harmless, protocol)
-    cases = (*subjects.memories, *subjects.controls)
+    cases, gauge = (*subjects.memories, *subjects.controls), gauge_of(own, protocol)
+    spent = gauged(states, trained, own.material.base)
+    if processes.count > 1:
+        _share(processes, battery, states, cases, beside=gauge.costs(spent))
+    if not processes.first:
+        return None
     outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
-    damage = gauge_of(own, protocol).measure(gauged(states, trained), battery.fingerprints)
+    for state in spent:
+        battery.fingerprint(state.model)
+    damage = gauge.measure(spent, battery.fingerprints)
     unprompted = [
         one
         for state in _pure(states)
@@ -179,6 +188,26 @@ def prove(own: Bench, name: str) -> Proof | None:
     return Proof(edit, json.loads(json.dumps(record, default=_plain, sort_keys=True)))  # as it will be read again
 
 
+def _share(
+    processes: Processes,
+    battery: Battery,
+    states: Sequence[State],
+    cases: Sequence[Case],
+    *,
+    beside: Mapping[str, Rows],
+) -> None:
+    """Ask this process's share of the questions; their answers are cells that the first process reads."""
+    costs: dict[str, int] = {}
+    asked: dict[str, tuple[State, Callable[[], object]]] = {}
+    for state in states:
+        costs |= {key: rows.weight for key, rows in battery.costs(state, cases).items()}
+        asked |= {key: (state, ask) for key, ask in battery.cells(state, cases).items()}
+    for key in processes.in_turn(costs, beside=sum(rows.weight for rows in beside.values())):
+        state, ask = asked[key]
+        with state.applied():
+            ask()
+
+
 def _harmless(plan: Plan, protocol: Protocol) -> OrdinaryTraining:
     tuner = dataclasses.replace(plan.adversarial.tuner, part="full", ema_decay=0.0)
     return OrdinaryTraining(protocol.harmless_steps, plan.adversarial.batch, tuner)
@@ -186,7 +215,7 @@ def _harmless(plan: Plan, protocol: Protocol) -> OrdinaryTraining:
 
 def _about(own: Bench, name: str, edit: WeightDelta, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What was erased, from what, by what, and what judged it."""
-    subjects = own.material.subjects
+    subjects, base = own.material.subjects, own.material.base
     with edit.applied(subjects.model):
         erased = model_fingerprint(subjects.model)
     return {
@@ -195,6 +224,7 @@ def _about(own: Bench, name: str, edit: WeightDelta, fingerprints: Mapping[str, 
         "edit": {"name": edit.name, "sha256": edit.fingerprint, "weights": edit.size, "norm": round(edit.norm, 6)},
         "model": {"name": subjects.model.name, "original_sha256": own.fingerprint, "erased_sha256": erased},
         "twins": [{"name": twin.name, "sha256": fingerprints[twin.name]} for twin in subjects.twins],
+        "base": base and {"name": base.name, "sha256": fingerprints[base.name]},
         "split": own.material.split,
         "memories": [_image(case) for case in subjects.memories],
         "controls": [_image(case) for case in subjects.controls],

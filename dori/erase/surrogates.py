@@ -48,10 +48,10 @@ def shortened(text: str | None) -> tuple[str, ...]:
     return tuple(" ".join(words[:length]) for length in lengths if length < len(words) or not words)
 
 
-def anchor_prompt(text: str | None) -> str:
-    """The first half of a prompt's words."""
-    words = (text or "").split()
-    return " ".join(words[: len(words) // 2])
+def anchor_prompts(text: str | None) -> tuple[str, ...]:
+    """The forms of a prompt that keep at most half of its words; longest first, the empty one last."""
+    half = len((text or "").split()) / 2
+    return tuple(form for form in shortened(text) if len(form.split()) <= half)
 
 
 def filtered(allowed: Tensor, descriptors: Tensor, kept: Tensor, *, below_each_other: float, wanted: int) -> list[int]:

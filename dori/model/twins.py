@@ -1,4 +1,4 @@
-"""Twins: models that were trained like the examined one, but never saw its memories. They only judge.
+"""Twins, trained like the examined model, but without its memories, and the base that all came from. They only judge.
 
 Whoever compares with a twin draws from one latent with both and subtracts one's weights from the other's, so a model
 with which that means nothing is refused before anything is computed.
@@ -14,6 +14,7 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.run import tensors_sha256
 
 MEND = "give --twin a model that was trained alike but for the memories"
+MEND_BASE = "give --base the model from which it was trained"
 
 
 def load_twins(
@@ -37,8 +38,25 @@ def load_twins(
     return twins
 
 
-def refuse_strangers(model: StableDiffusion, twins: Sequence[StableDiffusion]) -> None:
-    """Refuse a twin that cannot be compared with the model, or that is no further model.
+def load_base(model: StableDiffusion, spec: str, *, device: str = "cpu") -> StableDiffusion:
+    """Open the model from which a model was trained.
+
+    Args:
+        model: the examined model.
+        spec: as `load_model` takes it.
+        device: where the examined model lies.
+
+    Raises:
+        DoriError: it cannot be opened, or cannot be compared.
+    """
+    base = load_model(spec, device=device)
+    base.name = f"base ({base.name})"
+    refuse_strangers(model, [base], mend=MEND_BASE)
+    return base
+
+
+def refuse_strangers(model: StableDiffusion, twins: Sequence[StableDiffusion], *, mend: str = MEND) -> None:
+    """Refuse a twin, or a base, that cannot be compared with the model, or that is no further model.
 
     Raises:
         DoriError: latents, embeddings or U-Net of another shape, another VAE, schedule or kind of prediction, or the
@@ -49,19 +67,19 @@ def refuse_strangers(model: StableDiffusion, twins: Sequence[StableDiffusion]) -
     vae, seen = _vae(model), {_unet(model): f"{model.name} itself"}
     for twin in twins:
         if (twin.latent_shape, twin.embedding_shape) != (model.latent_shape, model.embedding_shape):
-            raise DoriError(f"{twin.name} has latents or embeddings of another shape than {model.name}; {MEND}")
+            raise DoriError(f"{twin.name} has latents or embeddings of another shape than {model.name}; {mend}")
         if _shapes(twin) != _shapes(model):
-            raise DoriError(f"{twin.name} has a U-Net of another shape than {model.name}; {MEND}")
+            raise DoriError(f"{twin.name} has a U-Net of another shape than {model.name}; {mend}")
         if _vae(twin) != vae:
-            raise DoriError(f"{twin.name} has another VAE than {model.name}, so that its latents differ; {MEND}")
+            raise DoriError(f"{twin.name} has another VAE than {model.name}, so that its latents differ; {mend}")
         if twin.prediction_type != model.prediction_type or not torch.equal(twin.alphas_cumprod, model.alphas_cumprod):
             raise DoriError(
                 f"{twin.name} has another noise schedule or kind of prediction than {model.name}, so that its "
-                f"trajectories differ; {MEND}"
+                f"trajectories differ; {mend}"
             )
         weights = _unet(twin)
         if weights in seen:
-            raise DoriError(f"{twin.name} has the weights of {seen[weights]}; {MEND}")
+            raise DoriError(f"{twin.name} has the weights of {seen[weights]}; {mend}")
         seen[weights] = twin.name
 
 
