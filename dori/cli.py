@@ -215,6 +215,7 @@ def _locality(arguments: argparse.Namespace) -> int:
     from dori.locality.plan import PRESETS
     from dori.locality.records import Locality
     from dori.locality.subjects import choose_sets
+    from dori.processes import started
     from dori.run import Run, write_text
 
     def write(found: Locality) -> None:
@@ -229,11 +230,20 @@ def _locality(arguments: argparse.Namespace) -> int:
     sampling = _sampling(arguments, plan)
     plan = plan.of_size(memories=arguments.limit, attacks=arguments.attacks)
     plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed)
+    processes = started(device=arguments.device)
+    arguments.device = processes.device(arguments.device)
+    if not processes.first:
+        processes.wait()  # till the first one has the folder
+        subjects, judge = _audited(arguments, plan.judging())
+        locality(subjects, plan=plan, judge=judge, run=Run(arguments.out, modules=LOCATING), processes=processes)
+        return 0
     run = Run(arguments.out, say=say, modules=LOCATING)
     with run.locked():
+        processes.wait()
         subjects, judge = _audited(arguments, plan.judging())
         say(stage_table(costs(subjects, plan, choose_sets(subjects, plan)), measured_speed(subjects.model)))
-        write(locality(subjects, plan=plan, judge=judge, run=run, say=say, after_part=write_part))
+        found = locality(subjects, plan=plan, judge=judge, run=run, say=say, after_part=write_part, processes=processes)
+        write(found)
     print(f"page: {arguments.out / 'locality.html'}")
     return 0
 

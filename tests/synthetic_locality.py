@@ -10,6 +10,7 @@ from dori.locality.records import (
     OTHER_MASKS,
     OTHER_NOISES,
     OTHERS_APART,
+    PLANTED,
     RANDOM,
     SAME_STARTS,
     SIMULATED,
@@ -67,7 +68,7 @@ def overlaps(memory: str, levels: dict[str, float], *, empty: float = 0.0) -> li
 
 def cross(masks: str, *, own: float, others: float, fresh: float, memory: str = "m0") -> Cross:
     """A matrix whose cells of one kind are alike."""
-    rows = {TRIGGERS: MASKS, RANDOM: 8, OTHER_MASKS: 8, NO_MASK: 1}[masks]
+    rows = {TRIGGERS: MASKS, RANDOM: 8, OTHER_MASKS: 8, PLANTED: 1, NO_MASK: 1}[masks]
     again = tuple(tuple(own if masks == TRIGGERS and i == j else others for j in range(MASKS)) for i in range(rows))
     starts = ("prompt", *("gaussian", "foreign") * MASKS)[:MASKS]
     method, sizes = ("", (0,)) if masks == NO_MASK else ("Wanda", (5,) * rows)

@@ -5,7 +5,7 @@ import dataclasses
 from synthetic_locality import VALUES, cross, records
 
 from dori.locality.page import intervened, pruned, verdict
-from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, WHOLE, Change, Cross
+from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, WHOLE, Change, Cross, Joined
 
 
 def causal(*crosses: Cross) -> str:
@@ -127,6 +127,25 @@ def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> 
     assert "even 2 (0.20 of the layers' weights) leave 8 of 8" in said_.sentences[1]  # random masks
     assert "at the price of 1.4 / 60 / 0.8 on ordinary prompts" in said_.sentences[1]
     assert "0.6 / 60 / – without a mask, 0.8 / 60 / 0.8 under random masks as large" in said_.sentences[1]
+
+
+def test_the_positive_control_says_whether_any_such_weights_would_have_stopped_the_attacks() -> None:
+    mine = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
+    bare = dataclasses.replace(records(), crosses=(BARE, mine, RESISTS, OTHERS))
+    assert "changed most" not in pruned.causal(bare).sentences[0]
+    for low, high, told in (
+        (0.1, 0.1, "So there are weights, as many, that many attacks need."),
+        (0.9, 0.1, "So there are weights, as many, that many attacks need."),
+        (0.9, 0.9, "So not even these are what the attacks need."),
+    ):
+        control = cross(PLANTED, own=0.1, others=high, fresh=low)
+        found = dataclasses.replace(bare, crosses=(*bare.crosses, control))
+        (said_, *_), title = pruned.causal(found).sentences, pruned.causal(found).title
+        assert "Under a mask as large of the weights that planting changed most: " in said_ and told in said_
+        assert title == "Wanda: not local"  # it says what could be had, not where triggers point
+    joined = tuple(Joined("m0", "Wanda", PLANTED, k, 0.1 * k, 0, 8) for k in (1, 2))
+    told = pruned.causal(dataclasses.replace(records(), joined=(*records().joined, *joined))).sentences[1]
+    assert "Masks as large of the planted change: from 1 on (0.10 of the layers' weights) none of 8" in told
 
 
 def test_a_causal_test_that_was_stopped_says_how_far_it_came() -> None:

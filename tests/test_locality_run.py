@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +208,16 @@ def test_the_causal_test_fills_its_matrix_for_the_first_memory_alone(whole: Whol
         assert {len(row) for row in cross.fresh} == {2 if cross.masks == "none" else 1}  # one for each of two masks
     sizes = {c.masks: c.sizes for c in whole.found.crosses if c.method == "Wanda 20 %"}
     assert sizes["random"][0] == sizes["triggers"][0]  # as large as the mask that it stands beside
+    assert sizes["planted change"] == sizes["triggers"][1:]
     joined = {(j.method, j.masks, j.joined): (j.n, j.density) for j in whole.found.joined}
     assert joined["", "none", 0] == (1, 0)
-    assert joined["Wanda 20 %", "triggers", 2] == joined["Wanda 20 %", "random", 2]
+    for control in ("random", "planted change"):
+        assert joined["Wanda 20 %", "triggers", 2] == joined["Wanda 20 %", control, 2]
     assert {number for method, masks, number in joined if masks == "triggers"} == {1, 2, 4, 5}  # of all triggers
     assert {(p.masks, p.joined, p.row) for p in whole.found.prices if p.method in ("", "Wanda 20 %")} == {
         ("none", 0, 0),
-        *((masks, 1, 0) for masks in ("triggers", "other image", "random")),
-        *((masks, number, None) for masks in ("triggers", "random") for number in (1, 2, 4, 5)),
+        *((masks, 1, 0) for masks in ("triggers", "other image", "random", "planted change")),
+        *((masks, number, None) for masks in ("triggers", "random", "planted change") for number in (1, 2, 4, 5)),
     }
     assert {p.direction for p in whole.found.patches} == {"sufficient", "necessary"}
     assert {p.memory for p in whole.found.patches} == {"m1"}
@@ -236,9 +239,9 @@ def test_a_run_leaves_the_weights_as_they_were(whole: Whole) -> None:
 def test_every_cell_was_planned_and_every_planned_cell_is_done(whole: Whole) -> None:
     stored = {path.stem for path in (whole.folder / "cells").iterdir()}
     assert stored <= set(whole.planned)
-    # What is left was planned for masks that turned out empty: they have no price, and no random ones are as large.
+    # What is left was planned for masks that turned out empty: they have no price, and no other ones are as large.
     left = set(whole.planned) - stored
-    assert left and all("NeMo.random" in key or key.startswith("price.m2-NeMo-") for key in left)
+    assert left and all(re.search(r"NeMo\.(random|planted)|^price\.m2-NeMo-", key) for key in left)
     assert {c.sizes for c in whole.found.crosses if c.method == "NeMo"} == {(0, 0)}
     assert any(line.startswith("locality: 100 %") for line in whole.said)
 

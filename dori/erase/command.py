@@ -25,12 +25,12 @@ from dori.erase.contest import contest, contest_costs, contestants, row_names
 from dori.erase.material import Material, Planted, Split, folder_material, testbed_material
 from dori.erase.pairs import Work
 from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
-from dori.erase.processes import Processes, started
 from dori.erase.proof import Proof, proof_costs, prove
 from dori.erase.tables import Kind, Table, read_table, to_markdown
 from dori.erase.write import check_target, save_model
 from dori.errors import DoriError
 from dori.model.load import model_fingerprint
+from dori.processes import Processes, started
 from dori.report.render import render as report
 from dori.run import Run, canonical_sha256, write_json, write_text
 from dori.sampling import Sampling, sampling_of
@@ -249,9 +249,6 @@ def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Mater
     if request.own_images:
         return testbed_material(plan, request.split, checkpoint=TESTBEDS[request.model])
     assert request.memories is not None and request.retain is not None
-    device = request.device
-    if device == "cuda" and processes.count > 1:
-        device = f"cuda:{processes.index}"
     return folder_material(
         request.model,
         plan,
@@ -261,7 +258,7 @@ def _material(request: Request, plan: Plan, processes: Processes) -> tuple[Mater
         controls=request.controls,
         twins=request.twins,
         base=request.base,
-        device=device,
+        device=processes.device(request.device),
     )
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dori.erase.delta import CannotErase
-from dori.erase.processes import Processes
 from dori.erase.tuning import RowLosses, Tuned
 from dori.model.stable_diffusion import StableDiffusion
+from dori.processes import Processes
 from dori.sampling import named_seed
 
 NO_SIGNAL = 1e-6  # abar_t below any schedule's but 0

@@ -22,12 +22,12 @@ from dori.erase.erasers import Eraser, eraser, ordinary
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.plan import Plan
 from dori.erase.premise import unprompted_in, unprompted_key, unprompted_rows
-from dori.erase.processes import Processes
 from dori.erase.protocol import Protocol
 from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, verdict
 from dori.findings import Group
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
+from dori.processes import Processes
 from dori.run import cell_key
 
 HARMLESS = "harmless"

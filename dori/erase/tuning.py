@@ -23,9 +23,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 from dori.erase.delta import SLOWER, CannotErase, WeightDelta, difference
-from dori.erase.processes import Processes
 from dori.model.stable_diffusion import StableDiffusion
 from dori.model.weights import weights_kept
+from dori.processes import Processes
 from dori.sampling import named_seed
 
 Part = Literal["full", "attention", "cross_attention", "not_cross_attention", "lora"]

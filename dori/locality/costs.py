@@ -12,7 +12,7 @@ from dori.cost import Rows, Speed, drawn, forecast
 from dori.locality.activations import activation_rows
 from dori.locality.causal import union_sizes
 from dori.locality.patching import NECESSARY, SUFFICIENT
-from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS
+from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS
 from dori.mitigate.nemo import Nemo
 from dori.run import cell_key
 
@@ -185,6 +185,7 @@ def _causal(
         for triggers, fresh in ((causal.triggers, causal.fresh), (0, causal.joined_fresh))
     )
     analysed = min(plan.set_size, _attacks(plan, sizes, has_text))
+    planted = [PLANTED] if sizes.twins else []
     yield cell_key("causal", memory, "", NO_MASK, "0"), crossing(plan, causal, causal.triggers, causal.fresh_starts)
     yield cell_key("joined", memory, "", NO_MASK, "0"), united
     for method in causal_methods(methods):
@@ -193,7 +194,13 @@ def _causal(
                 yield cell_key("causal", memory, method, masks, str(row)), single
             for index in range(min(count, causal.priced)):
                 yield from _price(plan, sizes, price_name(memory, method, masks, index, joined=False))
-        for masks in (TRIGGERS, RANDOM) if causal.random else (TRIGGERS,):
+        if planted:
+            yield (
+                cell_key("causal", memory, method, PLANTED, "0"),
+                crossing(plan, causal, causal.triggers, causal.planted_fresh),
+            )
+            yield from _price(plan, sizes, price_name(memory, method, PLANTED, 0, joined=False))
+        for masks in (TRIGGERS, *([RANDOM] if causal.random else []), *planted):
             for index in range(len(union_sizes(analysed))):
                 yield cell_key("joined", memory, method, masks, str(index)), united
                 yield from _price(plan, sizes, price_name(memory, method, masks, index, joined=True))

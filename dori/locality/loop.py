@@ -2,13 +2,15 @@
 
 The causal tests, each longer than all the rest of its memory, come last, and one method goes through all its memories
 before the next one. After each memory, and after each method of a causal test, the records so far are handed over: a
-run that is stopped still has a page, and says of how many memories it is made.
+run that is stopped still has a page, and says of how many memories it is made. Further processes make the cells of
+memories that are still far off, and the first one finds them.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ from dori.locality.triggers import (
 )
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import EVERYWHERE
+from dori.processes import Processes
 from dori.run import Run, cell_key, write_bytes
 from dori.sampling import named_seed
 from dori.stats import choose
@@ -218,13 +221,28 @@ class _Loop:
             records["covers"] += measures.covers(memory, masks, self.excess, self.floor)
         return masks, again
 
-    def causal_tests(self, causal: Causal) -> Iterator[None]:
+    def ahead(self, processes: Processes) -> None:
+        """What a further process does: all memories and tests from its part on, for their cells alone."""
+        plan, cases, last = self.bench.plan, self.sets.cases, None
+        if self.subjects.twins:
+            self._truth()
+        for number, case in processes.turned(list(enumerate(cases))):
+            self.before = self.before if number else None  # the first memory stands beside none
+            self.memory(case, number)
+            last = self.before if number == len(cases) - 1 else last
+        self.before = last
+        self.to_test.sort(key=lambda one: cases.index(one.case))
+        if plan.causal is not None:
+            for _ in self.causal_tests(plan.causal, processes):
+                pass
+
+    def causal_tests(self, causal: Causal, processes: Processes) -> Iterator[None]:
         """Of the memories that wait for theirs; a stop after each method of each."""
-        for method in causal_methods(method_names(self.bench.plan)):
-            for analysis in self.to_test:
-                other = next((one for one in (*self.to_test, self.before) if one is not analysis), None)
-                self._causal(analysis, other, method, causal)
-                yield
+        methods = causal_methods(method_names(self.bench.plan))
+        for method, analysis in processes.turned(list(product(methods, self.to_test))):
+            other = next((one for one in (*self.to_test, self.before) if one is not analysis), None)
+            self._causal(analysis, other, method, causal)
+            yield
         for analysis in self.to_test:
             self.bench.skip(self.cells[analysis.case.memory.id])
 
@@ -239,6 +257,7 @@ class _Loop:
             tuple(name for name, _ in analysis.starts[: len(chosen)]),
             self.sets.quality,
             self.subjects.held_out,
+            self.excess,
         )
         if not any(cross.memory == memory.id for cross in self.records["crosses"]):
             cross, joined, prices = trial.without_mask()
@@ -382,6 +401,7 @@ def locality(
     run: Run,
     say: Callable[[str], None] = lambda line: None,
     after_part: Callable[[Locality], None] = lambda found: None,
+    processes: Processes | None = None,
 ) -> Locality:
     """Run (or resume) a locality analysis.
 
@@ -392,9 +412,10 @@ def locality(
         run: the folder that remembers; the caller holds its lock.
         say: receives one line at a time.
         after_part: receives the records so far after each memory and each method of its causal test.
+        processes: of which this is one, all with one folder; None is the only one.
 
     Returns:
-        All records.
+        All records; of a further process what it made, which is no result.
 
     Raises:
         DoriError: too few prompts, a prompt too long, a folder of another run, or no space left.
@@ -409,6 +430,12 @@ def locality(
     say("reference sets: NeMo's statistics, memorized and ordinary prompts")
     maskers = Maskers(bench, calibrate(bench, sets.calibration), sets.calibration)
     loop = _Loop(bench, subjects, sets, maskers, cells, fingerprints)
+    processes = processes or Processes()
+    if not processes.first:
+        with torch.no_grad():
+            loop.sets, _ = keep_memorized(bench, sets)
+        loop.ahead(processes)
+        return loop.assembled()
     with torch.no_grad():
         loop.references()
     for number, case in enumerate(sets.cases):
@@ -417,7 +444,7 @@ def locality(
         after_part(loop.assembled())
     if plan.causal is not None:
         say(f"causal tests of the first {plan.causal.memories}")
-        for _ in loop.causal_tests(plan.causal):
+        for _ in loop.causal_tests(plan.causal, processes):
             after_part(loop.assembled())
     bench.skip(cells[""])
     return loop.assembled()

@@ -36,6 +36,11 @@ class Causal:
     quality_prompts: int = 64
 
     @property
+    def planted_fresh(self) -> int:
+        """Fresh attacks under the one mask of the planted change: those of all random ones."""
+        return self.fresh * max(1, self.random)
+
+    @property
     def fresh_starts(self) -> int:
         """Fresh starts of all single masks together; those of joined masks come after them."""
         return self.fresh * max(self.triggers, self.random, self.other)

@@ -2,7 +2,9 @@
 
 No mask, random masks as large in every layer, and masks of another image's triggers meet the same attacks with the same
 noises: without them nobody could say whether a mask stopped a trigger, whether the place of what it prunes had anything
-to do with it, or whether any trigger's mask, of whatever image, would have done the same.
+to do with it, or whether any trigger's mask, of whatever image, would have done the same. Where there are twins, so
+does a mask as large of the weights that planting changed most, the positive control: if not even that one stops
+anything, triggers' masks miss nothing that could be had.
 """
 
 import dataclasses
@@ -19,8 +21,9 @@ from dori.locality.bench import Bench, Source
 from dori.locality.causal import joined
 from dori.locality.costs import QUALITY, crossing, drawing, price_name
 from dori.locality.plan import Causal
-from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Price, known
+from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Price, known
 from dori.locality.triggers import gaussian_source
+from dori.locality.truth import Energies, best_masks
 from dori.mitigate.random_mask import random_neurons, random_weights
 from dori.run import cell_key
 from dori.sampling import named_seed
@@ -39,6 +42,7 @@ class Trial:
         starts: the kind of start of each.
         prompts: ordinary prompts that tell what masks cost.
         held_out: ordinary images for the quality distances, or None.
+        excess: what planting changed, weight by weight in the layers that masks lie in; None without a twin.
     """
 
     bench: Bench
@@ -48,6 +52,7 @@ class Trial:
     starts: tuple[str, ...]
     prompts: tuple[str, ...]
     held_out: Tensor | None
+    excess: Energies | None = None
 
     def without_mask(self) -> tuple[Cross, Joined, list[Price]]:
         """What the same attacks do to the whole model, and what ordinary prompts draw from it."""
@@ -62,11 +67,12 @@ class Trial:
         full = [edit for edit in edits if edit.size]
         like = [full[row] for row in choose(len(full), self.causal.random)]
         random = [self._random(method, edit, row) for row, edit in enumerate(like)]
+        best = [self._planted(full[len(full) // 2])] if full and self.excess is not None else []
         crosses, prices = list[Cross](), list[Price]()
-        for masks, given in ((TRIGGERS, edits), (OTHER_MASKS, others), (RANDOM, random)):
+        for masks, given in ((TRIGGERS, edits), (OTHER_MASKS, others), (RANDOM, random), (PLANTED, best)):
             if not given:
                 continue
-            few = self.causal.fresh
+            few = self.causal.fresh if masks != PLANTED else self.causal.planted_fresh
             own = [range(row * few, (row + 1) * few) for row in range(len(given))]
             crosses.append(self._cross(method, masks, given, own))
             rows = [row for row, edit in enumerate(given) if edit.size]
@@ -75,12 +81,14 @@ class Trial:
         return crosses, prices
 
     def united(self, method: str, edits: Iterable[WeightMask], count: int) -> tuple[list[Joined], list[Price]]:
-        """Fresh attacks under the union of 1, 2, 4, ... masks and under random masks as large; what both cost."""
+        """Fresh attacks under the union of 1, 2, 4, ... masks, under random ones and of the change; what all cost."""
         records, prices = list[Joined](), list[Price]()
         for index, (number, union) in enumerate(joined(edits, count, method)):
             given = {TRIGGERS: union}
             if self.causal.random and union.size:
                 given[RANDOM] = self._random(method, union, -number)
+            if self.excess is not None and union.size:
+                given[PLANTED] = self._planted(union)
             for masks, edit in given.items():
                 records.append(self._join(method, masks, number, edit, index))
                 prices += self._prices(method, masks, number, [(None, edit)], first=index)
@@ -89,6 +97,11 @@ class Trial:
     def _random(self, method: str, like: WeightMask, number: int) -> WeightMask:
         seed = named_seed("locality random mask", self.bench.plan.seed, self.case.memory.id, method, number)
         return (random_neurons if method == "NeMo" else random_weights)(self.bench.model, like, seed=seed)
+
+    def _planted(self, like: WeightMask) -> WeightMask:
+        """The weights that planting changed most, as many in every layer."""
+        assert self.excess is not None
+        return WeightMask(PLANTED, best_masks(self.excess, like.masks))
 
     def _cross(self, method: str, masks: str, edits: Sequence[WeightMask], fresh: Sequence[range]) -> Cross:
         memory = self.case.memory.id

@@ -163,15 +163,21 @@ def best_coverage(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
 
     Masks of whole rows, as NeMo's of neurons are, are held against the best rows, others against the best weights.
     """
-    total = sum(float(energy[name].sum()) for name in masks)
-    held = 0.0
+    return coverage(energy, best_masks(energy, masks))
+
+
+def best_masks(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of these sizes that hold the most of the change in every layer: of whole rows if these are."""
+    found = {}
     for name, mask in masks.items():
         rows = mask.flatten(1)
         whole = bool((rows.all(1) == rows.any(1)).all())
         values = energy[name].flatten(1).sum(1) if whole else energy[name].flatten()
         count = int(rows.any(1).sum()) if whole else int(mask.sum())
-        held += float(values.topk(count).values.sum())
-    return held / total if total > 0 else math.nan
+        best = torch.zeros(len(values), dtype=torch.bool)
+        best[values.topk(count).indices] = True
+        found[name] = best[:, None].expand_as(rows).reshape(mask.shape) if whole else best.view(mask.shape)
+    return found
 
 
 def density(masks: Mapping[str, Tensor]) -> float:

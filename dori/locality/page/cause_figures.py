@@ -10,12 +10,18 @@ from dori.locality.page.intervened import patch_shares
 from dori.locality.page.pruned import beside, of_masks, prices, scored
 from dori.locality.page.summary import TOGETHER, Dose, excess_shares
 from dori.locality.patching import NECESSARY, SUFFICIENT
-from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality
+from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
 from dori.stats import wilson
 
-ROWS = {TRIGGERS: "mask of\ntrigger i", OTHER_MASKS: "other\nimage's", RANDOM: "random\nmasks", NO_MASK: "no mask"}
-BELOW = (OTHER_MASKS, RANDOM, NO_MASK)  # in a matrix, of the masks of the memory's own triggers
+ROWS = {
+    TRIGGERS: "mask of\ntrigger i",
+    OTHER_MASKS: "other\nimage's",
+    RANDOM: "random\nmasks",
+    PLANTED: "planted change",
+    NO_MASK: "no mask",
+}
+BELOW = (OTHER_MASKS, RANDOM, PLANTED, NO_MASK)  # in a matrix, of the masks of the memory's own triggers
 LARGEST = 16  # groups of a figure
 LETTERS = {"prompt": "P", "gaussian": "G", "foreign": "F"}
 
@@ -102,20 +108,26 @@ def _matrix(
 def joined_figures(found: Locality, cross: Cross) -> list[Picture]:
     """Fresh attacks that succeed against the number of joined masks, and what the unions cost."""
     bare = of_masks(found.joined, cross, NO_MASK)
-    rows = {masks: bare + of_masks(found.joined, cross, masks) for masks in (TRIGGERS, RANDOM)}
+    rows = {masks: bare + of_masks(found.joined, cross, masks) for masks in (TRIGGERS, RANDOM, PLANTED)}
     if len(rows[TRIGGERS]) == len(bare) or not any(cross.sizes):
         return []
     name = f"{cross.memory}, {cross.method}"
-    return [_successes(rows, f"{name}: how many triggers' masks stop fresh attacks?"), *_prices(found, cross, name)]
+    return [
+        _successes(rows, bare, f"{name}: how many triggers' masks stop fresh attacks?"),
+        *_prices(found, cross, name),
+    ]
 
 
-def _successes(rows: dict[str, list[Joined]], title: str) -> Picture:
+def _successes(rows: dict[str, list[Joined]], bare: list[Joined], title: str) -> Picture:
     with drawing(WIDTH, 3.3, title=title) as figure:
         axes, told = figure.subplots(), []
         for offset, masks, label, colour, style in (
             (-0.06, TRIGGERS, "masks of triggers", BLUE, "o-"),
             (0.06, RANDOM, "random masks as large", GREY, "x:"),
+            (0.12, PLANTED, "weights that planting changed most", ORANGE, "s--"),
         ):
+            if len(rows[masks]) == len(bare):
+                continue
             rates = [wilson(j.successes, j.n) for j in rows[masks]]
             x = np.arange(len(rates)) + offset
             axes.errorbar(x, [r.value for r in rates], bars(rates), fmt=style, color=colour, capsize=3, label=label)
@@ -130,7 +142,7 @@ def _successes(rows: dict[str, list[Joined]], title: str) -> Picture:
 def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
     title = f"{name}: what do joined masks cost on ordinary prompts?"
     bare = prices(found, cross, NO_MASK, single=True)
-    rows = {masks: bare + prices(found, cross, masks, single=False) for masks in (TRIGGERS, RANDOM)}
+    rows = {masks: bare + prices(found, cross, masks, single=False) for masks in (TRIGGERS, RANDOM, PLANTED)}
     if len(rows[TRIGGERS]) == len(bare):
         return []
     with drawing(WIDTH, 3.3, title=title) as figure:
@@ -138,7 +150,10 @@ def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
         for masks, label, colour, style in (
             (TRIGGERS, "masks of triggers", GREEN, "^-"),
             (RANDOM, "random masks as large", GREY, "x:"),
+            (PLANTED, "weights that planting changed most", ORANGE, "s--"),
         ):
+            if len(rows[masks]) == len(bare):
+                continue
             values = [math.nan if p.kernel is None else p.kernel for p in rows[masks]]
             axes.plot(values, style, color=colour, label=label)
             pairs = zip(rows[masks], values, strict=True)

@@ -11,7 +11,7 @@ from typing import TypeVar
 from dori.locality.causal import CrossTest, cross_test, enough
 from dori.locality.costs import causal_methods
 from dori.locality.page.summary import EMPTY, Said, left_out, methods, said
-from dori.locality.records import NO_MASK, OTHER_MASKS, RANDOM, TRIGGERS, Cross, Joined, Locality, Price
+from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality, Price
 from dori.report.verdict import SPOILED
 from dori.stats import Estimate, wilson
 
@@ -21,6 +21,7 @@ BESIDE = {
     NO_MASK: "without a mask",
     RANDOM: "under random masks as large",
     OTHER_MASKS: "under masks of another image's triggers",
+    PLANTED: "under a mask as large of the weights that planting changed most",
 }
 UNSCORED = " (what fails there is not scored)"
 
@@ -163,7 +164,8 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     plain = {masks: replayed(found, one) for masks, one in kinds.items() if one is not None and masks != NO_MASK}
     mine, replay = tested(found, cross), replayed(found, cross)
     hidden = unhidden(replay, plain.get(RANDOM))
-    word = causal_word(mine, *attacked.values(), unhidden=hidden, dear=too_dear(found, cross))
+    bare, random, other, planted = (attacked[masks] for masks in (NO_MASK, RANDOM, OTHER_MASKS, PLANTED))
+    word = causal_word(mine, bare, random, other, unhidden=hidden, dear=too_dear(found, cross))
     told = "".join(
         f" {BESIDE[masks].capitalize()}{UNSCORED if masks == NO_MASK else ''}: {said(test.others)} and "
         f"{said(test.fresh)}."
@@ -179,8 +181,17 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
         f"back when attacked again, {said(mine.others)} of the others and {said(mine.fresh)} of fresh attacks: {word}."
-        f"{as_is}{_unequal(found, cross)}{told}{_single_price(found, cross)}{left}"
+        f"{as_is}{_unequal(found, cross)}{told}{_could(planted)}{_single_price(found, cross)}{left}"
     )
+
+
+def _could(planted: CrossTest | None) -> str:
+    """Whether as many weights could have stopped the attacks, as far as the change tells."""
+    if planted is None or not (planted.others.n and planted.fresh.n):
+        return ""
+    if min(planted.others.value, planted.fresh.value) > 0.5:
+        return " So not even these are what the attacks need."
+    return " So there are weights, as many, that many attacks need."
 
 
 def unhidden(replay: CrossTest, random: CrossTest | None) -> str:
@@ -272,7 +283,7 @@ def _single_price(found: Locality, cross: Cross) -> str:
     if not bare or not mine:
         return ""
     told = [f"{_distances(bare)} without a mask, {_distances(mine)} with one of {len(mine)} triggers'"]
-    for masks, name in ((RANDOM, "a random one"), (OTHER_MASKS, "another image's")):
+    for masks, name in ((RANDOM, "a random one"), (OTHER_MASKS, "another image's"), (PLANTED, "the planted change's")):
         if others := prices(found, cross, masks, single=True):
             told.append(f"{_distances(others)} with {name}")
     return f" Ordinary prompts (kernel distance, Fréchet, likeness to the unmasked; medians): {'; '.join(told)}."
@@ -289,14 +300,16 @@ def _distances(rows: Sequence[Price]) -> str:
 
 
 def _joined(found: Locality, cross: Cross) -> list[str]:
-    rows = {masks: of_masks(found.joined, cross, masks) for masks in (TRIGGERS, RANDOM)}
+    rows = {masks: of_masks(found.joined, cross, masks) for masks in (TRIGGERS, RANDOM, PLANTED)}
     bare = of_masks(found.joined, cross, NO_MASK)
     if not rows[TRIGGERS] or not any(cross.sizes):
         return []
     if bare and bare[0].successes == 0:
         return [f"No fresh attack of {bare[0].n} succeeds even without a mask, so joining masks shows nothing."]
     sentence = f"{cross.method} masks joined: {_stopped(rows[TRIGGERS])}{_price(found, cross, rows[TRIGGERS])}."
-    return [sentence + (f" Random masks as large: {_stopped(rows[RANDOM])}." if rows[RANDOM] else "")]
+    for masks, name in ((RANDOM, "Random masks as large"), (PLANTED, "Masks as large of the planted change")):
+        sentence += f" {name}: {_stopped(rows[masks])}." if rows[masks] else ""
+    return [sentence]
 
 
 def _stopped(rows: list[Joined]) -> str:
@@ -317,12 +330,14 @@ def _price(found: Locality, cross: Cross, rows: list[Joined]) -> str:
     needed = enough([j.successes for j in rows], [j.joined for j in rows])
     number = rows[-1].joined if needed is None else needed
     bare = prices(found, cross, NO_MASK, single=True)
-    mine, random = (
-        [p for p in prices(found, cross, masks, single=False) if p.joined == number] for masks in (TRIGGERS, RANDOM)
+    mine, random, planted = (
+        [p for p in prices(found, cross, masks, single=False) if p.joined == number]
+        for masks in (TRIGGERS, RANDOM, PLANTED)
     )
     if not bare or not mine:
         return ""
     as_large = f", {_distances(random)} under random masks as large" if random else ""
+    as_large += f", {_distances(planted)} under those of the planted change" if planted else ""
     return (
         f", at the price of {_distances(mine)} on ordinary prompts (kernel distance, Fréchet, likeness; "
         f"{_distances(bare)} without a mask{as_large})"

@@ -12,9 +12,9 @@ import torch
 from erasing import draw, forget, retain
 from test_erase_adversarial import METHOD
 
-from dori.erase.processes import Processes
 from dori.erase.tuning import Tuner, tuning
 from dori.model.stable_diffusion import StableDiffusion
+from dori.processes import Processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 def test_a_process_without_rows_adds_nothing_to_the_gradient(
     tiny: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dori.erase.processes.reduce", lambda tensor, reduction: tensor)
+    monkeypatch.setattr("dori.processes.reduce", lambda tensor, reduction: tensor)
     with tuning(tiny, Tuner(), processes=Processes(1, 2)) as tuned:
         gradient, loss = tuned.gradient(lambda rows: pytest.fail("no row is this process's"), 1)
     assert loss == 0 and all(not grad.any() for grad in gradient)
@@ -63,7 +63,7 @@ from conftest import tiny_parts
 from erasing import forget, retain
 from test_erase_adversarial import METHOD, watch
 from dori.erase.pairs import Work
-from dori.erase.processes import started
+from dori.processes import started
 from dori.model.stable_diffusion import StableDiffusion
 folder = Path(sys.argv[1])
 processes = started(device="cpu")
@@ -90,7 +90,7 @@ import torch
 from conftest import tiny_parts
 from erasing import PLAN, bench, material
 from dori.erase.pairs import Work
-from dori.erase.processes import started
+from dori.processes import started
 from dori.model.stable_diffusion import StableDiffusion
 folder = Path(sys.argv[1])
 processes = started(device="cpu")
@@ -116,7 +116,7 @@ import torch
 from conftest import tiny_parts
 from erasing import PLAN, bench, material
 from dori.erase.pairs import Work
-from dori.erase.processes import started
+from dori.processes import started
 from dori.erase.proof import prove
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run

@@ -1,16 +1,20 @@
-"""One process or several, by Accelerate's state: every process draws the same batch and works on its share of the rows.
+"""One process or several, by Accelerate's state: in a training all draw the same batch, and each works on its rows.
 
 Started plainly, there is one process and nothing is exchanged; started by `accelerate launch` or `torchrun`, gradients
-and triggers are summed over processes, so that the result does not depend on their number (but for rounding).
+and triggers are summed over processes, so that the result does not depend on their number (but for rounding). What is
+only measured is made of cells of one folder: each process makes some, and the first one reads them all.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,10 @@ class Processes:
     def first(self) -> bool:
         """Whether this process writes files."""
         return self.index == 0
+
+    def device(self, given: str) -> str:
+        """Where this process works: each on a GPU of its own, unless one was named."""
+        return f"cuda:{self.index}" if given == "cuda" and self.count > 1 else given
 
     def share(self, rows: int) -> Tensor:
         """Indices of this process's rows; the shares of all processes are disjoint and cover [0, rows)."""
@@ -81,6 +89,11 @@ class Processes:
         if not self.first:
             return shares[self.index]
         return shares[0] + [key for other in shares[1:] for key in reversed(other)]
+
+    def turned(self, items: Sequence[Item]) -> list[Item]:
+        """All items, from this process's part on and round: whoever comes later to a stored one passes it."""
+        first = len(items) * self.index // self.count
+        return [*items[first:], *items[:first]]
 
     def wait(self) -> None:
         """Return when every process is here."""
