@@ -302,6 +302,11 @@ def test_splits_are_disjoint_and_prompts_serve_one_use(tiny: StableDiffusion) ->
     ("arguments", "sentence"),
     [
         (["testbed", "--retain", "x"], "leave out --retain"),
+        (["testbed", "--base", "x"], "leave out --retain, --controls, --twin, --base"),
+        (
+            ["somewhere", "--memories", "a", "--retain", "b", "--base", "x", "--table", "erasers"],
+            "--base is a scale of one erasure's damage",
+        ),
         (["somewhere"], "give --memories FOLDER and --retain"),
         (["somewhere", "--memories", "a"], "give --memories FOLDER and --retain"),
         (["testbed", "--table", "ablations", "--eraser", "uce"], "leave out --eraser or --table"),

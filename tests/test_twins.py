@@ -16,7 +16,7 @@ from dori.erase.write import save_model
 from dori.errors import DoriError
 from dori.findings import read_audit
 from dori.model.stable_diffusion import StableDiffusion
-from dori.model.twins import refuse_strangers
+from dori.model.twins import load_base, refuse_strangers
 from dori.report.tables import called_twin
 
 Parts = dict[str, object]
@@ -67,6 +67,19 @@ def test_one_twin_given_twice_is_no_second_twin(tiny: StableDiffusion, tmp_path:
     refuse_strangers(tiny, [first])
     with pytest.raises(DoriError, match="second has the weights of first"):
         refuse_strangers(tiny, [first, second])
+
+
+def test_the_base_is_another_model_of_the_same_shape(
+    tiny: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = StableDiffusion(**tiny_parts(tmp_path), name="given")
+    monkeypatch.setattr("dori.model.twins.load_model", lambda spec, device: model)
+    with pytest.raises(DoriError, match=r"base \(given\) has the weights of tiny itself; give --base the model from"):
+        load_base(tiny, "given")
+    model.name = "given"
+    with torch.no_grad():
+        model.unet.conv_in.weight.mul_(1.1)
+    assert load_base(tiny, "given") is model and model.name == "base (given)"
 
 
 def test_an_audit_attacks_the_twins_that_a_user_gives(
