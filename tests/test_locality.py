@@ -24,6 +24,7 @@ from dori.locality.embeddings import (
     own_start_share,
     pair_distances,
     principal_map,
+    repeated_share,
     shared_share,
     sphere,
 )
@@ -92,6 +93,17 @@ def test_the_common_share_is_the_mean_inner_product_of_different_moves() -> None
     # A common part of half the energy is found whatever else the moves do, and independent moves share nothing.
     assert common_share(draw(1, 40, 50, seed=3) + draw(400, 40, 50)) == pytest.approx(0.5, abs=0.02)
     assert common_share(draw(400, 40, 50)) == pytest.approx(0, abs=0.01)
+
+
+def test_the_repeated_share_is_that_of_moves_from_one_start() -> None:
+    a, b = draw(5, 3, 4, seed=0), draw(5, 3, 4, seed=1)
+    inner = sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    scale = math.sqrt(float(a.double().square().sum()) * float(b.double().square().sum()))
+    assert repeated_share(a, b) == pytest.approx(inner / scale, rel=1e-12)
+    assert repeated_share(a, a) == pytest.approx(1) and repeated_share(a, -a) == pytest.approx(-1)
+    noise = [draw(400, 50, seed=seed) for seed in (2, 3, 4)]  # half of each move is its start's
+    assert repeated_share(noise[0] + noise[1], noise[0] + noise[2]) == pytest.approx(0.5, abs=0.03)
+    assert math.isnan(repeated_share(a[:0], b[:0])) and math.isnan(repeated_share(0 * a, 0 * b))
 
 
 def test_the_shared_share_is_that_of_moves_to_two_images_from_different_starts() -> None:

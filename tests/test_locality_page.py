@@ -254,7 +254,10 @@ def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
         for name, value in (("common share, same starts", own), (other, 0.02))
     ]
     sentence = observed.embedding(dataclasses.replace(found, measures=(*found.measures, *kinds))).sentences[2]
-    assert "image's own (from N(0, I) 0.28, from other prompts 0.03)." in sentence
+    assert sentence.endswith("image's own (from N(0, I) 0.28, from other prompts 0.03).")
+    again = Measure("m1", "common share of a move and itself, attacked again", 0.7, 5)
+    sentence = observed.embedding(dataclasses.replace(found, measures=(*found.measures, again))).sentences[2]
+    assert sentence.endswith("shares 0.70 with itself, attacked again under other noise: the ceiling.")
 
 
 def test_no_figure_is_minus_zero() -> None:

@@ -44,6 +44,7 @@ PLAN = Plan(
     foreign=2,
     attack=Dori(steps=1, batch=1),
     twin_attacks=2,
+    repeats=2,
     seeds=2,
     sampling_steps=2,
     guidance_scale=2.0,
@@ -178,6 +179,7 @@ def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
         "common share of the moves, foreign",
         "common share, same starts, foreign",
         "the same, moves exchanged",
+        "common share of a move and itself, attacked again",
     } <= measured
     shared = {m.memory: m.value for m in found.measures if m.name == "shared with moves to other images"}
     assert shared["m1"] == shared["m2"]  # of one pair of images

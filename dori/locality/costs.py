@@ -131,6 +131,9 @@ def _memory(
         for chunk in chunks(count, plan.chunk):
             yield cell_key("triggers", memory, start, str(chunk.start)), attacking(plan, len(chunk))
             yield cell_key("judged", memory, start, str(chunk.start)), drawing(plan, plan.seeds * len(chunk))
+    if again := min(plan.repeats, plan.gaussian):
+        yield cell_key("triggers", memory, "again"), attacking(plan, again)
+        yield cell_key("judged", memory, "again"), drawing(plan, plan.seeds * again)
     total = _attacks(plan, sizes, has_text)
     lines = 2 * plan.line_pairs * len(plan.line_shares)
     balls = plan.ball_centres * plan.ball_directions * len(plan.ball_radii)

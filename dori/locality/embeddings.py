@@ -71,6 +71,23 @@ def shared_share(first: Tensor, second: Tensor) -> float:
     return float((a.sum(0) * b.sum(0)).sum() - (a * b).sum()) / (n - 1) / size
 
 
+def repeated_share(first: Tensor, second: Tensor) -> float:
+    """What a move shares with itself when the attack is made again under other noise: the ceiling of `common_share`.
+
+    Mean inner product <a_i, b_i> over the root of the product of both mean squares.
+
+    Args:
+        first: moves, shape (n, l, d), n >= 1.
+        second: moves from the same starts towards the same image, row by row.
+
+    Returns:
+        The share, at most 1; NaN if nothing moved or there is none.
+    """
+    a, b = _flat(first), _flat(second)
+    size = math.sqrt(float(a.square().sum()) * float(b.square().sum()))
+    return float((a * b).sum()) / size if size else math.nan
+
+
 def own_start_share(starts: Tensor, ends: Tensor) -> float:
     """Share of the ends whose nearest start is their own; both (n, l, d).
 

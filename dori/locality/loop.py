@@ -23,10 +23,12 @@ from dori.image_file import png_bytes
 from dori.locality import measures, stages, truth
 from dori.locality.bench import Bench, Source
 from dori.locality.costs import Rows, causal_methods, planned
+from dori.locality.embeddings import repeated_share
 from dori.locality.masks import Maskers, Masks, calibrate, method_names
 from dori.locality.plan import Causal, Plan
 from dori.locality.probes import probe_balls, probe_lines
 from dori.locality.records import (
+    AGAIN,
     FILE,
     LISTS,
     MEMORIZED,
@@ -41,6 +43,7 @@ from dori.locality.records import (
     Locality,
     Measure,
     Price,
+    known,
     read_locality,
 )
 from dori.locality.subjects import Sets, choose_sets, keep_memorized, sizes
@@ -52,6 +55,7 @@ from dori.locality.triggers import (
     common_starts,
     find_triggers,
     gaussian_starts,
+    repeated,
     replicating_on,
     trigger_records,
 )
@@ -160,6 +164,9 @@ class _Loop:
         plan, memory, sets = self.bench.plan, case.memory.id, self.sets
         self.records["triggers"] += trigger_records(memory, found)
         self.records["measures"] += measures.embedding_measures(memory, found)
+        if plan.repeats and plan.gaussian:
+            moves = repeated(self.bench, case, found)
+            self.records["measures"].append(Measure(memory, AGAIN, known(repeated_share(*moves)), len(moves[0])))
         places, self.maps[memory] = measures.maps(
             memory,
             found,

@@ -58,6 +58,8 @@ class Plan:
         attack: DoRI.
         twin_attacks: the first so many Gaussian-started attacks are made on a twin too: an embedding may carry an
             image by itself, and then it replicates where nothing was memorized. 0, or no twin, leaves it out.
+        repeats: the first so many of them are made again under other noise: what a move shares with itself is the
+            ceiling of what moves from different starts may share.
         seeds: fresh generation seeds that decide whether a trigger replicates.
         sampling_steps, guidance_scale: of every generation.
         perplexity: of t-SNE, cut where there are too few points.
@@ -86,6 +88,7 @@ class Plan:
     foreign: int = 100
     attack: Dori = field(default_factory=Dori)
     twin_attacks: int = 20
+    repeats: int = 10
     seeds: int = 5
     sampling_steps: int = 25
     guidance_scale: float = GUIDANCE_SCALE
@@ -162,6 +165,7 @@ def quick() -> Plan:
         gaussian=6,
         foreign=5,
         twin_attacks=3,
+        repeats=3,
         seeds=4,
         sampling_steps=12,
         line_pairs=6,

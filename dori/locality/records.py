@@ -36,6 +36,7 @@ OTHER_IMAGES, SAME_STARTS = "triggers of other images", "triggers, same starts"
 APART, OTHERS_APART = "triggers, other noises", "triggers of other images, other noises"
 NO_MASK, OTHER_MASKS, PLANTED = "none", "other image", "planted change"
 ON_TWIN = "attacks that replicate on a twin"
+AGAIN = "common share of a move and itself, attacked again"
 PROMPTED = "memories' prompts that bring their image back"  # of these alone are the memorized prompts
 WHOLE = "all"  # the layer of a whole mask
 

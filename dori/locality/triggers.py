@@ -136,6 +136,20 @@ def replicating_on(twin: Bench, case: Case) -> tuple[int, int]:
     return int(twin.replicates(similar).sum()), len(numbers)
 
 
+def repeated(bench: Bench, case: Case, found: Found) -> tuple[Tensor, Tensor]:
+    """Moves of the first Gaussian-started attacks, and of the same made again under other noise, shape (n, l, d) each.
+
+    Those of which both bring the image back.
+    """
+    numbers, memory = range(min(bench.plan.repeats, bench.plan.gaussian)), case.memory.id
+    starts, rows = gaussian_starts(bench, numbers), [found.names.index("gaussian") + k for k in numbers]
+    seeds = attack_seeds(bench, memory, "gaussian, again", numbers)
+    ends = attacked(bench, cell_key("triggers", memory, "again"), case, starts, seeds)
+    similar = similarities(bench, cell_key("judged", memory, "again"), case, ends, bench.plan.fresh_seeds())
+    kept = bench.replicates(similar) & torch.isfinite(ends.y).flatten(1).all(1) & found.replicates[rows]
+    return (found.ends[rows] - starts.y)[kept], (ends.y - starts.y)[kept]
+
+
 def find_triggers(bench: Bench, case: Case, foreign: Source) -> Found:
     """Attack one memory from every start, chunk by chunk, and judge with fresh seeds."""
     plan, memory = bench.plan, case.memory.id

@@ -25,6 +25,7 @@ from dori.locality.page.summary import (
 )
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
 from dori.locality.records import (
+    AGAIN,
     APART,
     ENOUGH,
     MEMORIZED,
@@ -85,8 +86,16 @@ def _own(found: Locality, own: Estimate) -> str:
     by_kind = ", ".join(f"{NAMES[start]} {said(one)}" for start, one in kinds.items() if one.n)
     return (
         f". From the same starts moves towards one image share {said(same)}, towards different images {said(other)}: "
-        f"{said(own)} is the image's own{f' ({by_kind})' if by_kind else ''}."
+        f"{said(own)} is the image's own{f' ({by_kind})' if by_kind else ''}.{_ceiling(found)}"
     )
+
+
+def _ceiling(found: Locality) -> str:
+    """What a move shares with itself: of more nothing could be asked."""
+    again = measure(found, AGAIN)
+    if math.isnan(again.value):
+        return ""
+    return f" A move from N(0, I) shares {said(again)} with itself, attacked again under other noise: the ceiling."
 
 
 def rate(found: Locality, kind: str, at: float) -> Estimate:
