@@ -1,12 +1,14 @@
 """One process or several, by Accelerate's state: in a training all draw the same batch, and each works on its rows.
 
-Started plainly, there is one process and nothing is exchanged; started by `accelerate launch` or `torchrun`, gradients
-and triggers are summed over processes, so that the result does not depend on their number (but for rounding). What is
-only measured is made of cells of one folder: each process makes some, and the first one reads them all.
+Started plainly, there is one process and nothing is exchanged; started by `torchrun` (or `accelerate launch`, which
+starts several only where there are GPUs), gradients and triggers are summed over processes, so that the result does not
+depend on their number (but for rounding). What is only measured is made of cells of one folder: each process makes
+some, and the first one reads them all.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 Item = TypeVar("Item")
+PATIENCE = timedelta(days=30)  # the first process may draw for hours before others are needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +25,23 @@ class Processes:
     """Which of how many processes this is.
 
     Args:
-        index: from 0; process 0 writes files.
+        index: from 0; process 0 writes the results.
         count: number of processes.
+        local: index among those of this machine.
     """
 
     index: int = 0
     count: int = 1
+    local: int = 0
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files."""
+        """Whether this process writes the results."""
         return self.index == 0
 
     def device(self, given: str) -> str:
         """Where this process works: each on a GPU of its own, unless one was named."""
-        return f"cuda:{self.index}" if given == "cuda" and self.count > 1 else given
+        return f"cuda:{self.local}" if given == "cuda" and self.count > 1 else given
 
     def share(self, rows: int) -> Tensor:
         """Indices of this process's rows; the shares of all processes are disjoint and cover [0, rows)."""
@@ -72,7 +77,7 @@ class Processes:
 
         Args:
             costs: of every cell.
-            beside: cost of what the first process computes alone.
+            beside: cost of what the first process computes alone, after its share.
         """
         loads, taken = [beside] + [0] * (self.count - 1), dict[str, int]()
         for key in sorted(costs, key=lambda key: -costs[key]):
@@ -80,20 +85,24 @@ class Processes:
             loads[taken[key]] += costs[key]
         return [[key for key in costs if taken[key] == index] for index in range(self.count)]
 
-    def in_turn(self, costs: Mapping[str, int], *, beside: int) -> list[str]:
-        """The cells of this process in its order, where all read and write one folder.
+    def in_turn(self, costs: Mapping[str, int], *, beside: int) -> tuple[list[str], list[str]]:
+        """This process's cells, and those with which it goes on then, where all read and write one folder.
 
-        The first one goes on with the shares of the others, each from its end, so that none waits for another.
+        The first one goes on with the shares of the others, each from its end, so that none waits for another and only
+        the cell at which they meet is made twice.
         """
         shares = self.shares(costs, beside=beside)
-        if not self.first:
-            return shares[self.index]
-        return shares[0] + [key for other in shares[1:] for key in reversed(other)]
+        others = shares[1:] if self.first else []
+        return shares[self.index], [key for other in others for key in reversed(other)]
 
-    def turned(self, items: Sequence[Item]) -> list[Item]:
-        """All items, from this process's part on and round: whoever comes later to a stored one passes it."""
-        first = len(items) * self.index // self.count
-        return [*items[first:], *items[:first]]
+    def towards(self, items: Sequence[Item]) -> list[Item]:
+        """The items in this process's order: the first one goes forward, all others back from the end of their part.
+
+        So they meet, and where they meet what is there is not made again; whoever followed another in one direction
+        would make anew all that the other one makes.
+        """
+        end = len(items) * (self.index + 1) // self.count
+        return list(items) if self.first else list(reversed(items[:end]))
 
     def wait(self) -> None:
         """Return when every process is here."""
@@ -107,5 +116,5 @@ def started(*, device: str) -> Processes:
     Args:
         device: where the model lies; "cpu" keeps Accelerate off any GPU.
     """
-    state = PartialState(cpu=device == "cpu")
-    return Processes(state.process_index, state.num_processes)
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    return Processes(state.process_index, state.num_processes, max(0, state.local_process_index))

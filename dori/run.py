@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -43,6 +44,7 @@ from dori.progress import Progress
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 PARTIAL = ".partial"
+Reader = Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]  # header and content of a cell's file
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -98,33 +100,47 @@ class Run:
         Raises:
             DoriError: bad key, a number that is not finite, or no space left.
         """
-        path, wanted = self._path(key, ".json"), self._header(inputs)
-        stored = self._reusable(key, path, _read_record, wanted)
-        if stored is None:
+
+        def packed(header: dict[str, Any]) -> bytes:
             record = compute()
             _refuse_nan(record, f"cell {key!r}")
-            write_bytes(path, _canonical(wanted | {"sha256": canonical_sha256(record), "record": record}) + b"\n")
-            result = _read_record(path)[1]
-        else:
-            result = stored
-        self._count(key, stored=stored is not None)
-        return result
+            return _canonical(header | {"sha256": canonical_sha256(record), "record": record}) + b"\n"
+
+        return self._once(key, ".json", inputs, _read_record, packed)
 
     def once_tensors(
         self, key: str, inputs: Mapping[str, object], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """The stored tensors of these inputs, computed and stored if there are none; as `once_record`, on the CPU."""
-        path, wanted = self._path(key, ".safetensors"), self._header(inputs)
-        stored = self._reusable(key, path, _read_tensors, wanted)
-        if stored is None:
+
+        def packed(header: dict[str, Any]) -> bytes:
             tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in compute().items()}
-            header = wanted | {"sha256": tensors_sha256(tensors)}
+            whole = header | {"sha256": tensors_sha256(tensors)}
             # One metadata entry: safetensors writes several in an order that changes from run to run.
-            write_bytes(path, save(tensors, metadata={"dori": _canonical(header).decode()}))
-            result = _read_tensors(path)[1]
-        else:
-            result = stored
-        self._count(key, stored=stored is not None)
+            return save(tensors, metadata={"dori": _canonical(whole).decode()})
+
+        return self._once(key, ".safetensors", inputs, _read_tensors, packed)
+
+    def _once(
+        self,
+        key: str,
+        suffix: str,
+        inputs: Mapping[str, object],
+        read: Reader,
+        packed: Callable[[dict[str, Any]], bytes],
+    ) -> dict[str, Any]:
+        """What the cell's file holds, made by `packed` from its header if there is none of these inputs."""
+        path, wanted = self._path(key, suffix), self._header(inputs)
+        before, result = _version(path), self._reusable(key, path, read, wanted)
+        stored = result is not None
+        if result is None:
+            data = packed(wanted)
+            # Another process may have made it meanwhile and gone on from its own, which therefore stays.
+            result = self._reusable(key, path, read, wanted) if _version(path) != before else None
+            if result is None:
+                write_bytes(path, data)
+                result = read(path)[1]
+        self._count(key, stored=stored)
         return result
 
     def holds(self, key: str, inputs: Mapping[str, object]) -> bool:
@@ -186,13 +202,7 @@ class Run:
             )
         return self.folder / "cells" / f"{key}{suffix}"
 
-    def _reusable(
-        self,
-        key: str,
-        path: Path,
-        read: Callable[[Path], tuple[dict[str, Any], dict[str, Any]]],
-        wanted: dict[str, Any],
-    ) -> dict[str, Any] | None:
+    def _reusable(self, key: str, path: Path, read: Reader, wanted: dict[str, Any]) -> dict[str, Any] | None:
         """The stored cell if it is whole and made from these inputs; else None, and the reason is said."""
         if not path.is_file():
             return None
@@ -260,6 +270,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _version(path: Path) -> int | None:
+    """When a cell's file was written; None where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -360,7 +378,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         DoriError: no space left, or the place cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    # Several processes, of several machines perhaps, may write one folder.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

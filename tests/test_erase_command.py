@@ -78,9 +78,9 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path, name:
     assert f"by {before.value:+.3f}" in page
     assert "Without a prompt the memories" in page and taught == (name == "adversarial") == bool(known)
     if name == "adversarial":
-        assert record["surrogate_rows"] == 0 and "rows for surrogates" not in page
+        assert record["surrogate_rows"] == 0 and "learned from" not in page
     else:
-        assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for surrogates" in page
+        assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for images" in page
         assert known == {}
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
     erased, ordinarily = (record["damage"][row]["frechet"] for row in (1, 2))

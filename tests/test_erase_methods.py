@@ -306,7 +306,7 @@ def forget_with_own_anchor(model: StableDiffusion):  # noqa: ANN201
     import dataclasses
 
     memories = forget(model)
-    return dataclasses.replace(memories, anchors=tuple(memories.embeddings.split(1)))
+    return dataclasses.replace(memories, anchors=memories.texts)
 
 
 def test_naive_deletion_lowers_the_surrogates_loss(tiny: StableDiffusion) -> None:

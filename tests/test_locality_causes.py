@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from synthetic_locality import VALUES, cross, records
+from synthetic_locality import VALUES, cross, price, records
 
 from dori.locality.page import intervened, pruned, verdict
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, WHOLE, Change, Cross, Joined
@@ -129,20 +129,32 @@ def test_the_causal_sentences_count_what_comes_back_and_what_joining_takes() -> 
     assert "0.6 / 60 / – without a mask, 0.8 / 60 / 0.8 under random masks as large" in said_.sentences[1]
 
 
-def test_the_positive_control_says_whether_any_such_weights_would_have_stopped_the_attacks() -> None:
-    mine = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9)
-    bare = dataclasses.replace(records(), crosses=(BARE, mine, RESISTS, OTHERS))
-    assert "changed most" not in pruned.causal(bare).sentences[0]
-    for low, high, told in (
-        (0.1, 0.1, "So there are weights, as many, that many attacks need."),
-        (0.9, 0.1, "So there are weights, as many, that many attacks need."),
-        (0.9, 0.9, "So not even these are what the attacks need."),
-    ):
-        control = cross(PLANTED, own=0.1, others=high, fresh=low)
-        found = dataclasses.replace(bare, crosses=(*bare.crosses, control))
-        (said_, *_), title = pruned.causal(found).sentences, pruned.causal(found).title
-        assert "Under a mask as large of the weights that planting changed most: " in said_ and told in said_
-        assert title == "Wanda: not local"  # it says what could be had, not where triggers point
+def test_a_mask_of_the_planted_change_shows_that_there_was_something_to_find() -> None:
+    mine, bare = cross(TRIGGERS, own=0.1, others=0.9, fresh=0.9), price(NO_MASK, 0, row=0)
+    costs = (bare, price(PLANTED, 1, row=0, kernel=0.9))
+    found = dataclasses.replace(records(), crosses=(BARE, mine, RESISTS, OTHERS), prices=costs)
+    there, neither = "So there are weights, as many, that many attacks need.", "another might."
+
+    def told(others: float, fresh: float, *instead: Cross, **changes: object) -> str:
+        crosses = (*(instead or found.crosses), cross(PLANTED, own=0.1, others=others, fresh=fresh))
+        return pruned.causal(dataclasses.replace(found, crosses=crosses, **changes)).sentences[0]
+
+    assert "changed most" not in pruned.causal(found).sentences[0]
+    # Six triggers attacked again and two fresh ones: eight trials, of which 0 of 6 leave up to .39 open.
+    assert "that planting changed most: 0.00 [0.00, 0.39] and 1.00 [0.34, 1.00]." in told(0.1, 0.9)
+    assert ": not local." in told(0.1, 0.9)  # it says what could be had, not where triggers point
+    assert there in told(0.1, 0.9) and there in told(0.1, 0.1) and neither not in told(0.1, 0.1)
+    assert there not in told(0.9, 0.1)  # two fresh attacks show nothing
+    long = cross(PLANTED, own=0.1, others=0.9, fresh=0.9)
+    long = dataclasses.replace(long, fresh=((0.9,) * 16,))
+    assert neither in pruned.causal(dataclasses.replace(found, crosses=(*found.crosses, long))).sentences[0]
+    # Not where random masks stop as many, where it spoils the model, or where nobody knows what it costs.
+    weak = cross(RANDOM, own=0.1, others=0.1, fresh=0.9)
+    assert there not in told(0.1, 0.9, BARE, mine, weak, OTHERS)
+    assert there not in told(0.1, 0.9, prices=(bare, price(PLANTED, 1, row=0, kernel=1.3)))
+    assert there not in told(0.1, 0.9, prices=())
+    single = tuple(dataclasses.replace(change, floor=None) for change in found.changes)
+    assert "With one twin these are also" in told(0.1, 0.9, changes=single)
     joined = tuple(Joined("m0", "Wanda", PLANTED, k, 0.1 * k, 0, 8) for k in (1, 2))
     told = pruned.causal(dataclasses.replace(records(), joined=(*records().joined, *joined))).sentences[1]
     assert "Masks as large of the planted change: from 1 on (0.10 of the layers' weights) none of 8" in told

@@ -257,7 +257,11 @@ def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
     assert sentence.endswith("image's own (from N(0, I) 0.28, from other prompts 0.03).")
     again = Measure("m1", "common share of a move and itself, attacked again", 0.7, 5)
     sentence = observed.embedding(dataclasses.replace(found, measures=(*found.measures, again))).sentences[2]
-    assert sentence.endswith("shares 0.70 with itself, attacked again under other noise: the ceiling.")
+    assert sentence.endswith("one move shares 0.70 with itself, attacked again under other noise: the ceiling.")
+    low = observed.embedding(
+        dataclasses.replace(alone, measures=(*alone.measures, dataclasses.replace(again, value=0.4)))
+    )
+    assert low.sentences[2].endswith("No moves could be called mostly one direction.")
 
 
 def test_no_figure_is_minus_zero() -> None:

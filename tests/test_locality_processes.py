@@ -2,15 +2,22 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
 from conftest import tiny_parts
 from test_locality_run import PLAN, judge, tiny_run, tiny_subjects
 
+from dori.erase.write import save_model
 from dori.locality.loop import locality
-from dori.locality.records import Locality
+from dori.locality.plan import PRESETS
+from dori.locality.records import Locality, read_locality
 from dori.model.stable_diffusion import StableDiffusion
 from dori.processes import Processes
 from dori.run import Run
@@ -42,6 +49,57 @@ def test_several_processes_make_the_cells_of_one_folder_and_the_first_reads_them
     assert ahead | first == {path.stem for path in (tmp_path / "one" / "cells").glob("*")}
     assert {key.split(".")[0] for key in first} == {"activations", "masks"}  # of prompts, and beside the memory before
     assert not any(f".{memory}." in key for key in first for memory in ("m0", "m1") if ".across" not in key)
-    for index, order in ((1, ["m1", "m2", "m0"]), (2, ["m2", "m0", "m1"]), (0, ["m0", "m1", "m2"])):
-        assert Processes(index, 3).turned(["m0", "m1", "m2"]) == order
-    assert Processes(1, 5).turned(["m0"]) == ["m0"] and Processes(1, 2).turned([]) == []
+
+
+LAUNCHED = """
+import os, sys
+sys.path.insert(0, "tests")
+from test_locality_run import PLAN
+from dori.cli import main
+from dori.locality.plan import PRESETS
+from dori.run import Run
+PRESETS["quick"] = lambda: PLAN
+made, once = open(sys.argv.pop(1) + os.environ["RANK"], "a"), Run._once
+def told(self, key, suffix, inputs, read, packed):
+    return once(self, key, suffix, inputs, read, lambda header: print(key, file=made) or packed(header))
+Run._once = told
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_launched_run_says_what_one_process_says_and_makes_hardly_a_cell_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reading_sentences(tmp_path / "words")
+    save_model(model, tmp_path / "model", source="tiny")
+    save_changed(model, model.unet.conv_in.weight, tmp_path / "twin")
+    write_folder(tmp_path / "memories", ["a dog", "a cat", "a cow", "a hen"], seed=0)
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+
+    def command(out: str) -> list[str]:
+        given = ["locality", str(tmp_path / "model"), "--memories", str(tmp_path / "memories"), "--limit", "4"]
+        return [*given, "--twin", str(tmp_path / "twin"), "--threshold", "-1", "--out", str(tmp_path / out), *FEW_STEPS]
+
+    root = Path(__file__).parent.parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "launched.py")]
+    ran = subprocess.run(
+        [*launcher, str(tmp_path / "made-"), *command("two")],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("page: ") == 1  # the first one speaks
+    first, second = ((tmp_path / f"made-{rank}").read_text().split() for rank in (0, 1))
+    assert len(second) > 10 and len(first) > 10
+    twice = set(first) & set(second)
+    assert len({key.split(".")[1] for key in twice if key.startswith(("triggers", "judged"))}) <= 1  # where they met
+    monkeypatch.setitem(PRESETS, "quick", lambda: PLAN)
+    assert status(command("one"), capsys)[0] == 0
+    assert parts_of(read_locality(tmp_path / "two" / "locality.json")) == parts_of(
+        read_locality(tmp_path / "one" / "locality.json")
+    )

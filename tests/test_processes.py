@@ -48,9 +48,19 @@ def test_shares_of_cells_are_even_and_the_first_process_goes_on_with_the_others_
         loads = [sum(costs[key] for key in share) + beside * (i == 0) for i, share in enumerate(shares)]
         assert max(loads[1:] or [0]) - min(loads) <= max(costs.values())
         assert loads[0] <= max([beside, *loads[1:]]) + max(costs.values()) or count == 1
-        first, *others = [one.in_turn(costs, beside=beside) for one in processes]
-        assert others == shares[1:] and first[: len(shares[0])] == shares[0] and sorted(first) == sorted(costs)
-        assert count < 2 or first[-len(shares[-1]) :] == shares[-1][::-1]
+        turns = [one.in_turn(costs, beside=beside) for one in processes]
+        assert [own for own, _ in turns] == shares and all(not then for _, then in turns[1:])
+        assert turns[0][1] == [key for share in shares[1:] for key in reversed(share)]
+
+
+def test_processes_go_towards_each_other() -> None:
+    items = list("abcdefgh")
+    assert [Processes(index, 2).towards(items) for index in (0, 1)] == [items, items[::-1]]
+    assert [Processes(index, 3).towards(items) for index in (0, 1, 2)] == [items, list("edcba"), items[::-1]]
+    assert Processes().towards(items) == items
+    assert Processes(1, 5).towards(["a"]) == [] and Processes(4, 5).towards(["a"]) == ["a"]
+    assert Processes(9, 16, local=1).device("cuda") == "cuda:1" and Processes(9, 16).device("cuda:3") == "cuda:3"
+    assert Processes().device("cuda") == "cuda" and Processes(1, 2, 1).device("cpu") == "cpu"
 
 
 WORKER = """
@@ -140,15 +150,28 @@ record = proof and {key: value for key, value in proof.record.items() if key != 
 
 @pytest.mark.slow
 def test_several_processes_share_the_judging_and_any_number_goes_on(tmp_path: Path) -> None:
-    def proven(count: int) -> list[Any]:
-        run_together(PROVER, tmp_path, count)
-        return [json.loads((tmp_path / f"proven-{rank}.json").read_text()) for rank in range(count)]
+    def proven(count: int, name: str) -> list[Any]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        run_together(PROVER, tmp_path / name, count)
+        return [json.loads((tmp_path / name / f"proven-{rank}.json").read_text()) for rank in range(count)]
 
-    (record, first), (_, second) = proven(2)
+    (record, first), (_, second) = proven(2, "two")
     assert any(".relearn." in key for key in second) and any(".dori." in key for key in second)
     assert sum(key.startswith("proof") for key in first) > 3
-    (again, asked), (helped, nothing) = proven(1)[0], proven(2)[1]
+    assert len([*first, *second]) - len({*first, *second}) <= 1  # the cell at which they met
+    (again, asked), (helped, nothing) = proven(1, "two")[0], proven(2, "two")[1]
     assert again == record and asked == nothing == [] and helped is None  # all was there, for one process and for two
+    alone, every = proven(1, "one")[0]
+    assert set(every) == {*first, *second}
+    # The training's sums are rounded otherwise; whom it does not touch answers the same.
+    assert unedited(alone["outcomes"]) == unedited(record["outcomes"]) != []
+    for one, other in zip(alone["outcomes"], record["outcomes"], strict=True):
+        assert one["similarities"] == pytest.approx(other["similarities"], abs=0.02)
+
+
+def unedited(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the original model and of the twin."""
+    return [one for one in outcomes if not one["state"].startswith("erased")]
 
 
 @pytest.mark.slow

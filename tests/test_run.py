@@ -99,6 +99,30 @@ def test_other_inputs_compute_again_and_are_named(tmp_path: Path, before: dict, 
     assert said == [f"a: {named} changed, computed again"] * 2
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_what_another_process_stored_meanwhile_stays(tmp_path: Path, *, stale: bool) -> None:
+    mine, theirs, said = Run(tmp_path, modules=(), say=lambda line: said.append(line)), Run(tmp_path, modules=()), []
+    if stale:
+        mine.once_record("a", {"x": 0}, lambda: {"by": "before"})
+        mine.once_tensors("b", {"x": 0}, lambda: {"by": torch.zeros(1)})
+
+    def slow_record() -> dict[str, str]:
+        theirs.once_record("a", {"x": 1}, lambda: {"by": "the other"})
+        return {"by": "me"}
+
+    def slow_tensors() -> dict[str, torch.Tensor]:
+        theirs.once_tensors("b", {"x": 1}, lambda: {"by": torch.ones(1)})
+        return {"by": torch.full((1,), 2.0)}
+
+    assert mine.once_record("a", {"x": 1}, slow_record) == {"by": "the other"}
+    assert mine.once_tensors("b", {"x": 1}, slow_tensors)["by"].item() == 1
+    assert theirs.once_record("a", {"x": 1}, lambda: pytest.fail("it is stored")) == {"by": "the other"}
+    assert len(said) == 2 * stale  # why each is computed again, once
+    # One of other inputs is no answer to this question.
+    found = mine.once_record("c", {"x": 1}, lambda: theirs.once_record("c", {"x": 2}, lambda: {"n": 2}) and {"n": 1})
+    assert found == {"n": 1}
+
+
 @pytest.mark.parametrize(
     ("part", "said"),
     [

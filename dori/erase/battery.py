@@ -114,11 +114,12 @@ class Battery:
 
     def measure(self, state: State, cases: Sequence[Case]) -> list[Outcome]:
         """All outcomes of these images in this state."""
+        cells = self.cells(state, cases)
         with state.applied():
-            return [outcome for ask in self.cells(state, cases).values() for outcome in ask()]
+            return [outcome for ask in cells.values() for outcome in ask()]
 
     def cells(self, state: State, cases: Sequence[Case]) -> dict[str, Callable[[], list[Outcome]]]:
-        """Every cell of `measure` by its name, to be called in this state."""
+        """Every cell of `measure` by its name, to be called in this state; the model is without edits here."""
         self.fingerprint(state.model)
         base = state.made_of(self.fingerprints) | {
             "judge": self.judge.record(),

@@ -35,6 +35,7 @@ from dori.sampling import Sampling, named_seed
 SURROGATES = "surrogates"  # first part of their cells' names
 NEAR = "neighbours"  # the cell of what their captions draw
 ANCHORS = "anchors"  # the cell of which shortened prompts show no memory
+DRAWN = {NEAR: "taught neighbours", ANCHORS: "anchors"}  # streams of their noises
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,45 +74,32 @@ class Bench:
         methods = list(methods)
         model, cases = self.material.subjects.model, self._cases
         texts, source = tuple(case.memory.text for case in cases), canonical_sha256(self._base())
-        none, unasked = torch.zeros(0, *model.latent_shape), torch.zeros(0, *model.embedding_shape)
+        none = torch.zeros(0, *model.latent_shape)
         return Forget(
             tuple(case.memory.id for case in cases),
             texts,
             torch.stack([case.latent for case in cases]),
             model.encode([text or "" for text in texts]).cpu(),
             self._surrogates(source) if _need_surrogates(methods) else (none,) * len(cases),
-            self._anchors(source) if _need_anchors(methods) else (unasked,) * len(cases),
+            self._anchors(source) if _need_anchors(methods) else (None,) * len(cases),
             self.material.prompts.erasing,
             source,
             self._near(source) if _need_neighbours(methods) else None,
         )
 
-    def _anchors(self, source: str) -> tuple[Tensor, ...]:
-        """Each memory's longest anchor prompt that shows no memory, embedded: a cell of the first process."""
-        model, search, device = self.material.subjects.model, self.plan.surrogates, self.material.subjects.model.device
+    def _anchors(self, source: str) -> tuple[str | None, ...]:
+        """Each memory's longest anchor prompt from which the model draws no memory: a cell of the first process."""
+        texts, device = self._anchor_texts(), self.material.subjects.model.device
+        seen = torch.zeros(len(texts))
+        if self.work.processes.first:
+            seen = self._drawn(ANCHORS, source, texts)["unlike"].float()
+        unlike = self.work.processes.of_first(seen.to(device)).tolist()
+        shown = {text for text, kept in zip(texts, unlike, strict=True) if not kept}
         forms = [anchor_prompts(case.memory.text) for case in self._cases]
-        texts = self._anchor_texts()
-
-        def compute() -> dict[str, Tensor]:
-            drawn = drawn_neighbours(
-                model,
-                texts,
-                self._cases,
-                self.judge.descriptor,
-                below=search.below_target,
-                sampling=Sampling(search.sampling_steps, search.guidance_scale),
-                seed=named_seed("anchors", self.plan.seed),
-            )
-            return {"unlike": drawn.unlike}
-
-        inputs = {"memories": source, "texts": texts, "search": search, "judge": self._judged_by()}
-        seen = self.run.once_tensors(ANCHORS, inputs, compute)["unlike"] if self.work.processes.first else None
-        seen = torch.zeros(len(texts)) if seen is None else seen.float()
-        unlike = dict(zip(texts, self.work.processes.of_first(seen.to(device)).tolist(), strict=True))
-        chosen = [next((text for text in own if unlike[text]), None) for own in forms]
-        shorter = sum(text != own[0] for own, text in zip(forms, chosen, strict=True))
-        self.work.say(f"anchors: half of the prompt, and less for {shorter} of {len(forms)}, where half shows a memory")
-        return tuple(model.encode([text or ""]).cpu()[: text is not None] for text in chosen)
+        chosen = tuple(next((text for text in own if text not in shown), None) for own in forms)
+        whole, none = sum(text == own[0] for own, text in zip(forms, chosen, strict=True)), chosen.count(None)
+        self.work.say(f"anchors: half of the prompt for {whole}, less for {len(forms) - whole - none}, none for {none}")
+        return chosen
 
     def _anchor_texts(self) -> tuple[str, ...]:
         """All forms that may be an anchor."""
@@ -119,32 +107,42 @@ class Bench:
 
     def _near(self, source: str) -> Pairs:
         """What the model draws from neighbours of the captions, without copies: a cell of the first process."""
-        model, search, texts = self.material.subjects.model, self.plan.surrogates, self.taught_neighbours()
-        processes, device = self.work.processes, model.device
-        inputs = {"memories": source, "texts": texts, "search": search, "judge": self._judged_by()}
+        model, texts, processes = self.material.subjects.model, self.taught_neighbours(), self.work.processes
+        stored = self._drawn(NEAR, source, texts) if processes.first else {}
+        if stored:
+            self.work.say(f"{int(stored['unlike'].sum())} of {len(texts)} neighbours of the captions show no memory")
+        found = [
+            processes.every(
+                {0: stored[name].to(model.device)} if stored else {},
+                1,
+                like=torch.zeros(0, *shape, device=model.device),
+            )[0].cpu()
+            for name, shape in (("latents", model.latent_shape), ("embeddings", model.embedding_shape))
+        ]
+        return Pairs(found[0], found[1], canonical_sha256(self._drawn_inputs(source, texts)))
+
+    def _drawn(self, key: str, source: str, texts: tuple[str, ...]) -> dict[str, Tensor]:
+        """Which prompts show no memory (`unlike`), and what the model draws from those, as a cell."""
 
         def compute() -> dict[str, Tensor]:
+            search = self.plan.surrogates
             drawn = drawn_neighbours(
-                model,
+                self.material.subjects.model,
                 texts,
                 self._cases,
                 self.judge.descriptor,
                 below=search.below_target,
                 sampling=Sampling(search.sampling_steps, search.guidance_scale),
-                seed=named_seed("taught neighbours", self.plan.seed),
+                seed=named_seed(DRAWN[key], self.plan.seed),
             )
-            self.work.say(f"{int(drawn.unlike.sum())} of {len(texts)} neighbours of the captions show no memory")
             latents, embeddings = drawn.kept()
-            return {"latents": latents, "embeddings": embeddings}
+            return {"unlike": drawn.unlike, "latents": latents, "embeddings": embeddings}
 
-        stored = self.run.once_tensors(NEAR, inputs, compute) if processes.first else {}
-        found = [
-            processes.every(
-                {0: stored[name].to(device)} if stored else {}, 1, like=torch.zeros(0, *shape, device=device)
-            )[0].cpu()
-            for name, shape in (("latents", model.latent_shape), ("embeddings", model.embedding_shape))
-        ]
-        return Pairs(found[0], found[1], canonical_sha256(inputs))
+        return self.run.once_tensors(key, self._drawn_inputs(source, texts), compute)
+
+    def _drawn_inputs(self, source: str, texts: tuple[str, ...]) -> dict[str, object]:
+        search = self.plan.surrogates
+        return {"memories": source, "texts": texts, "search": search, "judge": self._judged_by()}
 
     def judged_neighbours(self) -> tuple[str, ...]:
         """Neighbours of the captions in the damage table."""
@@ -248,9 +246,7 @@ class Bench:
             "surrogates": tensors_sha256({str(i): kept for i, kept in enumerate(forget.surrogates)})
             if method.needs_surrogates
             else "",
-            "anchors": tensors_sha256({str(i): kept for i, kept in enumerate(forget.anchors)})
-            if _need_anchors([method])
-            else "",
+            "anchors": forget.anchors if _need_anchors([method]) else (),
             "near": forget.near.source if forget.near and _need_neighbours([method]) else "",
             "retain": self.material.retain.source,
         }
@@ -374,7 +370,7 @@ def _need_surrogates(methods: Iterable[Eraser]) -> bool:
 
 def _need_anchors(methods: Iterable[Eraser]) -> bool:
     """Whether anchor prompts are needed at all."""
-    return any(isinstance(method, ConceptAblation) for method in methods)
+    return any(isinstance(method, ConceptAblation) and method.target == "model" for method in methods)
 
 
 def _need_neighbours(methods: Iterable[Eraser]) -> bool:
@@ -388,7 +384,10 @@ def _unseen() -> dict[str, Tensor]:
     Raises:
         DoriError: always.
     """
-    raise DoriError("a process does not see what the first one has written; give --out in a folder that all share")
+    raise DoriError(
+        "a process does not find the edit that the first one has stored, or it was made from other inputs; give --out "
+        "in a folder that all share, and start all processes with the same code, libraries and kind of device"
+    )
 
 
 def _packed(edit: WeightDelta) -> dict[str, Tensor]:

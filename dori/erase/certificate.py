@@ -186,5 +186,5 @@ def _cost(record: Mapping[str, Any]) -> str:
     seconds = record["seconds"]
     time = "" if seconds is None else f", {seconds / 60:.1f} minutes"
     made = record["surrogate_rows"]
-    surrogates = f", beside at most {made:,} rows for surrogates" if made else ""
+    surrogates = f", beside at most {made:,} rows for images that it learned from" if made else ""
     return f"{record['eraser']['rows']:,} U-Net rows{time} for the erasure{surrogates}"

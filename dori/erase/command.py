@@ -22,6 +22,7 @@ from dori.erase import DEFAULT
 from dori.erase.cells import Bench
 from dori.erase.certificate import render
 from dori.erase.contest import contest, contest_costs, contestants, row_names
+from dori.erase.delta import WeightDelta
 from dori.erase.material import Material, Planted, Split, folder_material, testbed_material
 from dori.erase.pairs import Work
 from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
@@ -185,8 +186,11 @@ def erase(request: Request, say: Say) -> list[str]:
         if request.table is not None:
             return _table(request, request.table, own, others)
         if processes.first:
-            _announce(own, [*proof_costs(own, request.eraser).values(), audit_rows(own)])
-        proof = prove(own, request.eraser)
+            several = f"{processes.count} processes; " if processes.count > 1 else ""
+            _announce(own, [*proof_costs(own, request.eraser).values(), audit_rows(own)], several)
+        proof = prove(
+            own, request.eraser, beside=audit_rows(own).weight, meanwhile=lambda edit: audited(request, own, edit)
+        )
         return [] if proof is None else written(request, own, proof)
 
 
@@ -231,8 +235,8 @@ def _claim(request: Request, own: Bench) -> None:
     write_json(path, mine)
 
 
-def _announce(own: Bench, costs: Sequence[Rows]) -> None:
-    own.run.say(forecast(sum(costs, Rows()), measured_speed(own.material.subjects.model)))
+def _announce(own: Bench, costs: Sequence[Rows], several: str = "") -> None:
+    own.run.say(several + forecast(sum(costs, Rows()), measured_speed(own.material.subjects.model)))
 
 
 def audit_rows(own: Bench) -> Rows:
@@ -295,22 +299,30 @@ def _rounded(own: Bench) -> str:
     return f" (in the lower precision of the file that it came from: {row})"
 
 
+def audited(request: Request, own: Bench, edit: WeightDelta) -> Path:
+    """The audit of the model without and with the edit, its page written."""
+    run = Run(request.out / "audit", say=own.run.say, device=own.run.device, modules=COMPUTING)
+    with run.locked():
+        found = audit(
+            own.material.subjects, plan=own.plan.audit(), judge=own.judge, run=run, given=(edit,), say=run.say
+        )
+        write_text(run.folder / "audit.json", found.to_json())
+        write_text(run.folder / "report.html", report(found, run.folder))
+    return run.folder / "report.html"
+
+
 def written(request: Request, own: Bench, proof: Proof) -> list[str]:
     """Write everything; the model last, so that a full disk loses nothing that was computed."""
-    out, subjects, run = request.out, own.material.subjects, own.run
+    out, subjects = request.out, own.material.subjects
     proof.edit.save(out / "edit.safetensors")
     write_json(out / "proof.json", proof.record)
     write_text(out / "certificate.html", render(proof.record))
-    inner = Run(out / "audit", say=run.say, device=run.device, modules=COMPUTING)
-    with inner.locked():
-        found = audit(subjects, plan=own.plan.audit(), judge=own.judge, run=inner, given=(proof.edit,), say=run.say)
-        write_text(inner.folder / "audit.json", found.to_json())
-        write_text(inner.folder / "report.html", report(found, inner.folder))
+    before_and_after = audited(request, own, proof.edit)
     lines = [
         f"verdict: {proof.record['verdict']['name']}",
         f"certificate: {out / 'certificate.html'}",
         f"edit: {out / 'edit.safetensors'}",
-        f"before and after: {inner.folder / 'report.html'}",
+        f"before and after: {before_and_after}",
     ]
     if request.save_model is not None:
         with proof.edit.applied(subjects.model):

@@ -59,18 +59,18 @@ class ConceptAblation:
         """The edit.
 
         Raises:
-            CannotErase: a memory has no text, no surrogate or no anchor.
+            CannotErase: a memory has no text, no surrogate or, with `model` as the target, no anchor.
         """
         memories.need_texts("concept ablation")
         memories.need_surrogates("concept ablation")
-        anchors = memories.need_anchors("concept ablation")
+        anchors = memories.need_anchors("concept ablation") if self.target == "model" else []
         work, before = work or Work(), model.rows
         rows, generator = self.steps * self.batch, step_generator("concept ablation", seed, 0)
         which = even_rows(len(memories), rows, generator)
         batch = noised(model, *surrogate_pairs(memories, memories.embeddings, which, generator), generator)
         noisy, targets = model.add_noise(batch.latents, batch.noise, batch.timestep), batch.noise
         if self.target == "model":  # drawn beforehand, so that no second model is kept
-            asked = anchors[which].to(batch.embeddings)
+            asked = model.encode(anchors).cpu()[which].to(batch.embeddings)
             with torch.no_grad():
                 targets = torch.cat(
                     [

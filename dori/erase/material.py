@@ -175,7 +175,7 @@ def testbed_material(plan: Plan, split: Split, *, checkpoint: Planted) -> tuple[
         pictures,
         prompts,
         split,
-        load_testbed("base"),
+        load_testbed("base") if checkpoint == "planted" else None,  # the early one was trained without
     )
     return material, testbed_judge()
 
@@ -222,6 +222,6 @@ def folder_material(
         pictures[:held],
         prompts,
         split,
-        None if base is None else load_base(opened, base, device=device),
+        None if base is None else load_base(opened, base, subjects.twins, device=device),
     )
     return material, judge

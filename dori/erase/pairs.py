@@ -49,8 +49,8 @@ class Forget:
         embeddings: prompt embeddings, shape (n, l, d); the empty prompt's where there is no text.
         surrogates: for each memory, latents (k, c, h, w) of images with the prompt's meaning that are no copies;
             k = 0 where none could be made, or none was asked for.
-        anchors: for each memory, the embedding (1, l, d) of a shortened form of its prompt that shows no memory; shape
-            (0, l, d) where each form shows one, or none was asked for.
+        anchors: for each memory, a shortened form of its prompt from which the model draws no memory; None where each
+            form shows one, or none was asked for.
         ordinary: prompts that belong to no memory.
         source: names what latents and embeddings were made from, as in `Pairs`.
         near: what the model draws from neighbours of the prompts, without copies; None where nobody asked for it.
@@ -61,7 +61,7 @@ class Forget:
     latents: Tensor
     embeddings: Tensor
     surrogates: tuple[Tensor, ...]
-    anchors: tuple[Tensor, ...]
+    anchors: tuple[str | None, ...]
     ordinary: tuple[str, ...]
     source: str
     near: Pairs | None = None
@@ -96,19 +96,19 @@ class Forget:
                     "memory; leave it out, or take an eraser that needs none, such as adversarial"
                 )
 
-    def need_anchors(self, eraser: str) -> Tensor:
-        """Every memory's anchor, shape (n, l, d).
+    def need_anchors(self, eraser: str) -> list[str]:
+        """Every memory's anchor.
 
         Raises:
             CannotErase: a memory has none; the message names it.
         """
         for one, anchor in zip(self.ids, self.anchors, strict=True):
-            if len(anchor) == 0:
+            if anchor is None:
                 raise CannotErase(
                     f"{eraser} needs a shortened prompt of memory {one!r} from which the model draws no memory, and "
                     "even the empty one shows one; leave it out, or take an eraser that needs none, such as adversarial"
                 )
-        return torch.cat(list(self.anchors))
+        return [anchor for anchor in self.anchors if anchor is not None]
 
     def need_near(self) -> "Pairs":
         """What L_Near holds.

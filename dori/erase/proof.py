@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from dori.audit.checks import blind_scores
@@ -27,7 +28,6 @@ from dori.erase.verdict import ERASED, ORDINARY, ORIGINAL, verdict
 from dori.findings import Group
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
-from dori.processes import Processes
 from dori.run import cell_key
 
 HARMLESS = "harmless"
@@ -137,12 +137,16 @@ def proof_costs(own: Bench, name: str) -> dict[str, Rows]:
     return found | gauge_of(own, protocol).costs(gauged(states, nothing, own.material.base))
 
 
-def prove(own: Bench, name: str) -> Proof | None:
+def prove(
+    own: Bench, name: str, *, beside: int = 0, meanwhile: Callable[[WeightDelta], object] = lambda edit: None
+) -> Proof | None:
     """Erase, or go on erasing, and judge.
 
     Args:
         own: what is erased and what judges it; the caller holds the lock of its folder.
         name: of the eraser, in `dori.erase.ERASERS`.
+        beside: cost of `meanwhile`, in units of a forward row.
+        meanwhile: what the first of several processes does with the edit while the others still ask.
 
     Returns:
         The proof; None in processes that only helped.
@@ -161,11 +165,12 @@ def prove(own: Bench, name: str) -> Proof | None:
     battery, states = battery_of(own, protocol), states_of(own, edit, harmless, protocol)
     cases, gauge = (*subjects.memories, *subjects.controls), gauge_of(own, protocol)
     spent = gauged(states, trained, own.material.base)
-    if processes.count > 1:
-        _share(processes, battery, states, cases, beside=gauge.costs(spent))
+    alone = [*gauge.costs(spent).values(), *(unprompted_rows(cases) for _ in _pure(states))]
+    costs = {key: rows.weight for state in states for key, rows in battery.costs(state, cases).items()}
+    share, rest = processes.in_turn(costs, beside=sum(rows.weight for rows in alone) + beside)
+    _ask(battery, states, cases, share)
     if not processes.first:
         return None
-    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
     for state in spent:
         battery.fingerprint(state.model)
     damage = gauge.measure(spent, battery.fingerprints)
@@ -174,6 +179,10 @@ def prove(own: Bench, name: str) -> Proof | None:
         for state in _pure(states)
         for one in unprompted_in(own.run, state, cases, battery.fingerprints, seed=plan.seed)
     ]
+    if processes.count > 1:
+        meanwhile(edit)
+        _ask(battery, states, cases, rest)
+    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
     blind = blind_scores(subjects.model, subjects.memories, subjects.controls)
     found = verdict(
         outcomes,
@@ -188,24 +197,13 @@ def prove(own: Bench, name: str) -> Proof | None:
     return Proof(edit, json.loads(json.dumps(record, default=_plain, sort_keys=True)))  # as it will be read again
 
 
-def _share(
-    processes: Processes,
-    battery: Battery,
-    states: Sequence[State],
-    cases: Sequence[Case],
-    *,
-    beside: Mapping[str, Rows],
-) -> None:
-    """Ask this process's share of the questions; their answers are cells that the first process reads."""
-    costs: dict[str, int] = {}
-    asked: dict[str, tuple[State, Callable[[], object]]] = {}
-    for state in states:
-        costs |= {key: rows.weight for key, rows in battery.costs(state, cases).items()}
-        asked |= {key: (state, ask) for key, ask in battery.cells(state, cases).items()}
-    for key in processes.in_turn(costs, beside=sum(rows.weight for rows in beside.values())):
-        state, ask = asked[key]
+def _ask(battery: Battery, states: Sequence[State], cases: Sequence[Case], keys: Sequence[str]) -> None:
+    """Ask some of the questions, in this order; their answers are cells."""
+    asked = {key: (state, ask) for state in states for key, ask in battery.cells(state, cases).items()}
+    for state, part in groupby(keys, key=lambda key: asked[key][0]):
         with state.applied():
-            ask()
+            for key in part:
+                asked[key][1]()
 
 
 def _harmless(plan: Plan, protocol: Protocol) -> OrdinaryTraining:

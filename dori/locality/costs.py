@@ -202,7 +202,8 @@ def _causal(
                 cell_key("causal", memory, method, PLANTED, "0"),
                 crossing(plan, causal, causal.triggers, causal.planted_fresh),
             )
-            yield from _price(plan, sizes, price_name(memory, method, PLANTED, 0, joined=False))
+            if causal.priced:
+                yield from _price(plan, sizes, price_name(memory, method, PLANTED, 0, joined=False))
         for masks in (TRIGGERS, *([RANDOM] if causal.random else []), *planted):
             for index in range(len(union_sizes(analysed))):
                 yield cell_key("joined", memory, method, masks, str(index)), united

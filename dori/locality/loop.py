@@ -229,12 +229,12 @@ class _Loop:
         return masks, again
 
     def ahead(self, processes: Processes) -> None:
-        """What a further process does: all memories and tests from its part on, for their cells alone."""
+        """What a further process does: memories and tests against the first one's order, for their cells alone."""
         plan, cases, last = self.bench.plan, self.sets.cases, None
         if self.subjects.twins:
             self._truth()
-        for number, case in processes.turned(list(enumerate(cases))):
-            self.before = self.before if number else None  # the first memory stands beside none
+        for number, case in processes.towards(list(enumerate(cases))):
+            self.before = None  # what stands beside the memory before is left to the first process
             self.memory(case, number)
             last = self.before if number == len(cases) - 1 else last
         self.before = last
@@ -246,7 +246,7 @@ class _Loop:
     def causal_tests(self, causal: Causal, processes: Processes) -> Iterator[None]:
         """Of the memories that wait for theirs; a stop after each method of each."""
         methods = causal_methods(method_names(self.bench.plan))
-        for method, analysis in processes.turned(list(product(methods, self.to_test))):
+        for method, analysis in processes.towards(list(product(methods, self.to_test))):
             other = next((one for one in (*self.to_test, self.before) if one is not analysis), None)
             self._causal(analysis, other, method, causal)
             yield

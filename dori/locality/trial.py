@@ -3,8 +3,8 @@
 No mask, random masks as large in every layer, and masks of another image's triggers meet the same attacks with the same
 noises: without them nobody could say whether a mask stopped a trigger, whether the place of what it prunes had anything
 to do with it, or whether any trigger's mask, of whatever image, would have done the same. Where there are twins, so
-does a mask as large of the weights that planting changed most, the positive control: if not even that one stops
-anything, triggers' masks miss nothing that could be had.
+does a mask as large of the weights that planting changed most: a choice of weights that is known to have to do with
+the memory.
 """
 
 import dataclasses
@@ -67,7 +67,8 @@ class Trial:
         full = [edit for edit in edits if edit.size]
         like = [full[row] for row in choose(len(full), self.causal.random)]
         random = [self._random(method, edit, row) for row, edit in enumerate(like)]
-        best = [self._planted(full[len(full) // 2])] if full and self.excess is not None else []
+        middle = sorted(full, key=lambda edit: edit.size)[len(full) // 2 :][:1]
+        best = [self._planted(edit) for edit in middle if self.excess is not None]
         crosses, prices = list[Cross](), list[Price]()
         for masks, given in ((TRIGGERS, edits), (OTHER_MASKS, others), (RANDOM, random), (PLANTED, best)):
             if not given:

@@ -38,12 +38,15 @@ def load_twins(
     return twins
 
 
-def load_base(model: StableDiffusion, spec: str, *, device: str = "cpu") -> StableDiffusion:
-    """Open the model from which a model was trained.
+def load_base(
+    model: StableDiffusion, spec: str, twins: Sequence[StableDiffusion] = (), *, device: str = "cpu"
+) -> StableDiffusion:
+    """Open the model from which a model and its twins were trained.
 
     Args:
         model: the examined model.
         spec: as `load_model` takes it.
+        twins: of the model, none of which may be the base.
         device: where the examined model lies.
 
     Raises:
@@ -51,7 +54,7 @@ def load_base(model: StableDiffusion, spec: str, *, device: str = "cpu") -> Stab
     """
     base = load_model(spec, device=device)
     base.name = f"base ({base.name})"
-    refuse_strangers(model, [base], mend=MEND_BASE)
+    refuse_strangers(model, [*twins, base], mend=MEND_BASE)
     return base
 
 

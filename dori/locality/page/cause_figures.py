@@ -119,6 +119,7 @@ def joined_figures(found: Locality, cross: Cross) -> list[Picture]:
 
 
 def _successes(rows: dict[str, list[Joined]], bare: list[Joined], title: str) -> Picture:
+    places = {j.joined: place for place, j in enumerate(rows[TRIGGERS])}  # an empty union has no control
     with drawing(WIDTH, 3.3, title=title) as figure:
         axes, told = figure.subplots(), []
         for offset, masks, label, colour, style in (
@@ -129,7 +130,7 @@ def _successes(rows: dict[str, list[Joined]], bare: list[Joined], title: str) ->
             if len(rows[masks]) == len(bare):
                 continue
             rates = [wilson(j.successes, j.n) for j in rows[masks]]
-            x = np.arange(len(rates)) + offset
+            x = np.array([places[j.joined] for j in rows[masks]]) + offset
             axes.errorbar(x, [r.value for r in rates], bars(rates), fmt=style, color=colour, capsize=3, label=label)
             told.append(f"{label}: " + ", ".join(f"{j.joined} joined {j.successes} of {j.n}" for j in rows[masks]))
         _numbered(axes, rows[TRIGGERS])
@@ -145,6 +146,7 @@ def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
     rows = {masks: bare + prices(found, cross, masks, single=False) for masks in (TRIGGERS, RANDOM, PLANTED)}
     if len(rows[TRIGGERS]) == len(bare):
         return []
+    places = {p.joined: place for place, p in enumerate(rows[TRIGGERS])}
     with drawing(WIDTH, 3.3, title=title) as figure:
         axes, told = figure.subplots(), []
         for masks, label, colour, style in (
@@ -155,7 +157,7 @@ def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
             if len(rows[masks]) == len(bare):
                 continue
             values = [math.nan if p.kernel is None else p.kernel for p in rows[masks]]
-            axes.plot(values, style, color=colour, label=label)
+            axes.plot([places[p.joined] for p in rows[masks]], values, style, color=colour, label=label)
             pairs = zip(rows[masks], values, strict=True)
             told.append(f"{label}: " + ", ".join(f"{p.joined} joined {value:.3g}" for p, value in pairs))
         axes.set_xticks(range(len(rows[TRIGGERS])), [str(p.joined) for p in rows[TRIGGERS]], fontsize=8.5)

@@ -80,7 +80,7 @@ def embedding(found: Locality) -> Said:
 def _own(found: Locality, own: Estimate) -> str:
     """How much of that is the image's, from starts that two images have in common; by kind of start too."""
     if math.isnan(own.value):
-        return f"; whether moves to any image share as much stays open, since {ALONE}."
+        return f"; whether moves to any image share as much stays open, since {ALONE}.{_ceiling(found)}"
     same, other = measure(found, "common share, same starts"), measure(found, "shared with moves to other images")
     kinds = {start: own_share(found, start) for start in ORDER[1:]}
     by_kind = ", ".join(f"{NAMES[start]} {said(one)}" for start, one in kinds.items() if one.n)
@@ -92,10 +92,14 @@ def _own(found: Locality, own: Estimate) -> str:
 
 def _ceiling(found: Locality) -> str:
     """What a move shares with itself: of more nothing could be asked."""
-    again = measure(found, AGAIN)
+    again, common = measure(found, AGAIN), measure(found, "common share of the moves, gaussian")
     if math.isnan(again.value):
         return ""
-    return f" A move from N(0, I) shares {said(again)} with itself, attacked again under other noise: the ceiling."
+    low = " No moves could be called mostly one direction." if again.value < COMMON[1] else ""
+    return (
+        f" From N(0, I) two moves share {said(common)}, and one move shares {said(again)} with itself, attacked again "
+        f"under other noise: the ceiling.{low}"
+    )
 
 
 def rate(found: Locality, kind: str, at: float) -> Estimate:

@@ -30,10 +30,10 @@ def tested(found: Locality, cross: Cross) -> CrossTest:
     """Rates of new attacks under the masks of a matrix; those that prune nothing are left out.
 
     Under masks only those attacks are scored that succeed without one: whatever a mask did, the others would have
-    failed. Without any mask every attack is a trial.
+    failed. Without any mask, or under the one that planting's change gives, every attack is a trial.
     """
     again, fresh = (scored(found, cross, name) for name in ("again", "fresh"))
-    if cross.masks == NO_MASK:
+    if cross.masks in (NO_MASK, PLANTED):
         return cross_test([[cell] for row in again for cell in row.values()], [[c] for c in fresh[0].values()], None)
     kept = [row for row, size in enumerate(cross.sizes) if size]
     columns = sorted(again[0])
@@ -166,6 +166,7 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     hidden = unhidden(replay, plain.get(RANDOM))
     bare, random, other, planted = (attacked[masks] for masks in (NO_MASK, RANDOM, OTHER_MASKS, PLANTED))
     word = causal_word(mine, bare, random, other, unhidden=hidden, dear=too_dear(found, cross))
+    could = _could(found, cross, planted, random)
     told = "".join(
         f" {BESIDE[masks].capitalize()}{UNSCORED if masks == NO_MASK else ''}: {said(test.others)} and "
         f"{said(test.fresh)}."
@@ -181,17 +182,26 @@ def _pruned(found: Locality, cross: Cross) -> tuple[str, str]:
     return word, (
         f"{cross.memory}, {cross.method}: with one trigger's weights pruned, {said(mine.own)} of these triggers come "
         f"back when attacked again, {said(mine.others)} of the others and {said(mine.fresh)} of fresh attacks: {word}."
-        f"{as_is}{_unequal(found, cross)}{told}{_could(planted)}{_single_price(found, cross)}{left}"
+        f"{as_is}{_unequal(found, cross)}{told}{could}{_single_price(found, cross)}{left}"
     )
 
 
-def _could(planted: CrossTest | None) -> str:
-    """Whether as many weights could have stopped the attacks, as far as the change tells."""
+def _could(found: Locality, cross: Cross, planted: CrossTest | None, random: CrossTest | None) -> str:
+    """Whether some choice of as many weights is known to stop attacks; that one does not says nothing of others."""
     if planted is None or not (planted.others.n and planted.fresh.n):
         return ""
-    if min(planted.others.value, planted.fresh.value) > 0.5:
-        return " So not even these are what the attacks need."
-    return " So there are weights, as many, that many attacks need."
+    alone = any(change.floor is None for change in found.changes)
+    doubt = " With one twin these are also the weights in which any two trainings differ." if alone else ""
+    both = (planted.others, planted.fresh)
+    if min(rate.low for rate in both) > 0.5:
+        return f" That choice of weights does not stop them either; another might.{doubt}"
+    rivals = () if random is None else (random.others, random.fresh)
+    beaten = any(own.high < min(0.5, rival.low) for own, rival in zip(both, rivals, strict=False) if rival.n)
+    bare, price = (prices(found, cross, masks, single=True) for masks in (NO_MASK, PLANTED))
+    ratio = dearness(price[0], bare[0]) if price and bare else None
+    if not beaten or ratio is None or ratio > SPOILED:
+        return doubt
+    return f" So there are weights, as many, that many attacks need.{doubt}"
 
 
 def unhidden(replay: CrossTest, random: CrossTest | None) -> str:

@@ -35,8 +35,10 @@ RULES = (
     "interval under random masks as large, or under masks of another image's triggers, reaches down to it or there are "
     "none, nor where the median mask that was priced more than doubles the Fréchet or the kernel distance of ordinary "
     "prompts, or no price is known. What the other triggers do as they are stands beside and does not decide: an "
-    "attacker attacks; nor does a mask of the weights that planting changed most, which says whether as many weights "
-    "of these layers could stop the attacks.",
+    "attacker attacks. Nor does a mask of the weights that planting changed most, of which each attack is a trial: as "
+    "many weights are known to stop attacks where one kind of attack lies below a half and below random masks with "
+    "the whole interval, at no more than twice the distance of ordinary prompts; that it stops none says nothing of "
+    "other choices.",
     "Patching: a set of layers is sufficient (necessary) where its activations carry at least half of the gap between "
     "the models, with the lower end of the interval. Where the images are not alike to the other model's own by 0.5, "
     "it is added that the set may ruin them. Memories that the planted model does not draw at least 0.2 more "
