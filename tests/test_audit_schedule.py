@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ from test_audit import BRIEF, JUDGE, MEMORIES, PLAN, tiny_audit, tiny_subjects
 from transformers import CLIPConfig, CLIPModel
 
 from dori.attack.dori import Dori
-from dori.audit.checks import blind_scores
+from dori.audit.checks import blind_scores, blind_scores_by_kind
 from dori.audit.folders import load_clip
 from dori.audit.judge import Case, Judge
 from dori.audit.loop import audit, make_cases
 from dori.audit.plan import Plan, Starts, paper, quick
-from dori.audit.schedule import ATTACK, Subjects, audited, ordinary_prompts, planned_cells, planned_cost, planned_rows
+from dori.audit.schedule import (
+    ATTACK,
+    Subjects,
+    asking,
+    audited,
+    ordinary_prompts,
+    planned_cells,
+    planned_cost,
+    planned_rows,
+)
 from dori.cost import BACKWARD, Rows, Speed, measured_speed
 from dori.edit import WeightMask, load_edit
 from dori.errors import DoriError
@@ -104,6 +114,20 @@ def test_long_attacks_go_on_from_where_the_usual_ones_end(tiny: StableDiffusion,
         assert found[key] == pytest.approx(values, abs=1e-4)
 
 
+@pytest.mark.parametrize("preset", [quick, paper])
+def test_an_image_without_a_text_is_asked_from_both_other_starts_under_every_preset(
+    tiny: StableDiffusion, preset: Callable[[], Plan]
+) -> None:
+    whole, starts = tiny_subjects(tiny), preset().starts
+    titled = dataclasses.replace(whole, memories=tuple(c for c in whole.memories if c.memory.text is not None))
+    assert asking(titled, preset()) == preset()
+    asked = asking(whole, preset()).starts
+    for name in ("memories", "controls", "edited", "twins"):
+        assert getattr(starts, name) and set(getattr(asked, name)) == {"prompt", "gaussian", "foreign"}, name
+        assert len(getattr(asked, name)) == 3
+    assert bool(asked.once) == bool(starts.once)  # what is not attacked is not attacked for that
+
+
 def test_a_memory_without_a_text_is_asked_even_where_attacks_begin_from_prompts(
     tiny: StableDiffusion, tmp_path: Path
 ) -> None:
@@ -131,7 +155,9 @@ def test_a_memory_without_a_text_is_asked_even_where_attacks_begin_from_prompts(
 def test_under_an_edit_attacks_begin_where_the_plan_says(tiny: StableDiffusion) -> None:
     plan = dataclasses.replace(PLAN, starts=Starts(controls=("prompt", "gaussian"), edited=("prompt", "foreign")))
     starts: dict[tuple[str, str], set[str]] = {}
-    for key in planned_cells(tiny_subjects(tiny), plan)[ATTACK]:
+    whole = tiny_subjects(tiny)
+    titled = dataclasses.replace(whole, memories=tuple(c for c in whole.memories if c.memory.text is not None))
+    for key in planned_cells(titled, plan)[ATTACK]:
         _, _, edit, start, first = key.split(".", 4)
         starts.setdefault((edit, first[0]), set()).add(start)
     assert starts["none", "c"] == {"prompt", "gaussian"} and starts["NeMo", "c"] == {"prompt"}
@@ -187,7 +213,18 @@ def test_an_audit_of_some_says_of_how_many_and_scores_all_blindly(tiny: StableDi
     found = tiny_audit(subjects, tmp_path / "some", dataclasses.replace(BRIEF, memories=1))
     assert {f.id for f in found.findings} == {"m0", "c0"}
     assert found.settings["images"] == {"memories": {"audited": 1, "given": 3}, "controls": {"audited": 1, "given": 1}}
-    assert found.blind == blind_scores(tiny, subjects.memories, subjects.controls)
+    assert found.blind == blind_scores_by_kind(tiny, subjects.memories, subjects.controls)
+    verbatim = tuple(case for case in subjects.memories if case.memory.kind == "verbatim")
+    apart = {name: value for name, value in found.blind.items() if not name.endswith(", verbatim")}
+    assert apart == blind_scores(tiny, subjects.memories, subjects.controls)
+    alone = blind_scores(tiny, verbatim, subjects.controls)
+    rest = {name.removesuffix(", verbatim"): v for name, v in found.blind.items() if name not in apart}
+    assert rest == (alone if len(verbatim) < len(subjects.memories) else {})
+    templates = tuple(
+        dataclasses.replace(case, memory=dataclasses.replace(case.memory, kind="template")) for case in verbatim[:1]
+    )
+    mixed = blind_scores_by_kind(tiny, (*templates, *subjects.memories), subjects.controls)
+    assert mixed["file size, verbatim"] == alone["file size"]
     assert found.blind != blind_scores(tiny, subjects.memories[:1], subjects.controls)
 
 

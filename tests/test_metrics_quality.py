@@ -73,7 +73,11 @@ def test_kernel_distance_of_whole_sets_is_brute_force() -> None:
     a, b = gaussian(9, 4, 0), gaussian(9, 4, 1) + 0.3
     found = kernel_distance(a, b, seed=0, subsets=3, subset_size=9)
     assert found.value == pytest.approx(brute_mmd(a.numpy(), b.numpy()), rel=1e-9)
-    assert found.deviation == pytest.approx(0, abs=1e-12)  # every subset is the whole set
+    # Every subset would be the whole: the spread is that of halves, which is nothing where there are none.
+    halves = kernel_distance(a, b, seed=0, subsets=3, subset_size=4)
+    assert found.deviation == pytest.approx(halves.deviation) and found.deviation > 0
+    few = kernel_distance(a[:3], b[:3], seed=0)
+    assert few.value == pytest.approx(brute_mmd(a[:3].numpy(), b[:3].numpy()), rel=1e-9) and few.deviation == 0
 
 
 def test_kernel_distance_is_unbiased_and_sees_a_difference() -> None:

@@ -141,7 +141,8 @@ once = Run.once_record
 def counted(self, key, inputs, compute):
     return once(self, key, inputs, lambda: asked.append(key) or compute())
 Run.once_record = counted
-proof = prove(dataclasses.replace(bench(run, material(model)), work=work), "adversarial")
+own = dataclasses.replace(bench(run, material(model)), work=work)
+proof = prove(own, "adversarial", beside=9, meanwhile=lambda edit: asked.append("meanwhile"))
 assert (proof is None) == (not processes.first)
 record = proof and {key: value for key, value in proof.record.items() if key != "provenance"}
 (folder / f"proven-{processes.index}.json").write_text(json.dumps([record, asked], sort_keys=True))
@@ -156,11 +157,15 @@ def test_several_processes_share_the_judging_and_any_number_goes_on(tmp_path: Pa
         return [json.loads((tmp_path / name / f"proven-{rank}.json").read_text()) for rank in range(count)]
 
     (record, first), (_, second) = proven(2, "two")
+    met = first.index("meanwhile")  # the first one's own work comes before the others' cells
+    assert "meanwhile" not in second and any(key.startswith("unprompted") for key in first[:met])
+    assert all(key.startswith("proof") for key in first[met + 1 :])
+    first.remove("meanwhile")
     assert any(".relearn." in key for key in second) and any(".dori." in key for key in second)
     assert sum(key.startswith("proof") for key in first) > 3
     assert len([*first, *second]) - len({*first, *second}) <= 1  # the cell at which they met
     (again, asked), (helped, nothing) = proven(1, "two")[0], proven(2, "two")[1]
-    assert again == record and asked == nothing == [] and helped is None  # all was there, for one process and for two
+    assert again == record and asked == nothing == [] and helped is None  # all was there, and one has no meanwhile
     alone, every = proven(1, "one")[0]
     assert set(every) == {*first, *second}
     # The training's sums are rounded otherwise; whom it does not touch answers the same.

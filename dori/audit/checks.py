@@ -41,6 +41,20 @@ def blind_scores(model: StableDiffusion, memories: Sequence[Case], controls: Seq
     return {name: round(area_under_roc(*pair), 6) for name, pair in scores.items()}
 
 
+def blind_scores_by_kind(
+    model: StableDiffusion, memories: Sequence[Case], controls: Sequence[Case]
+) -> dict[str, float]:
+    """`blind_scores` of all memories, and where they are of several kinds of the verbatim ones alone.
+
+    Those are the memories of which storage is claimed; others, pooled with them, could hide that they are not matched.
+    """
+    verbatim = [case for case in memories if case.memory.kind == "verbatim"]
+    found = blind_scores(model, memories, controls)
+    if verbatim and len(verbatim) < len(memories):
+        found |= {f"{name}, verbatim": value for name, value in blind_scores(model, verbatim, controls).items()}
+    return found
+
+
 def _sizes(cases: Sequence[Case]) -> list[float]:
     """Bytes of the image as the audit sees it, as PNG: the files themselves may come in different formats."""
     return [float(len(png_bytes(case.image))) for case in cases]

@@ -190,10 +190,13 @@ class _Loop:
             "model": self.fingerprints[whole.model.name],
             "groups": [case.group for case in cases],
             "texts": [case.memory.text for case in cases],
+            "kinds": [case.memory.kind for case in cases],
             "images": pixels_sha256(torch.stack([case.image for case in cases])) if cases else "",
         }
         return self.run.once_record(
-            "blind", inputs, lambda: {"scores": checks.blind_scores(whole.model, whole.memories, whole.controls)}
+            "blind",
+            inputs,
+            lambda: {"scores": checks.blind_scores_by_kind(whole.model, whole.memories, whole.controls)},
         )["scores"]
 
 

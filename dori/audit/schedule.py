@@ -62,15 +62,16 @@ def audited(subjects: Subjects, plan: Plan) -> Subjects:
 def asking(subjects: Subjects, plan: Plan) -> Plan:
     """The plan, or one that asks for an image without a text as well.
 
-    Where a memory or a control has none and attacks begin from prompts alone, those on everything else begin from
-    Gaussian embeddings and other prompts too, so that memories, controls and twins are asked in the same way.
+    Where a memory or a control has none, attacks begin from Gaussian embeddings and other prompts too, on everything
+    that is attacked at all, so that memories, controls and twins are asked in the same way.
     """
     if all(case.memory.text is not None for case in (*subjects.memories, *subjects.controls)):
         return plan
     starts = plan.starts
 
     def more(own: tuple[Start, ...]) -> tuple[Start, ...]:
-        return (*own, "gaussian", "foreign") if set(own) == {"prompt"} else own
+        others: tuple[Start, ...] = ("gaussian", "foreign")
+        return (*own, *(start for start in others if start not in own)) if own else own
 
     return replace(
         plan,
