@@ -14,13 +14,21 @@ a metadata.jsonl with file_name, text and, if you like, id and kind. A killed au
 ERASE_HELP = """\
 MODEL is `testbed`, a diffusers folder, a hub id (owner/name) or a single .safetensors file. Without --memories the
 testbed's own memories are erased, judged by its twins. The result is an edit (a change of weights) with a certificate.
-A killed erasure resumes with the same command; `accelerate launch -m dori erase ...` spreads it over processes."""
+A killed erasure resumes with the same command; `torchrun --nproc_per_node N -m dori erase ...` shares it among N
+processes."""
 
 
 def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share; give a number from 0 to 1")
+    return value
+
+
+def _sparsity(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no sparsity; give a share above 0 and up to 1, such as 0.01")
     return value
 
 
@@ -174,6 +182,26 @@ def _audit(audit: argparse.ArgumentParser) -> None:
         "--nemo-unrefined",
         action="store_true",
         help="block NeMo's whole selection, without searching it for neurons that may go on",
+    )
+    audit.add_argument(
+        "--wanda-sparsity",
+        type=_sparsity,
+        metavar="SHARE",
+        help="weights of each row that Wanda takes at most, as a share (default 0.1)",
+    )
+    audit.add_argument(
+        "--wanda-places",
+        nargs="+",
+        choices=("down", "mid", "up"),
+        metavar="PLACE",
+        help="its blocks (default down mid)",
+    )
+    audit.add_argument(
+        "--wanda-sweep",
+        type=_sparsity,
+        nargs="+",
+        metavar="SHARE",
+        help="further sparsities of Wanda in the same blocks, asked by prompt alone (default the preset's)",
     )
     _clip(audit)
     _judging(audit)

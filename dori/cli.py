@@ -108,6 +108,7 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
     import dataclasses
 
     from dori.audit.plan import PRESETS
+    from dori.model.stable_diffusion import EVERYWHERE
 
     plan, nemo = PRESETS[arguments.preset](), None
     sampling = _sampling(arguments, plan)
@@ -115,8 +116,19 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         tau = plan.nemo.tau_stds if arguments.nemo_tau is None else arguments.nemo_tau
         passes = 0 if arguments.nemo_unrefined else plan.nemo.max_refinement_passes
         nemo = dataclasses.replace(plan.nemo, variant=arguments.nemo, tau_stds=tau, max_refinement_passes=passes)
+    wanda = plan.wandas[0]
+    wanda = dataclasses.replace(
+        wanda,
+        sparsity=arguments.wanda_sparsity or wanda.sparsity,
+        places=tuple(place for place in EVERYWHERE if place in (arguments.wanda_places or wanda.places)),
+    )
+    sweep = plan.wanda_sweep
+    if arguments.wanda_sweep:
+        sweep = tuple(dataclasses.replace(wanda, sparsity=share) for share in dict.fromkeys(arguments.wanda_sweep))
     return dataclasses.replace(
         plan,
+        wandas=(wanda,),
+        wanda_sweep=tuple(one for one in sweep if one != wanda),
         seed=arguments.seed,
         sampling_steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,

@@ -322,7 +322,7 @@ def test_flags_that_the_embedded_audit_would_ignore_are_refused(
 
 def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
     from dori.arguments import parser
-    from dori.audit.edits import nemo_name
+    from dori.audit.edits import nemo_name, wanda_name
     from dori.audit.plan import paper, quick
     from dori.cli import _plan
 
@@ -339,6 +339,12 @@ def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
     harder = plan("--nemo-tau", "-2", "--nemo-unrefined").nemo
     assert harder is not None and (harder.tau_stds, harder.max_refinement_passes) == (-2, 0)
     assert nemo_name(harder) == "NeMo (tau -2 std, unrefined)"
+    wider = plan("--preset", "paper", "--wanda-sparsity", "0.01", "--wanda-places", "up", "mid")
+    assert [wanda_name(wanda) for wanda in wider.wandas] == ["Wanda 1 % (mid+up)"]
+    assert wider.wanda_sweep == paper().wanda_sweep
+    swept = plan("--wanda-sweep", "0.05", "0.1", "0.3", "0.05")
+    assert [wanda_name(wanda) for wanda in swept.wanda_sweep] == ["Wanda 5 %", "Wanda 30 %"]  # 10 % is the first one's
+    assert swept.wandas == quick().wandas
 
 
 def test_other_models_are_drawn_from_as_published_unless_the_user_says_otherwise() -> None:

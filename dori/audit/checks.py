@@ -82,7 +82,7 @@ def _replicated(rows: Sequence[Finding], rule: Rule) -> int:
 
 def with_distrust(audit: Audit, *, diverged: int) -> Audit:
     """The audit with its reasons to distrust, one sentence each; `diverged` generations were not finite."""
-    reasons = [*_about_controls(audit), *_about_attack(audit), *_about_judge(audit)]
+    reasons = [*_about_controls(audit), *_about_attack(audit), *_about_edits(audit), *_about_judge(audit)]
     if diverged:
         reasons.append(f"{diverged} generations diverged and were judged as no copy: the rates there are too low.")
     return dataclasses.replace(audit, distrust=tuple(reasons))
@@ -140,6 +140,26 @@ def _about_attack(audit: Audit) -> list[str]:
         broken = _replicated(rows, rule)
         if broken:
             reasons.append(f"{broken} of {len(rows)} attacks succeeded on {twin}, which never saw the memories.")
+    return reasons
+
+
+def _about_edits(audit: Audit) -> list[str]:
+    """Whom NeMo pruned nothing for, or more than the published search would have."""
+    reasons = []
+    for edit in audit.edits:
+        searches = list(edit.details.get("memories", {}).values()) if edit.scope == "joint" else []
+        flagged = [one for one in searches if one.get("flagged")]
+        refined = [one for one in flagged if one.get("judged")]  # some settings do not refine at all
+        cut = sum(not one["converged"] for one in refined)
+        kept = sum(not one["suppressed"] for one in flagged)
+        unflagged = len(searches) - len(flagged)
+        for count, of, words in (
+            (unflagged, len(searches), "prompts were not taken for memorized, and nothing was pruned for them."),
+            (kept, len(flagged), "searches found no set that brings the score down to the threshold."),
+            (cut, len(refined), "refinements were cut short: those masks are larger than the published method's."),
+        ):
+            if count:
+                reasons.append(f"{edit.name}: {count} of {of} {words}")
     return reasons
 
 
