@@ -214,7 +214,7 @@ def _report(report: argparse.ArgumentParser) -> None:
     report.add_argument("--redact", action="store_true", help="blur the training images")
     report.add_argument("--strip", type=Path, metavar="PNG", help="write a picture of a few memories of an audit too")
     report.add_argument("--curves", type=Path, metavar="PNG", help="write a picture of an audit's attack curves too")
-    report.add_argument("--table", type=Path, metavar="MD", help="write an audit's main table as Markdown too")
+    report.add_argument("--table", type=Path, metavar="MD", help="write an audit's tables as Markdown too")
 
 
 def _locality(locality: argparse.ArgumentParser) -> None:

@@ -265,7 +265,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from dori.report.figures import overview
     from dori.report.render import render
     from dori.report.strip import strip
-    from dori.report.tables import final_rows, main_rows, table, to_markdown
+    from dori.report.tables import page_markdown
     from dori.run import write_bytes, write_text
 
     folder, redact = arguments.run, arguments.redact
@@ -279,7 +279,7 @@ def _report(arguments: argparse.Namespace) -> int:
         write_bytes(arguments.curves, overview(audit))
         print(f"picture: {arguments.curves}")
     if audit is not None and arguments.table is not None:
-        write_text(arguments.table, to_markdown(main_rows(final_rows(table(audit), audit)), audit))
+        write_text(arguments.table, page_markdown(audit))
         print(f"table: {arguments.table}")
     if located:
         from dori.locality.page.render import render as render_locality
@@ -288,8 +288,10 @@ def _report(arguments: argparse.Namespace) -> int:
         target = folder / "locality.html"
         write_text(target, render_locality(read_locality(folder / "locality.json"), folder, redact=redact))
         print(f"page: {target}")
-    if audit is not None:
-        target = folder / "report.html"
+    target = folder / "report.html"
+    if audit is not None and target.exists() and not any((folder / s.picture).is_file() for s in audit.subjects):
+        print(f"report: {target} stays as it is; its pictures are no longer in {folder}")
+    elif audit is not None:
         write_text(target, render(audit, folder, redact=redact))
         print(f"report: {target}")
     return 0

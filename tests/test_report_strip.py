@@ -14,7 +14,7 @@ from dori.cli import main
 from dori.errors import DoriError
 from dori.report.figures import overview
 from dori.report.strip import strip
-from dori.report.tables import final_rows, main_rows, table, to_markdown
+from dori.report.tables import final_rows, main_rows, page_markdown, table
 
 RED = np.array([0xD5, 0x5E, 0x00])
 
@@ -74,7 +74,32 @@ def test_the_command_writes_the_picture_beside_the_report(tmp_path: Path) -> Non
     assert {row.population for row in rows} == {"memories", "controls"} and "own" not in {
         r.way.edit_scope for r in rows
     }
-    assert files["table.md"].read_text() == to_markdown(rows, audit)
+    text = files["table.md"].read_text()
+    assert text == page_markdown(audit)
+    parts = {part.split("\n")[0]: part for part in text.split("## ")[1:]}
+    joint, own = (parts[title] for title in ("The model, and one edit for all memories", "Each memory's own edit"))
+    count = sum(line.startswith("| ") for line in joint.splitlines())
+    assert count == len(rows) + 2  # header and rule
+    finals = final_rows(table(audit), audit)
+    assert sum(line.startswith("| ") for line in own.splitlines()) - 2 == sum(
+        row.way.edit_scope == "own" and row.population in ("memories", "controls") for row in finals
+    )
+    assert "masked similarity" in parts["Templates"] and {"Shown once", "Ordinary prompts"} <= set(parts)
+    assert sum(line.startswith("| ") for line in parts["Ordinary prompts"].splitlines()) == len(audit.quality) + 2
+
+
+def test_a_report_whose_pictures_are_gone_is_not_drawn_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit = synthetic_audit(tmp_path)
+    (tmp_path / "audit.json").write_text(audit.to_json())
+    (tmp_path / "report.html").write_text("with pictures")
+    for subject in audit.subjects:
+        (tmp_path / subject.picture).unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    assert ended.value.code == 0 and "stays as it is" in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text() == "with pictures"
 
 
 def test_attack_curves_have_a_panel_an_attacked_edit(tmp_path: Path) -> None:

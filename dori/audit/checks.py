@@ -147,7 +147,8 @@ def _about_edits(audit: Audit) -> list[str]:
     """Whom NeMo pruned nothing for, or more than the published search would have."""
     reasons = []
     for edit in audit.edits:
-        searches = list(edit.details.get("memories", {}).values()) if edit.scope == "joint" else []
+        found = edit.details.get("memories")
+        searches = list(found.values()) if edit.scope == "joint" and isinstance(found, Mapping) else []
         flagged = [one for one in searches if one.get("flagged")]
         refined = [one for one in flagged if one.get("judged")]  # some settings do not refine at all
         cut = sum(not one["converged"] for one in refined)

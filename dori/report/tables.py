@@ -132,7 +132,7 @@ def caption(audit: Audit) -> str:
     text = (
         f"Similarity: cosine of {descriptor.get('name') or 'an unnamed descriptor'} "
         f"({descriptor.get('preprocessing') or 'preprocessing not stated'}); an image counts as replicated above "
-        f"{number(threshold_of(audit))}"
+        f"{threshold_of(audit):.3g}"
     )
     return f"{text}{_measured(descriptor.get('calibration'))}."
 
@@ -145,9 +145,7 @@ def masked_caption(audit: Audit) -> str:
             "No threshold is calibrated for the masked similarity here, so templates count by whole images, which "
             "understates how much of one is stored."
         )
-    return (
-        f"Templates count as replicated where their masked similarity exceeds {number(known)}{_measured(calibration)}."
-    )
+    return f"Templates count as replicated where their masked similarity exceeds {known:.3g}{_measured(calibration)}."
 
 
 def _measured(calibration: object) -> str:
@@ -336,10 +334,45 @@ def _whose(row: Row, audit: Audit) -> str:
 
 def to_markdown(rows: Sequence[Row], audit: Audit) -> str:
     """The rows as a Markdown table under their caption, for a README."""
-    header, body = cells(rows, audit)
+    return f"{_plain(caption(audit))}\n\n{_lines(*cells(rows, audit))}"
+
+
+def page_markdown(audit: Audit) -> str:
+    """All tables as Markdown: joint edits, each memory's own, templates, images shown once, quality."""
+    final = final_rows(table(audit), audit)
+    own = [row for row in final if row.way.edit_scope == "own" and row.population in (MEMORIES, CONTROLS)]
+    parts = {
+        "The model, and one edit for all memories": main_rows(final),
+        "Each memory's own edit": own,
+        "Templates": [row for row in final if row.population == TEMPLATES],
+        "Shown once": [row for row in final if row.population == ONCE],
+    }
+    text = [_plain(caption(audit))]
+    for title, rows in parts.items():
+        if rows:
+            note = f"\n\n{_plain(masked_caption(audit))}" if title == "Templates" else ""
+            text.append(f"## {title}{note}\n\n{_lines(*cells(rows, audit))}".rstrip())
+    if audit.quality:
+        header = ("Edit", "Model", "Prompts", "Fréchet ↓", "Kernel ↓", "Alignment ↑", "Similarity to unedited ↑")
+        body = [
+            (
+                row.edit,
+                row.model,
+                str(row.prompts),
+                number(row.frechet),
+                f"{number(row.kernel, 4)} ± {number(row.kernel_std, 4)}" if row.kernel_std else number(row.kernel, 4),
+                number(row.alignment),
+                number(row.to_unedited),
+            )
+            for row in audit.quality
+        ]
+        text.append(f"## Ordinary prompts\n\n{_lines(header, body)}".rstrip())
+    return "\n\n".join(text) + "\n"
+
+
+def _lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [header, ("---",) * len(header), *body]
-    text = "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
-    return f"{_plain(caption(audit))}\n\n{text}\n"
+    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def _plain(cell: str) -> str:
