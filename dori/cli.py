@@ -116,19 +116,18 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         tau = plan.nemo.tau_stds if arguments.nemo_tau is None else arguments.nemo_tau
         passes = 0 if arguments.nemo_unrefined else plan.nemo.max_refinement_passes
         nemo = dataclasses.replace(plan.nemo, variant=arguments.nemo, tau_stds=tau, max_refinement_passes=passes)
-    wanda = plan.wandas[0]
-    wanda = dataclasses.replace(
-        wanda,
-        sparsity=arguments.wanda_sparsity or wanda.sparsity,
-        places=tuple(place for place in EVERYWHERE if place in (arguments.wanda_places or wanda.places)),
-    )
-    sweep = plan.wanda_sweep
-    if arguments.wanda_sweep:
-        sweep = tuple(dataclasses.replace(wanda, sparsity=share) for share in dict.fromkeys(arguments.wanda_sweep))
+    wandas, sweep = plan.wandas, plan.wanda_sweep
+    if wandas:
+        first = wandas[0]
+        places = tuple(place for place in EVERYWHERE if place in (arguments.wanda_places or first.places))
+        first = dataclasses.replace(first, sparsity=arguments.wanda_sparsity or first.sparsity, places=places)
+        if arguments.wanda_sweep:
+            sweep = tuple(dataclasses.replace(first, sparsity=share) for share in dict.fromkeys(arguments.wanda_sweep))
+        wandas = (first, *wandas[1:])
     return dataclasses.replace(
         plan,
-        wandas=(wanda,),
-        wanda_sweep=tuple(one for one in sweep if one != wanda),
+        wandas=wandas,
+        wanda_sweep=tuple(one for one in sweep if one not in wandas),
         seed=arguments.seed,
         sampling_steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,

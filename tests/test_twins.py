@@ -99,7 +99,8 @@ def test_an_audit_attacks_the_twins_that_a_user_gives(
     found, twin = read_audit(tmp_path / "run" / "audit.json"), f"twin 1 ({tmp_path / 'twin'})"
     assert found.twins == (twin,)
     attacked = [(f.id, f.start) for f in found.findings if f.model == twin and f.start]
-    assert attacked == [("memories-0", "gaussian"), ("memories-1", "gaussian")]
+    # One of them has no text, so that all are asked from other prompts too.
+    assert attacked == [(one, start) for start in ("gaussian", "foreign") for one in ("memories-0", "memories-1")]
     assert any("There are no controls: twins alone tell" in reason for reason in found.distrust)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "on twin 1 (" in page and "twin twin" not in page.lower()
