@@ -186,8 +186,7 @@ def erase(request: Request, say: Say) -> list[str]:
         if request.table is not None:
             return _table(request, request.table, own, others)
         if processes.first:
-            several = f"{processes.count} processes; " if processes.count > 1 else ""
-            _announce(own, [*proof_costs(own, request.eraser).values(), audit_rows(own)], several)
+            _announce(own, [*proof_costs(own, request.eraser).values(), audit_rows(own)])
         proof = prove(
             own, request.eraser, beside=audit_rows(own).weight, meanwhile=lambda edit: audited(request, own, edit)
         )
@@ -235,7 +234,9 @@ def _claim(request: Request, own: Bench) -> None:
     write_json(path, mine)
 
 
-def _announce(own: Bench, costs: Sequence[Rows], several: str = "") -> None:
+def _announce(own: Bench, costs: Sequence[Rows]) -> None:
+    count = own.work.processes.count
+    several = f"{count} processes; " if count > 1 else ""
     own.run.say(several + forecast(sum(costs, Rows()), measured_speed(own.material.subjects.model)))
 
 

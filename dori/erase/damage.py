@@ -122,7 +122,7 @@ class Gauge:
         losses = [self._loss_in(state, inputs | state.made_of(fingerprints)) for state in states]
         base = next((found for state, found in zip(states, drawn, strict=True) if state.name == self.base), {})
         return [
-            self._row(state, found, drawn[0], base, other, loss)
+            self._row(state, found, original=drawn[0], base=base, reference=other, loss=loss)
             for state, found, loss in zip(states, drawn, losses, strict=True)
         ]
 
@@ -211,6 +211,7 @@ class Gauge:
         self,
         state: State,
         found: Mapping[str, Tensor],
+        *,
         original: Mapping[str, Tensor],
         base: Mapping[str, Tensor],
         reference: Mapping[str, Tensor],

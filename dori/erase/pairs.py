@@ -3,7 +3,7 @@
 L_DM of methods.md 5.1 is `denoising_losses` on a batch of ordinary pairs; L_Adv is the same on surrogates and triggers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,12 +75,11 @@ class Forget:
         Raises:
             CannotErase: a memory has none; the message names it.
         """
-        for one, text in zip(self.ids, self.texts, strict=True):
-            if text is None:
-                raise CannotErase(
-                    f"{eraser} acts on prompts, and memory {one!r} has no text; give it one in "
-                    "metadata.jsonl, or take the eraser adversarial"
-                )
+        self._need(
+            (text is not None for text in self.texts),
+            f"{eraser} acts on prompts, and memory {{memory}} has no text; give it one in metadata.jsonl, or take the "
+            "eraser adversarial",
+        )
 
     def need_surrogates(self, eraser: str) -> None:
         """Refuse memories without surrogates.
@@ -88,13 +87,12 @@ class Forget:
         Raises:
             CannotErase: a memory has none; the message names it.
         """
-        for one, images in zip(self.ids, self.surrogates, strict=True):
-            if len(images) == 0:
-                raise CannotErase(
-                    f"{eraser} needs images with the meaning of memory {one!r} that are no copies, and none could be "
-                    "made: the mitigated model and all shortened prompts, even the empty one, draw images too like a "
-                    "memory; leave it out, or take an eraser that needs none, such as adversarial"
-                )
+        self._need(
+            (len(images) > 0 for images in self.surrogates),
+            f"{eraser} needs images with the meaning of memory {{memory}} that are no copies, and none could be made: "
+            "the mitigated model and all shortened prompts, even the empty one, draw images too like a memory; leave "
+            "it out, or take an eraser that needs none, such as adversarial",
+        )
 
     def need_anchors(self, eraser: str) -> list[str]:
         """Every memory's anchor.
@@ -102,13 +100,18 @@ class Forget:
         Raises:
             CannotErase: a memory has none; the message names it.
         """
-        for one, anchor in zip(self.ids, self.anchors, strict=True):
-            if anchor is None:
-                raise CannotErase(
-                    f"{eraser} needs a shortened prompt of memory {one!r} from which the model draws no memory, and "
-                    "even the empty one shows one; leave it out, or take an eraser that needs none, such as adversarial"
-                )
+        self._need(
+            (anchor is not None for anchor in self.anchors),
+            f"{eraser} needs a shortened prompt of memory {{memory}} from which the model draws no memory, and even "
+            "the empty one shows one; leave it out, or take an eraser that needs none, such as adversarial",
+        )
         return [anchor for anchor in self.anchors if anchor is not None]
+
+    def _need(self, there: Iterable[bool], sentence: str) -> None:
+        """Refuse the first memory that has not what is needed, in a sentence with `{memory}` in its place."""
+        for one, has in zip(self.ids, there, strict=True):
+            if not has:
+                raise CannotErase(sentence.format(memory=repr(one)))
 
     def need_near(self) -> "Pairs":
         """What L_Near holds.

@@ -21,6 +21,7 @@ from dori.erase.delta import WeightDelta
 from dori.erase.equivalence import Equivalence
 from dori.erase.erasers import Eraser, eraser, ordinary
 from dori.erase.ordinary import OrdinaryTraining
+from dori.erase.outcomes import Outcome
 from dori.erase.plan import Plan
 from dori.erase.premise import unprompted_in, unprompted_key, unprompted_rows
 from dori.erase.protocol import Protocol
@@ -168,7 +169,7 @@ def prove(
     alone = [*gauge.costs(spent).values(), *(unprompted_rows(cases) for _ in _pure(states))]
     costs = {key: rows.weight for state in states for key, rows in battery.costs(state, cases).items()}
     share, rest = processes.in_turn(costs, beside=sum(rows.weight for rows in alone) + beside)
-    _ask(battery, states, cases, share)
+    answers = _asked(battery, states, cases, share)
     if not processes.first:
         return None
     for state in spent:
@@ -181,8 +182,8 @@ def prove(
     ]
     if processes.count > 1:
         meanwhile(edit)
-        _ask(battery, states, cases, rest)
-    outcomes = [outcome for state in states for outcome in battery.measure(state, cases)]
+        answers |= _asked(battery, states, cases, rest)
+    outcomes = [outcome for key in costs for outcome in answers[key]]
     blind = blind_scores(subjects.model, subjects.memories, subjects.controls)
     found = verdict(
         outcomes,
@@ -197,13 +198,17 @@ def prove(
     return Proof(edit, json.loads(json.dumps(record, default=_plain, sort_keys=True)))  # as it will be read again
 
 
-def _ask(battery: Battery, states: Sequence[State], cases: Sequence[Case], keys: Sequence[str]) -> None:
-    """Ask some of the questions, in this order; their answers are cells."""
+def _asked(
+    battery: Battery, states: Sequence[State], cases: Sequence[Case], keys: Sequence[str]
+) -> dict[str, list[Outcome]]:
+    """The answers to some of the questions, asked in this order; each is a cell."""
+    answers: dict[str, list[Outcome]] = {}
     asked = {key: (state, ask) for state in states for key, ask in battery.cells(state, cases).items()}
     for state, part in groupby(keys, key=lambda key: asked[key][0]):
         with state.applied():
             for key in part:
-                asked[key][1]()
+                answers[key] = asked[key][1]()
+    return answers
 
 
 def _harmless(plan: Plan, protocol: Protocol) -> OrdinaryTraining:

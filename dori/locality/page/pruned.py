@@ -16,7 +16,7 @@ from dori.report.verdict import SPOILED
 from dori.stats import Estimate, wilson
 
 Record = TypeVar("Record", Cross, Joined, Price)
-# What else attacks were made under, in the order in which `causal_word` takes them.
+# What else attacks were made under, in the order in which it is told.
 BESIDE = {
     NO_MASK: "without a mask",
     RANDOM: "under random masks as large",
