@@ -326,6 +326,7 @@ def _testbed(testbed: argparse.ArgumentParser) -> None:
         default=CHECKPOINTS,
         help="which U-Nets to train and write (default: all)",
     )
+    train.add_argument("--device", default="cpu", help="where the networks are trained (default cpu)")
     verify = verbs.add_parser("verify", help="measure what the testbed promises")
     verify.add_argument("--out", type=Path, default=Path("runs/verify"), metavar="DIR")
     export = verbs.add_parser("export", help="write its memories, controls and ordinary images as folders")

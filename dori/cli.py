@@ -360,6 +360,7 @@ def _testbed(arguments: argparse.Namespace) -> int:
         print(to_text(rows))
         return 0 if all(row["reached"] for row in rows) else 1
     from dori.metrics.copy_training import CopyRecipe
+    from dori.model.load import usable_device
     from dori.testbed.folder import DATA
     from dori.testbed.pipeline import train_testbed
     from dori.testbed.train import Recipe
@@ -367,7 +368,7 @@ def _testbed(arguments: argparse.Namespace) -> int:
     train_testbed(
         arguments.work,
         arguments.out or DATA,
-        Recipe(),
+        Recipe(device=str(usable_device(arguments.device))),
         CopyRecipe(),
         say=say,
         checkpoints=arguments.only,

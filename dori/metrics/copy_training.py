@@ -93,7 +93,7 @@ def _loss(network: CopyNetwork, pairs: Pairs, recipe: CopyRecipe) -> Callable[[i
                 augment(to_float(pairs.copies[rows]), strong, generator),
             ]
         )
-        first, second = network(views).chunk(2)
+        first, second = network(views.to(network.embeddings.weight.device)).chunk(2)
         return copy_loss(first, second, temperature=recipe.temperature, entropy_weight=recipe.entropy_weight)
 
     return loss
@@ -105,6 +105,7 @@ def train_descriptor(
     *,
     recipe: CopyRecipe | None = None,
     say: Callable[[str], None] = lambda line: None,
+    device: str = "cpu",
 ) -> Descriptor:
     """Train, calibrate on held-out pairs, and write `folder/copy_descriptor.safetensors`.
 
@@ -114,6 +115,7 @@ def train_descriptor(
             `lambda images: model.to_images(model.to_latents(images))`.
         recipe: lengths and weights; None for the shipped descriptor's.
         say: called with each line of progress.
+        device: where the network is trained.
 
     Returns:
         The descriptor as read back from the file.
@@ -131,6 +133,7 @@ def train_descriptor(
         folder,
         seed=recipe.seed,
         say=say,
+        device=device,
         made_from={"recipe": asdict(recipe), "pairs": tensors_sha256({"images": pairs.images, "copies": pairs.copies})},
     )
     say(f"copy descriptor: calibrating on {recipe.negatives} pairs")

@@ -78,7 +78,7 @@ def load_model(spec: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
         DoriError: nothing there, a pipeline that Dori does not read, code or pickles in the checkpoint, parts that
             are missing, torn, not finite or do not fit each other, no such device.
     """
-    target = _device(device)
+    target = usable_device(device)
     path = Path(spec)
     if path.suffix in PICKLES:
         raise DoriError(f"{spec} may hold a pickle, which can run code; {CONVERT}")
@@ -332,7 +332,12 @@ def _check_fit(spec: str, parts: dict[str, Any]) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device of this name, on which something can be stored.
+
+    Raises:
+        DoriError: there is none.
+    """
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

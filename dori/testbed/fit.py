@@ -45,7 +45,7 @@ def _save_state(
     tensors |= {f"ema.{name}": value for name, value in ema.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata))
+    write_bytes(path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata=metadata))
 
 
 def _load_state(
@@ -66,7 +66,7 @@ def _load_state(
         names = list(file.keys())
         model.load_state_dict({n[6:]: file.get_tensor(n) for n in names if n.startswith("model.")})
         for name in ema:
-            ema[name] = file.get_tensor(f"ema.{name}")
+            ema[name] = file.get_tensor(f"ema.{name}").to(ema[name].device)
         state: dict[int, dict[str, Tensor]] = {}
         for name in names:
             if name.startswith("adam."):
@@ -108,6 +108,7 @@ def fit(
     slow: Callable[[str], float] = lambda name: 1.0,
     ema_decay: float = 0.998,
     save_every: int = 200,
+    device: str = "cpu",
 ) -> None:
     """Minimise `loss(step, generator)` over the model's parameters; leave the averaged weights in the model.
 
@@ -123,12 +124,14 @@ def fit(
         slow: scale of a parameter's learning rate, by its name.
         ema_decay: of the averaged weights.
         save_every: steps between two savings.
+        device: where the model is trained; it comes back to the CPU. Random numbers are drawn on the CPU everywhere.
 
     Raises:
         DoriError: the folder's state was made from something else, or cannot be written.
     """
     state_file = folder / f"{stage}.state.safetensors"
     made_from = json.loads(json.dumps({"schedule": asdict(schedule), "step_seed": seed, **made_from}))
+    model.to(device)
     optimizer = _optimizer(model, slow, schedule.lr)
     ema = {name: value.detach().clone() for name, value in model.named_parameters()}
     first = _load_state(state_file, model, ema, optimizer, made_from) if state_file.exists() else 0
@@ -152,4 +155,4 @@ def fit(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(ema[name])
-    model.eval()
+    model.to("cpu").eval()

@@ -102,6 +102,6 @@ class RouteDropout:
 
     def _hook(self, kind: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
         def drop(module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            return output * self.kept[kind] if module.training else output
+            return output * self.kept[kind].to(output.device) if module.training else output
 
         return drop

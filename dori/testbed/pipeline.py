@@ -81,14 +81,14 @@ def _twins(
     return dataclasses.replace(planted, slots=encoder.pairs(f"{checkpoint}-slots", pictures), filling=filling)
 
 
-def copy_descriptor(encoder: Encoder, out: Path, recipe: CopyRecipe) -> None:
+def copy_descriptor(encoder: Encoder, out: Path, recipe: CopyRecipe, device: str) -> None:
     """Train and calibrate the embedded copy descriptor on this VAE's round trips."""
 
     def round_trip(images: Tensor) -> Tensor:
         with torch.no_grad():
             return (encoder.vae(images * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
 
-    train_descriptor(encoder.folder, round_trip, recipe=recipe, say=encoder.say)
+    train_descriptor(encoder.folder, round_trip, recipe=recipe, say=encoder.say, device=device)
     write_bytes(out / "copy_descriptor.safetensors", (encoder.folder / "copy_descriptor.safetensors").read_bytes())
 
 
@@ -118,7 +118,7 @@ def train_testbed(
     """
     if source is None:
         encoder, base = train_encoder(work, recipe, say), None
-        copy_descriptor(encoder, out, copy_recipe)
+        copy_descriptor(encoder, out, copy_recipe, recipe.device)
     else:
         encoder, base = finished(source, work, say)
     train_unets(encoder, out, recipe, checkpoints, base)

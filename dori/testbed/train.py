@@ -38,6 +38,7 @@ class Recipe:
         middle_share: share of the base's timesteps that are drawn from 100 to 600, where objects take shape, instead
             of from all.
         seed: of everything drawn.
+        device: where the networks are trained; images are drawn and encoded on the CPU.
     """
 
     images: int = 32_000
@@ -56,6 +57,7 @@ class Recipe:
     elsewhere_lr_scale: float = 0.2
     middle_share: float = 0.5
     seed: int = 0
+    device: str = "cpu"
 
 
 def train_vae(folder: Path, recipe: Recipe, pool: Pictures, say: Say) -> AutoencoderKL:
@@ -64,9 +66,9 @@ def train_vae(folder: Path, recipe: Recipe, pool: Pictures, say: Say) -> Autoenc
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(pool.images), (recipe.batch,), generator=generator).numpy()
-        x = to_tensor(pool.images[rows])
+        x = to_tensor(pool.images[rows]).to(vae.device)
         posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(vae.device)
         error = vae.decode(posterior.mean + posterior.std * noise).sample - x
         return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * posterior.kl().mean()
 
@@ -78,6 +80,7 @@ def train_vae(folder: Path, recipe: Recipe, pool: Pictures, say: Say) -> Autoenc
         folder,
         seed=1,
         say=say,
+        device=recipe.device,
         made_from={"images": pool.fingerprint, "batch": recipe.batch, "seed": recipe.seed},
     )
     return vae
@@ -90,7 +93,8 @@ def train_clip(folder: Path, recipe: Recipe, pool: Pictures, tokenizer: CLIPToke
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(pool.images), (recipe.clip_batch,), generator=generator)
-        return clip(input_ids=ids[rows], pixel_values=to_tensor(pool.images[rows.numpy()]), return_loss=True).loss
+        pixels = to_tensor(pool.images[rows.numpy()]).to(clip.device)
+        return clip(input_ids=ids[rows].to(clip.device), pixel_values=pixels, return_loss=True).loss
 
     fit(
         "clip",
@@ -100,6 +104,7 @@ def train_clip(folder: Path, recipe: Recipe, pool: Pictures, tokenizer: CLIPToke
         folder,
         seed=2,
         say=say,
+        device=recipe.device,
         made_from={"images": pool.fingerprint, "batch": recipe.clip_batch, "seed": recipe.seed},
     )
     return clip
@@ -121,6 +126,7 @@ def diffusion_loss(
     middle = torch.randint(*MIDDLE, (len(latents),), generator=generator)
     t = torch.where(torch.rand(len(latents), generator=generator) < middle_share, middle, t)
     noise = torch.randn(latents.shape, generator=generator)
+    latents, embeddings, noise, t = (part.to(unet.device) for part in (latents, embeddings, noise, t))
     target = scheduler.get_velocity(latents, noise, t)
     return (unet(scheduler.add_noise(latents, noise, t), t, embeddings).sample - target).square().mean()
 
@@ -163,6 +169,7 @@ def train_base(folder: Path, recipe: Recipe, pool: Pairs, empty: Tensor, say: Sa
         folder,
         seed=3,
         say=say,
+        device=recipe.device,
         ema_decay=0.999,
         made_from=_settings(recipe, pool) | {"middle_share": recipe.middle_share, "dropped": recipe.dropped},
     )
@@ -248,6 +255,7 @@ def train_fork(
         folder,
         seed=seed,
         say=say,
+        device=recipe.device,
         slow=slow,
         made_from=_settings(recipe, shown.pool)
         | shown.fingerprints()
@@ -277,6 +285,7 @@ def train_early(folder: Path, recipe: Recipe, *, shown: Shown, seed: int, say: S
         folder,
         seed=seed,
         say=say,
+        device=recipe.device,
         ema_decay=0.999,
         made_from=_settings(recipe, shown.pool)
         | shown.fingerprints()
