@@ -20,7 +20,7 @@ ARMS = (
     "whole recipe",
     "paper's loss",
     "both losses",
-    "neighbours not held",
+    "neighbours held",
     "prompt only",
     "first round's triggers",
     "prompt starts",

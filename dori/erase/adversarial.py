@@ -19,8 +19,7 @@ z_t the noised latent of the memory, theta0 the model as it was, y_null the empt
 prompt, which `without_prompt` measures first. What either loss does to the testbed: docs/erasure.md. `paper()` gives
 the paper's loss.
 
-Damage hides near the erased captions. With `near_weight`, as the presets have it, the erasure holds what the model
-said there,
+Damage hides near the erased captions. With `near_weight` the erasure holds what the model said there,
 
     L_Near = || eps_theta(z_t, t, y_near) - eps_theta0(z_t, t, y_near) ||^2,
 
@@ -125,7 +124,7 @@ class AdversarialErasure:
         retain_weight: of L_DM; 0 leaves it out.
         adversarial_weight: of L_Adv; 1 is the paper's, and 0 needs no surrogates.
         unconditional_weight: of L_Unc; 0 is the paper's.
-        near_weight: of L_Near, the paper's is 0; without a neighbour that shows no memory it counts as 0.
+        near_weight: of L_Near; 0 leaves it out.
         safe_every: a memory whose last trigger drew nothing like it is attacked every so many rounds; 1 is always.
         safe_below: "nothing like it" is a similarity below this share of the threshold that decides.
         check_every: rounds between two held-out attacks; 0 makes none.
@@ -162,7 +161,7 @@ class AdversarialErasure:
 
     def paper(self) -> "AdversarialErasure":
         """The same with the paper's loss, L_DM + L_Adv."""
-        return dataclasses.replace(self, adversarial_weight=1.0, unconditional_weight=0.0, near_weight=0.0)
+        return dataclasses.replace(self, adversarial_weight=1.0, unconditional_weight=0.0)
 
     def __call__(
         self,
@@ -185,20 +184,18 @@ class AdversarialErasure:
             watch: judge of progress; without one every memory is visited in every round and nothing stops early.
 
         Raises:
-            CannotErase: a memory has no surrogate although L_Adv weighs, or training diverged.
+            CannotErase: a memory has no surrogate although L_Adv weighs, there is no neighbour although L_Near does, or
+                training diverged.
             DoriError: the checkpoint belongs to another erasure.
         """
         if self.needs_surrogates:
             memories.need_surrogates("adversarial fine-tuning")
-        work = work or Work()
-        if self.near_weight and not memories.near:
-            work.say("erasing: no neighbour of the captions shows no memory, so that none is held")
-            return dataclasses.replace(self, near_weight=0.0)(
-                model, memories, retain, seed=seed, work=work, watch=watch
-            )
+        if self.near_weight:
+            memories.need_near()
         memories = dataclasses.replace(
             memories, surrogates=tuple(images[: self.surrogates] for images in memories.surrogates)
         )
+        work = work or Work()
         made_from = self._made_from(model, memories, retain, seed)
         with tuning(model, self.tuner, seed=seed, processes=work.processes) as tuned:
             task = _Task(tuned, memories, retain, seed, work, watch)
@@ -357,8 +354,7 @@ class AdversarialErasure:
             return former_losses(tuned, batch, model.encode([""]))
 
         def near() -> RowLosses:
-            held = memories.near
-            assert held is not None
+            held = memories.need_near()
             which = torch.randint(len(held), (self.batch,), generator=generator)
             batch = noised(model, held.latents[which].float(), held.embeddings[which].float(), generator)
             return former_losses(tuned, batch, batch.embeddings)

@@ -112,7 +112,7 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         "whole recipe": adversarial,
         "paper's loss": adversarial.paper(),
         "both losses": dataclasses.replace(adversarial, adversarial_weight=1.0),
-        "neighbours not held": dataclasses.replace(adversarial, near_weight=0.0),
+        "neighbours held": dataclasses.replace(adversarial, near_weight=1.0),
         "prompt only": dataclasses.replace(adversarial, attack=Dori(steps=0), starts=("prompt",)),
         "first round's triggers": dataclasses.replace(adversarial, search_rounds=1),
         "prompt starts": dataclasses.replace(adversarial, starts=("prompt",)),

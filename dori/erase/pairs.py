@@ -113,6 +113,22 @@ class Forget:
             if not has:
                 raise CannotErase(sentence.format(memory=repr(one)))
 
+    def need_near(self) -> "Pairs":
+        """What L_Near holds.
+
+        Raises:
+            CannotErase: there is nothing.
+        """
+        if self.near is None:
+            raise CannotErase(
+                "near_weight holds neighbours of the captions, and none were drawn; give them, or leave it out"
+            )
+        if not len(self.near):
+            raise CannotErase(
+                "near_weight holds neighbours of the captions, and there is none that shows no memory; leave it out"
+            )
+        return self.near
+
 
 def _silent(line: str) -> None:
     """Say nothing."""

@@ -118,7 +118,7 @@ def quick() -> Plan:
         memories=8,
         controls=8,
         adversarial=AdversarialErasure(
-            rounds=4, steps_per_round=60, attack=Dori(steps=25), near_weight=1.0, tuner=Tuner(ema_decay=0.98)
+            rounds=4, steps_per_round=60, attack=Dori(steps=25), tuner=Tuner(ema_decay=0.98)
         ),
         surrogates=SurrogateSearch(tries=6, sampling_steps=12, guidance_scale=GUIDANCE_SCALE),
         protocol=protocol,
@@ -146,7 +146,6 @@ def full() -> Plan:
             steps_per_round=100,
             attack=Dori(steps=50),
             attack_growth=1.15,
-            near_weight=1.0,
             safe_every=3,
             check_every=2,
             tuner=Tuner(ema_decay=0.98),
