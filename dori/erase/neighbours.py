@@ -23,7 +23,7 @@ PER_CALL = 16  # neighbours drawn at once
 def neighbours(
     model: StableDiffusion, texts: Sequence[str], ordinary: Sequence[str], *, each: int, seed: int
 ) -> tuple[str, ...]:
-    """Captions with one word exchanged for a word of an ordinary prompt, `each` for every text, none twice.
+    """Captions with one word exchanged for a word of an ordinary prompt, `each` for every text, none twice or a caption.
 
     Args:
         model: what does not fit into its prompts is left out.
@@ -40,8 +40,10 @@ def neighbours(
         for _ in range(each if parts and words else 0):
             place, word = (int(torch.randint(n, (), generator=generator)) for n in (len(parts), len(words)))
             found.setdefault(" ".join([*parts[:place], words[word], *parts[place + 1 :]]))
-    fits = (text for text in found if len(model.tokenizer(text).input_ids) <= model.context_length)
-    return tuple(text for text in fits if text not in texts)
+    # As the model reads them: to a tokenizer that lowers letters "Red fox" is "red fox".
+    captions = {tuple(model.tokenizer(text).input_ids) for text in texts}
+    ids = {text: tuple(model.tokenizer(text).input_ids) for text in found}
+    return tuple(text for text in found if len(ids[text]) <= model.context_length and ids[text] not in captions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
