@@ -49,6 +49,8 @@ def test_neighbours_differ_from_a_caption_in_one_word(tiny: StableDiffusion) -> 
         )
         assert best == 1
     assert neighbours(tiny, [], words, each=5, seed=0) == ()
+    for caption in ("one two", " one  two"):  # the same to the tokenizer
+        assert "one two" not in neighbours(tiny, [caption], ["one two three"], each=40, seed=0)
     assert all(len(text) < 90 for text in neighbours(tiny, ["long " * 30, "one"], words, each=5, seed=0))
 
 

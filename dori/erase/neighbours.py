@@ -23,7 +23,7 @@ PER_CALL = 16  # neighbours drawn at once
 def neighbours(
     model: StableDiffusion, texts: Sequence[str], ordinary: Sequence[str], *, each: int, seed: int
 ) -> tuple[str, ...]:
-    """Captions with one word exchanged for a word of an ordinary prompt, `each` for every text, none twice or a caption.
+    """Captions with one word exchanged for a word of an ordinary prompt, `each` for every text, none twice, no caption.
 
     Args:
         model: what does not fit into its prompts is left out.
