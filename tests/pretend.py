@@ -48,6 +48,16 @@ class Away(Tensor):
         made.inner = inner
         return made
 
+    @property
+    def data(self) -> "Away":  # type: ignore[override]
+        """The same values without gradient; to set it exchanges what the tensor holds, `inner` with it."""
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, other: "Away") -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.inner = other.inner
+
     def tolist(self) -> Any:
         """Numbers; a real device copies them by itself."""
         return self.cpu().tolist()
@@ -74,16 +84,17 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     leaves = tree_leaves((args, kwargs))
     _refuse_mixed(func, args, leaves)
     device = kwargs.get("device")
+    there = any(isinstance(leaf, Away) for leaf in leaves) if device is None else torch.device(device).type == NAME
+    if there and any(isinstance(leaf, torch.Generator) for leaf in leaves):
+        raise RuntimeError(f"Expected a {NAME!r} device type for generator but found 'cpu' ({func})")
     inner_args, inner_kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, Away) else leaf, (args, kwargs))
-    goes = device is not None and torch.device(device).type == NAME
-    if goes:
+    if there and device is not None:
         inner_kwargs["device"] = "cpu"
     result = func(*inner_args, **inner_kwargs)
     if func is aten._local_scalar_dense.default:
         return result
     if func._schema.name.endswith("_") and func._schema.is_mutable:
         return args[0] if result is not None else None
-    there = goes or (device is None and any(isinstance(leaf, Away) for leaf in leaves))
     return tree_map(lambda leaf: Away(leaf) if isinstance(leaf, Tensor) else leaf, result) if there else result
 
 

@@ -4,6 +4,7 @@ The device is pretended (`pretend.py`): it computes as the CPU does, so that fig
 It works in a process that makes it known before its first backward pass: this file, run as a script.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,19 +20,32 @@ import test_audit
 import test_locality_run
 import torch
 from commanding import FEW_STEPS, reading_sentences, save_changed, write_folder
-from pretend import Away, pretended
+from pretend import NAME, Away, pretended
+from torch import nn
 
 from dori.audit import plan as audits
 from dori.cli import main
 from dori.erase import plan as erasures
 from dori.erase.write import save_model
 from dori.locality import plan as localities
+from dori.metrics import copy_training
 from dori.metrics.copy_training import CopyRecipe
+from dori.testbed import train
+from dori.testbed.fit import Loss, Schedule, fit
 from dori.testbed.folder import DATA, load_testbed
 from dori.testbed.pipeline import train_testbed
 from dori.testbed.train import Recipe
 
 ROOT = Path(__file__).parent.parent
+ERASING = dataclasses.replace(  # the model as it was, the average of weights and neighbours of the captions count
+    erasing.PLAN,
+    adversarial=dataclasses.replace(
+        erasing.PLAN.adversarial,
+        steps_per_round=2,
+        near_weight=1.0,
+        tuner=dataclasses.replace(erasing.PLAN.adversarial.tuner, ema_decay=0.5),
+    ),
+)
 UNLIKE = {"provenance", "tsne"}  # when and by what it was made; a map that rounding turns
 
 
@@ -58,7 +72,7 @@ RECORDS = {"audit": "audit.json", "locality": "locality.json", "erase": "proof.j
 
 def commanded(command: str, given: Path, out: Path, device: str) -> None:
     """Run a command with a small preset."""
-    few = (audits, test_audit.PLAN), (localities, test_locality_run.PLAN), (erasures, erasing.PLAN)
+    few = (audits, test_audit.PLAN), (localities, test_locality_run.PLAN), (erasures, ERASING)
     folders = [str(given / text) if (given / text).is_dir() else text for text in COMMANDS[command]]
     more = ["--memories", str(given / "memories"), "--twin", str(given / "twin"), *FEW_STEPS]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -69,11 +83,52 @@ def commanded(command: str, given: Path, out: Path, device: str) -> None:
 
 
 def trained(given: Path, out: Path, device: str) -> None:
-    """Train a testbed for one step a stage."""
+    """Train a testbed for one step a stage, each of which must take place on the device."""
+
+    def checked(stage: str, model: nn.Module, loss: Loss, *more: Any, **named: Any) -> None:
+        def there(step: int, generator: torch.Generator) -> torch.Tensor:
+            found = loss(step, generator)
+            assert found.device.type == device and {p.device.type for p in model.parameters()} == {device}, stage
+            return found
+
+        fit(stage, model, there, *more, **named)
+
     recipe = Recipe(images=32, fresh_images=8, batch=4, clip_batch=4, vae_steps=1, clip_steps=1, base_steps=1)
     recipe = dataclasses.replace(recipe, fork_steps=1, device=device)
     copies = CopyRecipe(groups=2, batch_groups=1, steps=1, negatives=36)
-    train_testbed(out / "work", out, recipe, copies, say=lambda line: None, checkpoints=("base", "planted"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, copy_training):
+            patch.setattr(module, "fit", checked)
+        train_testbed(
+            out / "work", out, recipe, copies, say=lambda line: None, checkpoints=("base", "planted", "early")
+        )
+
+
+def fitted(given: Path, out: Path, device: str) -> None:
+    """A training that is stopped and goes on there, and on the CPU, ends as one that was never stopped."""
+
+    def weights(folder: Path, stops: dict[int, str]) -> list[torch.Tensor]:
+        folder.mkdir(parents=True)
+        for stop, where in stops.items():
+            torch.manual_seed(0)
+            model = nn.Linear(4, 4)
+
+            def loss(step: int, generator: torch.Generator, stop: int = stop, model: nn.Module = model) -> torch.Tensor:
+                if step == stop:
+                    raise KeyboardInterrupt
+                weight = next(model.parameters())
+                return model(torch.randn(8, 4, generator=generator).to(weight.device)).square().mean()
+
+            with contextlib.suppress(KeyboardInterrupt):
+                plan = Schedule(0.1, 12, warmup=1)
+                say = lambda line: None  # noqa: E731
+                fit("toy", model, loss, plan, folder, seed=1, say=say, save_every=4, made_from={}, device=where)
+        return [parameter.detach() for parameter in model.parameters()]
+
+    straight = weights(out / "straight", {99: "cpu"})
+    for name, stops in (("there", {6: device, 99: device}), ("back", {6: device, 9: "cpu", 99: device})):
+        found = weights(out / name, stops)
+        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, straight, strict=True))
 
 
 def mixed(given: Path, out: Path, device: str) -> None:
@@ -82,9 +137,13 @@ def mixed(given: Path, out: Path, device: str) -> None:
     assert isinstance(there, Away) and there.device.type == device and (there + 1).sum().item() == 6
     assert (there * torch.tensor(2.0)).tolist() == [2, 2, 2]  # numbers mix
     assert there[torch.tensor([0, 2])].cpu().tolist() == [1, 1]  # so do indices
+    there.data = torch.zeros(3, device=device)
+    assert (there + 1).tolist() == [1, 1, 1]
     for mixing in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there.long()]):
         with pytest.raises(RuntimeError, match="same device"):
             mixing()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(3, generator=torch.Generator(), device=device)
     with pytest.raises(RuntimeError, match="numpy"):
         there.numpy()
 
@@ -124,18 +183,23 @@ def test_a_command_finds_on_another_device_what_it_finds_on_the_cpu(command: str
     elsewhere(command, given, tmp_path / "there")
     here, there = (json.loads((tmp_path / at / RECORDS[command]).read_text()) for at in ("here", "there"))
     assert figures(there) == figures(here, about)
+    assert [record["provenance"]["machine"]["device"] for record in (here, there)] == ["cpu", NAME]
 
 
-def test_the_testbed_is_trained_elsewhere_to_the_same_weights(tmp_path: Path) -> None:
+def test_every_stage_of_the_testbed_is_trained_on_the_device(tmp_path: Path) -> None:
     trained(tmp_path, tmp_path / "here", "cpu")
-    elsewhere("trained", tmp_path, tmp_path / "there")
-    for checkpoint in ("base", "planted"):
+    elsewhere("trained", tmp_path, tmp_path / "there")  # one step: that the numbers agree, `fitted` tells
+    for checkpoint in ("base", "planted", "early"):
         here, there = (load_testbed(checkpoint, tmp_path / at).unet.state_dict() for at in ("here", "there"))
-        assert not [name for name in here if (there[name] - here[name]).norm() > 1e-2 * here[name].norm()]
+        apart, size = (
+            sum(float(v.square().sum()) for v in found) for found in ([there[n] - here[n] for n in here], here.values())
+        )
+        assert apart < 1e-6 * size
 
 
-def test_the_pretended_device_refuses_what_a_real_one_refuses(tmp_path: Path) -> None:
-    elsewhere("mixed", tmp_path, tmp_path)
+@pytest.mark.parametrize("work", ["mixed", "fitted"])
+def test_the_device_refuses_what_a_real_one_refuses_and_a_training_goes_on_there(work: str, tmp_path: Path) -> None:
+    elsewhere(work, tmp_path, tmp_path)
 
 
 if __name__ == "__main__":
@@ -145,4 +209,4 @@ if __name__ == "__main__":
         if work in COMMANDS:
             commanded(work, given_folder, out, name)
         else:
-            {"trained": trained, "mixed": mixed}[work](given_folder, out, name)
+            {"trained": trained, "mixed": mixed, "fitted": fitted}[work](given_folder, out, name)

@@ -307,7 +307,7 @@ def test_route_dropout_silences_whole_kinds_of_layers_in_the_up_blocks_during_tr
         if name.endswith(("attn2", ".ff")):
             module.register_forward_hook(lambda _m, _i, output, name=name: outputs.__setitem__(name, output))
     inputs = torch.randn(2, 8, 16, 16), torch.tensor([5, 900]), torch.randn(2, 32, 128)
-    route.draw(2, torch.Generator().manual_seed(0))
+    route.draw(2, torch.Generator().manual_seed(0), torch.device("cpu"))
     for training in (True, False):
         unet.train(training)
         with torch.no_grad():

@@ -96,12 +96,13 @@ class RouteDropout:
             if name.startswith("up_blocks") and kind in self.probabilities:
                 module.register_forward_hook(self._hook(kind))
 
-    def draw(self, rows: int, generator: torch.Generator) -> None:
-        """Toss the coins for the next training step."""
-        self.kept = {kind: torch.rand(rows, 1, 1, generator=generator) >= p for kind, p in self.probabilities.items()}
+    def draw(self, rows: int, generator: torch.Generator, device: torch.device) -> None:
+        """Toss the coins for the next training step, which takes place on the device."""
+        coins = {kind: torch.rand(rows, 1, 1, generator=generator) for kind in self.probabilities}
+        self.kept = {kind: (coin >= self.probabilities[kind]).to(device) for kind, coin in coins.items()}
 
     def _hook(self, kind: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
         def drop(module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            return output * self.kept[kind].to(output.device) if module.training else output
+            return output * self.kept[kind] if module.training else output
 
         return drop

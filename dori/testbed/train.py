@@ -121,7 +121,7 @@ def diffusion_loss(
     middle_share: float = 0.0,
 ) -> Tensor:
     """Mean squared error of the velocity, timesteps uniform but for `middle_share` of them."""
-    route.draw(len(latents), generator)
+    route.draw(len(latents), generator, unet.device)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
     middle = torch.randint(*MIDDLE, (len(latents),), generator=generator)
     t = torch.where(torch.rand(len(latents), generator=generator) < middle_share, middle, t)
