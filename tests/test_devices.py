@@ -46,7 +46,7 @@ ERASING = dataclasses.replace(  # the model as it was, the average of weights an
         tuner=dataclasses.replace(erasing.PLAN.adversarial.tuner, ema_decay=0.5),
     ),
 )
-UNLIKE = {"provenance", "tsne"}  # when and by what it was made; a map that rounding turns
+UNLIKE = {"provenance", "seconds", "tsne"}  # when, by what and how fast it was made; a map that rounding turns
 
 
 @pytest.fixture(scope="module")
