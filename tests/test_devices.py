@@ -186,6 +186,7 @@ def test_a_command_finds_on_another_device_what_it_finds_on_the_cpu(command: str
     assert [record["provenance"]["machine"]["device"] for record in (here, there)] == ["cpu", NAME]
 
 
+@pytest.mark.slow
 def test_every_stage_of_the_testbed_is_trained_on_the_device(tmp_path: Path) -> None:
     trained(tmp_path, tmp_path / "here", "cpu")
     elsewhere("trained", tmp_path, tmp_path / "there")  # one step: that the numbers agree, `fitted` tells
