@@ -24,12 +24,15 @@ def status(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tupl
     return int(stopped.value.code or 0), said.out, said.err
 
 
-def reading_sentences(folder: Path) -> StableDiffusion:
-    """A tiny model that reads whole sentences; its vocabulary lies in `folder`, which is made."""
-    folder.mkdir()
+def saved_with_twin(folder: Path) -> StableDiffusion:
+    """A tiny model that reads whole sentences, written to `model`, and changed, as it is returned, to `twin`."""
+    (folder / "words").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conftest, "CONTEXT", 64)
-        return StableDiffusion(**conftest.tiny_parts(folder), name="tiny")
+        model = StableDiffusion(**conftest.tiny_parts(folder / "words"), name="tiny")
+    save_model(model, folder / "model", source="tiny")
+    save_changed(model, model.unet.conv_in.weight, folder / "twin")
+    return model
 
 
 def write_folder(folder: Path, texts: Sequence[str | None], *, seed: int) -> None:

@@ -4,7 +4,6 @@ The device is pretended (`pretend.py`): it computes as the CPU does, so that fig
 It works in a process that makes it known before its first backward pass: this file, run as a script.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,19 +18,19 @@ import pytest
 import test_audit
 import test_locality_run
 import torch
-from commanding import FEW_STEPS, reading_sentences, save_changed, write_folder
+from commanding import FEW_STEPS, saved_with_twin, write_folder
 from pretend import NAME, Away, pretended
+from test_testbed import trained_in_parts
 from torch import nn
 
 from dori.audit import plan as audits
 from dori.cli import main
 from dori.erase import plan as erasures
-from dori.erase.write import save_model
 from dori.locality import plan as localities
 from dori.metrics import copy_training
 from dori.metrics.copy_training import CopyRecipe
 from dori.testbed import train
-from dori.testbed.fit import Loss, Schedule, fit
+from dori.testbed.fit import Loss, fit
 from dori.testbed.folder import DATA, load_testbed
 from dori.testbed.pipeline import train_testbed
 from dori.testbed.train import Recipe
@@ -53,9 +52,7 @@ UNLIKE = {"provenance", "seconds", "tsne"}  # when, by what and how fast it was 
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tiny models that read whole sentences, and folders of images."""
     folder = tmp_path_factory.mktemp("given")
-    model = reading_sentences(folder / "words")
-    save_model(model, folder / "model", source="tiny")
-    save_changed(model, model.unet.conv_in.weight, folder / "twin")
+    saved_with_twin(folder)
     write_folder(folder / "memories", ["a dog", "a cat", None], seed=0)
     write_folder(folder / "controls", ["a fish", "a bird"], seed=1)
     write_folder(folder / "ordinary", [f"word {k}" for k in range(24)], seed=2)
@@ -106,28 +103,9 @@ def trained(given: Path, out: Path, device: str) -> None:
 
 def fitted(given: Path, out: Path, device: str) -> None:
     """A training that is stopped and goes on there, and on the CPU, ends as one that was never stopped."""
-
-    def weights(folder: Path, stops: dict[int, str]) -> list[torch.Tensor]:
-        folder.mkdir(parents=True)
-        for stop, where in stops.items():
-            torch.manual_seed(0)
-            model = nn.Linear(4, 4)
-
-            def loss(step: int, generator: torch.Generator, stop: int = stop, model: nn.Module = model) -> torch.Tensor:
-                if step == stop:
-                    raise KeyboardInterrupt
-                weight = next(model.parameters())
-                return model(torch.randn(8, 4, generator=generator).to(weight.device)).square().mean()
-
-            with contextlib.suppress(KeyboardInterrupt):
-                plan = Schedule(0.1, 12, warmup=1)
-                say = lambda line: None  # noqa: E731
-                fit("toy", model, loss, plan, folder, seed=1, say=say, save_every=4, made_from={}, device=where)
-        return [parameter.detach() for parameter in model.parameters()]
-
-    straight = weights(out / "straight", {99: "cpu"})
+    straight = trained_in_parts(out / "straight", {99: "cpu"})
     for name, stops in (("there", {6: device, 99: device}), ("back", {6: device, 9: "cpu", 99: device})):
-        found = weights(out / name, stops)
+        found = trained_in_parts(out / name, stops)
         assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, straight, strict=True))
 
 

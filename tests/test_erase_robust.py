@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
+from commanding import FEW_STEPS, save_changed, saved_with_twin, status, write_folder
 from erasing import PLAN
 
 from dori.erase.plan import PRESETS
-from dori.erase.write import save_model
 from dori.image_file import load_image, png_bytes
 from dori.metrics.copy_descriptor import load_copy_descriptor
 from dori.model.load import load_model
@@ -28,9 +27,7 @@ LIMIT = load_copy_descriptor(DESCRIPTOR).threshold
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that reads whole sentences, a twin, and folders of images."""
     folder = tmp_path_factory.mktemp("given")
-    model = reading_sentences(folder / "words")
-    save_model(model, folder / "model", source="tiny")
-    save_changed(model, model.unet.conv_in.weight, folder / "twin")
+    model = saved_with_twin(folder)
     save_changed(model, model.vae.quant_conv.weight, folder / "other-vae")
     for seed, (name, count) in enumerate([("memories", 2), ("controls", 2), ("retain", 12), ("few", 7)]):
         write_folder(folder / name, [f"{name} word {i}" for i in range(count)], seed=seed)

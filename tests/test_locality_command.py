@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
+from commanding import FEW_STEPS, save_changed, saved_with_twin, status, write_folder
 from test_locality_run import PLAN
 
-from dori.erase.write import save_model
 from dori.locality.plan import PRESETS
 from dori.locality.records import ON_TWIN, read_locality
 
@@ -17,9 +16,7 @@ from dori.locality.records import ON_TWIN, read_locality
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tiny models that read whole sentences, and folders of images."""
     folder = tmp_path_factory.mktemp("given")
-    model = reading_sentences(folder / "words")
-    save_model(model, folder / "model", source="tiny")
-    save_changed(model, model.unet.conv_in.weight, folder / "other")
+    model = saved_with_twin(folder)
     save_changed(model, model.unet.conv_in.weight, folder / "third")
     save_changed(model, model.vae.quant_conv.weight, folder / "other-vae")
     write_folder(folder / "memories", ["a dog", "a cat", None], seed=0)
@@ -103,7 +100,7 @@ def test_a_finished_run_is_drawn_again_and_another_one_is_not_overwritten(
     for more, model, named in (
         (("--preset", "full"), "model", "causal"),
         (("--seed", "1"), "model", "seed"),
-        ((), "other", "model"),
+        ((), "twin", "model"),
     ):
         code, _, said = status(arguments(given, run, *more, model=model), capsys)
         assert code == 2 and f"another locality run ({named}" in said
@@ -131,8 +128,8 @@ def test_a_smaller_run_takes_the_memories_and_attacks_that_are_asked_for(
 def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, twins = tmp_path / "run", [f"twin {k} ({given / name})" for k, name in ((1, "other"), (2, "third"))]
-    one = ("--threshold", "-1", "--twin", str(given / "other"))
+    run, twins = tmp_path / "run", [f"twin {k} ({given / name})" for k, name in ((1, "twin"), (2, "third"))]
+    one = ("--threshold", "-1", "--twin", str(given / "twin"))
     code, _, said = status(arguments(given, run, *one), capsys)
     assert code == 0, said
     found, page = read_locality(run / "locality.json"), (run / "locality.html").read_text()
@@ -156,7 +153,7 @@ def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(
 def test_half_precision_goes_through_every_analysis_and_the_ground_truth_says_so(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, twin = tmp_path / "run", str(given / "other")
+    run, twin = tmp_path / "run", str(given / "twin")
     code, _, said = status(arguments(given, run, "--threshold", "-1", "--half", "--twin", twin), capsys)
     assert code == 0, said
     found, page = read_locality(run / "locality.json"), (run / "locality.html").read_text()

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
+from commanding import FEW_STEPS, saved_with_twin, status, write_folder
 from conftest import tiny_parts
 from test_locality_run import PLAN, judge, tiny_run, tiny_subjects
 
-from dori.erase.write import save_model
 from dori.locality.loop import locality
 from dori.locality.plan import PRESETS
 from dori.locality.records import Locality, read_locality
@@ -71,9 +70,7 @@ main(sys.argv[1:])
 def test_a_launched_run_says_what_one_process_says_and_makes_hardly_a_cell_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = reading_sentences(tmp_path / "words")
-    save_model(model, tmp_path / "model", source="tiny")
-    save_changed(model, model.unet.conv_in.weight, tmp_path / "twin")
+    saved_with_twin(tmp_path)
     write_folder(tmp_path / "memories", ["a dog", "a cat", "a cow", "a hen"], seed=0)
     (tmp_path / "launched.py").write_text(LAUNCHED)
 

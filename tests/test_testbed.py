@@ -1,8 +1,9 @@
 """The testbed's images, slots, tokenizer, training loop and, where the weights are, the shipped folder."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -127,36 +128,37 @@ def test_every_caption_word_is_one_token_and_any_text_is_readable(tmp_path: Path
     assert all(0 <= i < len(tokenizer) for i in odd)
 
 
+def trained_in_parts(folder: Path, stops: Mapping[int, str]) -> list[torch.Tensor]:
+    """The weights after a training of twelve steps that is killed at each step of `stops`, on the device beside it."""
+    folder.mkdir(parents=True)
+    for stop, device in stops.items():
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+
+        def loss(step: int, generator: torch.Generator, model: nn.Linear = model, stop: int = stop) -> torch.Tensor:
+            if step == stop:
+                raise KeyboardInterrupt
+            return model(torch.randn(8, 4, generator=generator).to(model.weight.device)).square().mean()
+
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(
+                "toy",
+                model,
+                loss,
+                Schedule(0.1, 12, warmup=1),
+                folder,
+                seed=1,
+                say=lambda line: None,
+                save_every=4,
+                made_from={"data": 1},
+                device=device,
+            )
+    return [p.detach().clone() for p in model.parameters()]
+
+
 def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    def trained(folder: Path, stops: tuple[int, ...]) -> list[torch.Tensor]:
-        folder.mkdir()
-        for stop in stops:
-            torch.manual_seed(0)
-            model = nn.Linear(4, 4)
-
-            def loss(step: int, generator: torch.Generator, model: nn.Linear = model, stop: int = stop) -> torch.Tensor:
-                if step == stop:
-                    raise KeyboardInterrupt
-                return model(torch.randn(8, 4, generator=generator)).square().mean()
-
-            try:
-                fit(
-                    "toy",
-                    model,
-                    loss,
-                    Schedule(1e-2, 12),
-                    folder,
-                    seed=1,
-                    say=lambda line: None,
-                    save_every=4,
-                    made_from={"data": 1},
-                )
-            except KeyboardInterrupt:
-                continue
-        return [p.detach().clone() for p in model.parameters()]
-
-    straight = trained(tmp_path / "a", (99,))
-    resumed = trained(tmp_path / "b", (6, 9, 99))
+    straight = trained_in_parts(tmp_path / "a", {99: "cpu"})
+    resumed = trained_in_parts(tmp_path / "b", {6: "cpu", 9: "cpu", 99: "cpu"})
     assert all(torch.equal(x, y) for x, y in zip(straight, resumed, strict=True))
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commanding import FEW_STEPS, reading_sentences, save_changed, status, write_folder
+from commanding import FEW_STEPS, saved_with_twin, status, write_folder
 from conftest import tiny_parts
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from test_audit import BRIEF
 
 from dori.audit.plan import PRESETS
-from dori.erase.write import save_model
 from dori.errors import DoriError
 from dori.findings import read_audit
 from dori.model.stable_diffusion import StableDiffusion
@@ -86,9 +85,7 @@ def test_an_audit_attacks_the_twins_that_a_user_gives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PRESETS, "quick", lambda: dataclasses.replace(BRIEF, seeds=1))
-    model = reading_sentences(tmp_path / "words")
-    save_model(model, tmp_path / "model", source="tiny")
-    save_changed(model, model.unet.conv_in.weight, tmp_path / "twin")
+    saved_with_twin(tmp_path)
     write_folder(tmp_path / "memories", ["a dog", None], seed=0)
     capsys.readouterr()  # what the libraries say when they save
     command = ["audit", str(tmp_path / "model"), "--memories", str(tmp_path / "memories"), *FEW_STEPS]

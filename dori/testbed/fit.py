@@ -152,7 +152,5 @@ def fit(
         if done % save_every == 0 or done == schedule.steps:
             about = {"step": str(done), "made_from": json.dumps(made_from, sort_keys=True)}
             _save_state(state_file, model, ema, optimizer, about)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(ema[name])
+    model.load_state_dict(ema, strict=False)  # buffers have no average
     model.to("cpu").eval()
