@@ -36,12 +36,13 @@ from dori.testbed.pipeline import train_testbed
 from dori.testbed.train import Recipe
 
 ROOT = Path(__file__).parent.parent
-ERASING = dataclasses.replace(  # the model as it was, the average of weights and neighbours of the captions count
+ERASING = dataclasses.replace(  # the model as it was, averaged weights, neighbours and relapses count
     erasing.PLAN,
     adversarial=dataclasses.replace(
         erasing.PLAN.adversarial,
         steps_per_round=2,
         near_weight=1.0,
+        relapse_weight=1.0,
         tuner=dataclasses.replace(erasing.PLAN.adversarial.tuner, ema_decay=0.5),
     ),
 )

@@ -17,6 +17,7 @@ from dori.erase.adversarial import AdversarialErasure
 from dori.erase.decide import PART, deciding, deciding_pairs
 from dori.erase.delta import CannotErase
 from dori.erase.pairs import Batch, Work, former_losses, step_generator
+from dori.erase.relapse import Relapse
 from dori.erase.starts import starting_points
 from dori.erase.surrogates import Surrogates, SurrogateSearch, anchor_prompts, filtered, shortened
 from dori.erase.tuning import Tuner, tuning
@@ -33,9 +34,11 @@ METHOD = AdversarialErasure(
     batch=4,
     attack=Dori(steps=2, batch=1),
     adversarial_weight=1.0,
+    relapse_weight=1.0,
+    relapse=Relapse(steps=1, every=1),
     tuner=Tuner(learning_rate=1e-3, ema_decay=0.5),
 )
-PLAIN = dataclasses.replace(METHOD, adversarial_weight=0.0)
+PLAIN = dataclasses.replace(METHOD, adversarial_weight=0.0, relapse_weight=0.0)
 
 
 def watch(model: StableDiffusion, threshold: float = 0.7) -> Watch:

@@ -25,11 +25,15 @@ Damage hides near the erased captions. With `near_weight` the erasure holds what
 
 y_near a caption with one word exchanged, z_t the noised image that the model as it was drew from it
 (`dori.erase.neighbours`: none that shows a memory).
+
+An image that no embedding reaches may still be relearned sooner than an unseen one. With `relapse_weight` L_Unc is
+asked a second time on weights theta + delta that learned the memories again (`dori.erase.relapse`), there under the
+plain prompts.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,11 +53,13 @@ from dori.erase.pairs import (
     denoising_losses,
     even_rows,
     former_losses,
+    memory_batch,
     noised,
     ordinary_batch,
     step_generator,
     surrogate_pairs,
 )
+from dori.erase.relapse import Relapse
 from dori.erase.starts import starting_points
 from dori.erase.tuning import RowLosses, Tuned, Tuner, tuning
 from dori.erase.unprompted import NOISES, without_prompt
@@ -125,6 +131,8 @@ class AdversarialErasure:
         adversarial_weight: of L_Adv; 1 is the paper's, and 0 needs no surrogates.
         unconditional_weight: of L_Unc; 0 is the paper's.
         near_weight: of L_Near; 0 leaves it out.
+        relapse_weight: of L_Unc on relapsed weights; 0 leaves it out.
+        relapse: how those are found.
         safe_every: a memory whose last trigger drew nothing like it is attacked every so many rounds; 1 is always.
         safe_below: "nothing like it" is a similarity below this share of the threshold that decides.
         check_every: rounds between two held-out attacks; 0 makes none.
@@ -147,6 +155,8 @@ class AdversarialErasure:
     adversarial_weight: float = 0.0
     unconditional_weight: float = 1.0
     near_weight: float = 0.0
+    relapse_weight: float = 0.0
+    relapse: Relapse = field(default_factory=Relapse)
     safe_every: int = 1
     safe_below: float = 0.7
     check_every: int = 0
@@ -238,8 +248,11 @@ class AdversarialErasure:
 
     def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
         rows, terms = self.steps_per_round * self.batch, sum(weight != 0 for _, weight in self._weights())
-        former = (self.unconditional_weight != 0) + (self.near_weight != 0)  # terms that ask the model as it was
-        found = Rows(rows * former, trained=rows * terms)
+        asked = (self.unconditional_weight, self.near_weight, self.relapse_weight)  # terms that ask the model as it was
+        found = Rows(rows * sum(weight != 0 for weight in asked), trained=rows * terms)
+        if self.relapse_weight:
+            relapses = -(-self.steps_per_round // self.relapse.every)
+            found += Rows(trained=relapses * self.relapse.steps * self.batch)
         triggers = len(self.starts) * memories
         if self._searches(number):
             found += Rows(attacked=triggers * self._attack(number).steps * self.attack.batch)
@@ -255,6 +268,7 @@ class AdversarialErasure:
             ("retain", self.retain_weight),
             ("unconditional", self.unconditional_weight),
             ("near", self.near_weight),
+            ("relapse", self.relapse_weight),
         )
 
     def _searches(self, number: int) -> bool:
@@ -272,10 +286,12 @@ class AdversarialErasure:
             if watch is not None:
                 self._look(task, watch, progress, visited)
         steps = range(number * self.steps_per_round, (number + 1) * self.steps_per_round)
-        losses = [
-            self._step(task, progress.triggers, visited, step_generator("adversarial", task.seed, step))
-            for step in steps
-        ]
+        losses, change = list[dict[str, float]](), dict[str, Tensor]()
+        for step in steps:
+            if self.relapse_weight and (step - steps.start) % self.relapse.every == 0:
+                change = self.relapse(task.tuned, task.memories, self.batch, seed=task.seed, step=step)
+            generator = step_generator("adversarial", task.seed, step)
+            losses.append(self._step(task, progress.triggers, visited, change, generator))
         record: dict[str, Any] = {
             "round": number + 1,
             "visited": len(visited),
@@ -335,9 +351,14 @@ class AdversarialErasure:
         progress.last[which] = task.work.processes.of_first(reached).cpu()
 
     def _step(
-        self, task: _Task, triggers: Tensor, visited: Sequence[int], generator: torch.Generator
+        self,
+        task: _Task,
+        triggers: Tensor,
+        visited: Sequence[int],
+        change: Mapping[str, Tensor],
+        generator: torch.Generator,
     ) -> dict[str, float]:
-        """One update on L; returns the loss of each term, 0 where it is left out."""
+        """One update on L, `change` leading to the relapsed weights; returns each term's loss, 0 if it is left out."""
         model, tuned, memories = task.model, task.tuned, task.memories
 
         def surrogate() -> RowLosses:
@@ -359,12 +380,22 @@ class AdversarialErasure:
             batch = noised(model, held.latents[which].float(), held.embeddings[which].float(), generator)
             return former_losses(tuned, batch, batch.embeddings)
 
-        terms = {"adversarial": surrogate, "retain": ordinary, "unconditional": unconditional, "near": near}
+        def relapse() -> RowLosses:
+            return former_losses(tuned, memory_batch(model, memories, self.batch, generator), model.encode([""]))
+
+        terms = {
+            "adversarial": surrogate,
+            "retain": ordinary,
+            "unconditional": unconditional,
+            "near": near,
+            "relapse": relapse,
+        }
         total, losses = [torch.zeros_like(weight) for weight in tuned.weights.values()], dict[str, float]()
         for name, weight in self._weights():
             losses[name] = 0.0
             if weight:
-                gradient, losses[name] = tuned.gradient(terms[name](), self.batch)
+                with tuned.moved(change if name == "relapse" else {}):
+                    gradient, losses[name] = tuned.gradient(terms[name](), self.batch)
                 for sum_, part in zip(total, gradient, strict=True):
                     sum_.add_(part, alpha=weight)
         tuned.update(total)

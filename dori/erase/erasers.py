@@ -129,7 +129,7 @@ def arms(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
 
 
 def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
-    """The adversarial erasure from mild to strong, by learning rate and rounds, and with L_Adv beside L_Unc."""
+    """The adversarial erasure from mild to strong: by learning rate and rounds, with L_Adv or relapses beside L_Unc."""
 
     def changed(rate: float, rounds: float) -> AdversarialErasure:
         tuner = dataclasses.replace(adversarial.tuner, learning_rate=adversarial.tuner.learning_rate * rate)
@@ -141,4 +141,9 @@ def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         for rounds in (0.5, 1, 2)
     }
     both = dataclasses.replace(adversarial, adversarial_weight=1.0)
-    return table | {"surrogates too": both, "one surrogate each": dataclasses.replace(both, surrogates=1)}
+    return table | {
+        "surrogates too": both,
+        "one surrogate each": dataclasses.replace(both, surrogates=1),
+        "against relapses": dataclasses.replace(adversarial, relapse_weight=1.0),
+        "against relapses x 3": dataclasses.replace(adversarial, relapse_weight=3.0),
+    }

@@ -175,26 +175,31 @@ class Tuned:
 
     def resulting(self) -> AbstractContextManager[None]:
         """Put the result on inside the block."""
-        return self._showing(self.result())
+        return self.showing(self.result())
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
         """Put the weights on as they were before the training, without gradient, inside the block."""
-        with self._showing(self.base), torch.no_grad():
+        with self.showing(self.base), torch.no_grad():
             yield
 
-    @contextmanager
-    def _showing(self, numbers: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other numbers for the weights that move; they change places and are not copied: no second model is kept."""
+    def moved(self, change: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Add a change to the weights, or to some of them, inside the block."""
         weights = self.weights
-        moved = {name: weight.data for name, weight in weights.items()}
+        return self.showing({name: weights[name].detach() + part for name, part in change.items()})
+
+    @contextmanager
+    def showing(self, numbers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other numbers for weights that move; they change places and are not copied: no second model is kept."""
+        weights = {name: weight for name, weight in self.weights.items() if name in numbers}
+        own = {name: weight.data for name, weight in weights.items()}
         try:
             for name, weight in weights.items():
                 weight.data = numbers[name]
             yield
         finally:
             for name, weight in weights.items():
-                weight.data = moved[name]
+                weight.data = own[name]
 
     @contextmanager
     def resting(self) -> Iterator[None]:

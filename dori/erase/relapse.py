@@ -1,0 +1,59 @@
+"""The relapse: where the weights go when somebody teaches the memories again, sought anew as triggers are.
+
+A trigger attacks through the prompt embedding, relearning through the weights. What fine-tuning against triggers does
+to the first it need not do to the second: an image that no embedding reaches may be a few updates away. The relapse is
+that attack in training: from the weights as they are the memories are learned for some updates, theta + delta is kept
+apart, and the loss is asked there while the step is taken on theta (first order: delta counts as a constant). Not from
+the paper; erasing language models against one normalized step of this kind: sharpness-aware unlearning (2502.05374).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dori.erase.pairs import Forget, denoising_losses, memory_batch, step_generator
+from dori.erase.tuning import Tuned
+
+
+@dataclass(frozen=True, slots=True)
+class Relapse:
+    """How the memories are learned again.
+
+    Args:
+        steps: updates of each relapse.
+        every: updates of the erasure for which one relapse serves; a new round always begins with a new one.
+        rate: its learning rate in multiples of the erasure's.
+    """
+
+    steps: int = 10
+    every: int = 10
+    rate: float = 2.5
+
+    def __call__(self, tuned: Tuned, memories: Forget, rows: int, *, seed: int, step: int) -> dict[str, Tensor]:
+        """How far each weight that moves would go, from the weights as they are, which stay.
+
+        Args:
+            tuned: the model in training.
+            memories: what is learned again, from its prompts.
+            rows: memories in each update.
+            seed: of noises and timesteps.
+            step: the erasure's, which names their stream.
+
+        Raises:
+            CannotErase: it diverged.
+        """
+        before = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
+        after = {name: weight.clone() for name, weight in before.items()}
+        with tuned.showing(after):
+            weights = list(tuned.weights.values())
+            optimizer = torch.optim.AdamW(weights, lr=self.rate * tuned.tuner.learning_rate, weight_decay=0.0)
+            for number in range(self.steps):
+                generator = step_generator("relapse", seed, step * self.steps + number)
+                batch = memory_batch(tuned.model, memories, rows, generator)
+                gradient, _ = tuned.gradient(denoising_losses(tuned.model, batch), rows)
+                for weight, part in zip(weights, gradient, strict=True):
+                    weight.grad = part
+                optimizer.step()
+                optimizer.zero_grad()
+        return {name: after[name] - weight for name, weight in before.items()}
