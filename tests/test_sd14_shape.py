@@ -1,5 +1,6 @@
 """A randomly initialised model of SD 1.4's exact configuration: nothing in Dori assumes the testbed's sizes."""
 
+import dataclasses
 import resource
 from pathlib import Path
 
@@ -70,11 +71,13 @@ def test_every_method_takes_stable_diffusion_1_4s_sizes(
     y = sd14.encode(["a cat"])
     found = Dori(steps=1, batch=1)(sd14, torch.randn(1, 4, 64, 64), y, seeds=[0])
     assert found.first_gradient.item() > 0
-    nemo = Nemo(noises=2, max_refinement_passes=1)
-    ordinary = sd14.encode(["a dog", "a fox"])
-    edit = nemo(sd14, y, nemo.calibrate(sd14, ordinary, seed=0), seed=0)
+    nemo = Nemo(noises=2, theta_start=2.0, theta_step=0.5, max_refinement_passes=1)
+    measured = nemo.calibrate(sd14, sd14.encode(["a dog", "a fox"]), seed=0)
+    edit = nemo(sd14, y, dataclasses.replace(measured, tau=0.0), seed=0)  # every noise counts: the search takes place
     assert set(edit.masks) == {f"{name}.weight" for name in values}
     assert edit.details["score"]["window"]["side"] == 11
+    assert edit.details["flagged"] and edit.details["kept_noises"] == 2
+    assert edit.details["judged"] == 1 and edit.size > 0 and not edit.details["converged"]
     pruned = Wanda(counted_steps=1)(sd14, y, seed=0)
     assert list(pruned.details["top_per_row"].values()) == [12, 12, 25, 25, 51, 51, 51]
     with pruned.applied(sd14):

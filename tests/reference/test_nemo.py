@@ -1,4 +1,4 @@
-"""NeMo against slow references: float64 loops for the similarity, one weight edit at a time for the algorithm."""
+"""NeMo against slow references in float64: loops for the similarity, one weight edit at a time for the algorithm."""
 
 import dataclasses
 import math
@@ -132,7 +132,8 @@ def slow_difference(model: StableDiffusion, noise: Tensor, embedding: Tensor, va
     """One scaled difference (c, h, w) of one noise (c, h, w) and embedding (1, l, d), from the definition."""
     t = model.ddim(50).timesteps[0 if variant == "paper" else 1][None]
     eps = model.predict_noise(noise[None], t, embedding)[0]
-    other = noise if similarity == "paper" else model.predict_noise(noise[None], t, model.encode([""]))[0]
+    null = model.encode([""]).to(embedding)
+    other = noise if similarity == "paper" else model.predict_noise(noise[None], t, null)[0]
     return slow_scaled(eps - other, variant, 1e-3 * float(eps.abs().max()))
 
 
@@ -191,21 +192,28 @@ def mask_of(model: StableDiffusion, chosen: set[tuple[str, int]]) -> WeightMask:
     return WeightMask("test", masks)
 
 
+def slow_activations(model: StableDiffusion, embedding: Tensor) -> dict[str, Tensor]:
+    """Of one embedding (l, d): the mean over its tokens of each value neuron's absolute activation."""
+    layers = model.layers("attention_value")
+    return {name: (embedding @ layer.weight.T).abs().mean(0) for name, layer in layers.items()}
+
+
 def slow_nemo(
-    model: StableDiffusion, nemo: Nemo, embedding: Tensor, calibration: NeMoCalibration, *, seed: int
+    model: StableDiffusion, nemo: Nemo, embedding: Tensor, ordinary: Tensor, tau: float, *, seed: int
 ) -> tuple[set[tuple[str, int]], dict[str, float]]:
-    """The published algorithm, one set, one noise and one weight edit at a time."""
-    noise = detection_noise(model, nemo.noises, seed=seed)
-    difference = NoiseDifference(nemo.variant, nemo.similarity)
+    """The published algorithm in float64, one set, one noise and one weight edit at a time; changes the model."""
+    model.unet.double()
+    noise, embedding = detection_noise(model, nemo.noises, seed=seed).double(), embedding.double()
+    window = ssim_window(*model.latent_shape[1:])
 
     def deltas(chosen: set[tuple[str, int]]) -> list[Tensor]:
         with mask_of(model, chosen).applied(model):
             return [slow_difference(model, n, embedding, nemo.variant, nemo.similarity) for n in noise]
 
     def similar(x: Tensor, y: Tensor) -> float:
-        return float(difference(x[None], y[None]))
+        return slow_ms_ssim(x.numpy(), y.numpy(), window, nemo.variant == "as_released")
 
-    plain, tau = deltas(set()), calibration.tau
+    plain = deltas(set())
     kept = [
         i for i in range(nemo.noises) if max(similar(plain[i], plain[j]) for j in range(nemo.noises) if j != i) > tau
     ]
@@ -216,14 +224,17 @@ def slow_nemo(
         blocked = deltas(chosen)
         return max(similar(plain[i], blocked[i]) for i in kept)
 
-    activations = {
-        name: (embedding[0] @ layer.weight.T).abs().mean(0) for name, layer in model.layers("attention_value").items()
+    activations = slow_activations(model, embedding[0])
+    known = [slow_activations(model, one.double()) for one in ordinary]
+    mean = {name: sum(one[name] for one in known) / len(known) for name in activations}
+    std = {
+        name: (sum((one[name] - mean[name]) ** 2 for one in known) / (len(known) - 1)) ** 0.5 for name in activations
     }
     theta, k, tau_ref = nemo.theta_start, 0, tau
     while True:
         chosen = set()
         for name, a in activations.items():
-            z = (a - calibration.mean[name]).abs() / calibration.std[name]
+            z = (a - mean[name]).abs() / std[name]
             chosen |= {(name, i) for i in range(len(a)) if z[i] > theta}
             chosen |= {(name, int(i)) for i in a.argsort(descending=True)[:k]}
         m = mem(chosen)
@@ -283,11 +294,11 @@ def test_batched_search_equals_the_sequential_algorithm(
     nemo = Nemo(
         noises=3, variant=variant, similarity=similarity, max_refinement_passes=cap, rows_per_call=rows_per_call
     )
-    ordinary = nemo.calibrate(model, model.encode(["a", "b", "cc", "dd ee"]), seed=0)
-    calibration = dataclasses.replace(ordinary, tau=tau)
+    ordinary = model.encode(["a", "b", "cc", "dd ee"])
+    calibration = dataclasses.replace(nemo.calibrate(model, ordinary, seed=0), tau=tau)
     gaussian = torch.randn(1, *model.embedding_shape, generator=torch.Generator().manual_seed(3))
     edit = nemo(model, gaussian, calibration, seed=0)
-    slow, measured = slow_nemo(model, nemo, gaussian, calibration, seed=0)
+    slow, measured = slow_nemo(model, nemo, gaussian, ordinary, tau, seed=0)
     assert slow and neurons(edit) == slow
     assert {name: set(found) for name, found in edit.details["neurons"].items()} == {
         layer: {i for name, i in slow if name == layer} for layer in (DOWN, MID)
