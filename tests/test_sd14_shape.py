@@ -73,7 +73,7 @@ def test_every_method_takes_stable_diffusion_1_4s_sizes(
     assert found.first_gradient.item() > 0
     nemo = Nemo(noises=2, theta_start=2.0, theta_step=0.5, max_refinement_passes=1)
     measured = nemo.calibrate(sd14, sd14.encode(["a dog", "a fox"]), seed=0)
-    edit = nemo(sd14, y, dataclasses.replace(measured, tau=0.0), seed=0)  # every noise counts: the search takes place
+    edit = nemo(sd14, y, dataclasses.replace(measured, tau=-1.0), seed=0)  # every noise counts: the search takes place
     assert set(edit.masks) == {f"{name}.weight" for name in values}
     assert edit.details["score"]["window"]["side"] == 11
     assert edit.details["flagged"] and edit.details["kept_noises"] == 2
