@@ -51,6 +51,10 @@ def test_neighbours_differ_from_a_caption_in_one_word(tiny: StableDiffusion) -> 
     assert neighbours(tiny, [], words, each=5, seed=0) == ()
     for caption in ("one two", " one  two"):  # the same to the tokenizer
         assert "one two" not in neighbours(tiny, [caption], ["one two three"], each=40, seed=0)
+    apart = neighbours(tiny, texts, words, each=5, seed=0, apart_from=[found[0].upper(), f" {found[1]} "])
+    assert apart == found[2:]  # those of the damage table, as the model reads them, are not taught
+    both = neighbours(tiny, ["one two"], ["RED red"], each=40, seed=0)
+    assert len(both) == 2 == len({text.lower() for text in both})
     assert all(len(text) < 90 for text in neighbours(tiny, ["long " * 30, "one"], words, each=5, seed=0))
 
 

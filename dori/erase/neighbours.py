@@ -21,9 +21,17 @@ PER_CALL = 16  # neighbours drawn at once
 
 
 def neighbours(
-    model: StableDiffusion, texts: Sequence[str], ordinary: Sequence[str], *, each: int, seed: int
+    model: StableDiffusion,
+    texts: Sequence[str],
+    ordinary: Sequence[str],
+    *,
+    each: int,
+    seed: int,
+    apart_from: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Captions with one word exchanged for a word of an ordinary prompt, `each` for every text, none twice, no caption.
+
+    Two are the same if the model reads them so: to a tokenizer that lowers letters "Red fox" is "red fox".
 
     Args:
         model: what does not fit into its prompts is left out.
@@ -31,19 +39,23 @@ def neighbours(
         ordinary: prompts that lend words.
         each: number wanted for each text.
         seed: of the draws.
+        apart_from: further texts that are left out.
     """
+
+    def read(text: str) -> tuple[int, ...]:
+        return tuple(model.tokenizer(text).input_ids)
+
     words = sorted({word for prompt in ordinary for word in prompt.split()})
     generator = torch.Generator().manual_seed(named_seed("neighbours", seed))
-    found: dict[str, None] = {}
+    found: dict[tuple[int, ...], str] = {}
     for text in texts:
         parts = text.split()
         for _ in range(each if parts and words else 0):
             place, word = (int(torch.randint(n, (), generator=generator)) for n in (len(parts), len(words)))
-            found.setdefault(" ".join([*parts[:place], words[word], *parts[place + 1 :]]))
-    # As the model reads them: to a tokenizer that lowers letters "Red fox" is "red fox".
-    captions = {tuple(model.tokenizer(text).input_ids) for text in texts}
-    ids = {text: tuple(model.tokenizer(text).input_ids) for text in found}
-    return tuple(text for text in found if len(ids[text]) <= model.context_length and ids[text] not in captions)
+            text = " ".join([*parts[:place], words[word], *parts[place + 1 :]])
+            found.setdefault(read(text), text)
+    out = {read(text) for text in (*texts, *apart_from)}
+    return tuple(text for ids, text in found.items() if len(ids) <= model.context_length and ids not in out)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
