@@ -141,9 +141,12 @@ def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         for rounds in (0.5, 1, 2)
     }
     both = dataclasses.replace(adversarial, adversarial_weight=1.0)
+    relapses = dataclasses.replace(adversarial, relapse_weight=1.0)
     return table | {
         "surrogates too": both,
         "one surrogate each": dataclasses.replace(both, surrogates=1),
-        "against relapses": dataclasses.replace(adversarial, relapse_weight=1.0),
-        "against relapses x 3": dataclasses.replace(adversarial, relapse_weight=3.0),
+        "against relapses": relapses,
+        "against relapses, L_DM x 3": dataclasses.replace(relapses, retain_weight=3.0),
+        "against relapses, neighbours held": dataclasses.replace(relapses, near_weight=1.0),
+        "against relapses, both": dataclasses.replace(relapses, retain_weight=3.0, near_weight=1.0),
     }
