@@ -155,7 +155,7 @@ def test_each_memory_is_asked_by_its_own_triggers_and_prompt(tiny: StableDiffusi
     assert not any(torch.equal(y, memories.embeddings[1]) for y in without)
 
 
-TERMS = ("adversarial", "retain", "unconditional")
+TERMS = ("adversarial", "retain", "unconditional", "relapse")
 
 
 @pytest.mark.parametrize("kept", TERMS)

@@ -192,12 +192,12 @@ def test_names_and_methods_agree() -> None:
     assert fast == dataclasses.replace(slow, learning_rate=pytest.approx(10 * slow.learning_rate))
     assert ordinary(method).steps == 125 and ordinary(method, 30).steps == 30
     edge = frontier(method)
-    assert len(edge) == 15 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
+    assert len(edge) == 16 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
     assert (
         edge["one surrogate each"].surrogates == 1
         and edge["surrogates too"].needs_surrogates
         and edge["rate x 0.5, 2 rounds"].rounds == 2
-        and [one.retain_weight for one in edge.values() if one.relapse_weight] == [1, 3, 1, 3]
+        and [one.retain_weight for one in edge.values() if one.relapse_weight] == [1, 1, 3, 1, 3]
         and edge["against relapses, both"].near_weight == 1 == edge["against relapses, neighbours held"].near_weight
     )
 

@@ -169,9 +169,16 @@ class AdversarialErasure:
         """Whether L_Adv has a weight."""
         return self.adversarial_weight != 0
 
+    @property
+    def _asks_without_prompt(self) -> bool:
+        """Whether a term's target is the prediction without a prompt."""
+        return self.unconditional_weight != 0 or self.relapse_weight != 0
+
     def paper(self) -> "AdversarialErasure":
         """The same with the paper's loss, L_DM + L_Adv."""
-        return dataclasses.replace(self, adversarial_weight=1.0, unconditional_weight=0.0)
+        return dataclasses.replace(
+            self, adversarial_weight=1.0, unconditional_weight=0.0, near_weight=0.0, relapse_weight=0.0
+        )
 
     def __call__(
         self,
@@ -243,7 +250,7 @@ class AdversarialErasure:
 
     def rows(self, memories: int, watch: Watch | None = None) -> Rows:
         """At most so many U-Net rows: all rounds are made, and no memory is ever safe."""
-        first = Rows(2 * NOISES * memories * (self.unconditional_weight != 0))
+        first = Rows(2 * NOISES * memories * self._asks_without_prompt)
         return sum((self._round_rows(number, memories, watch) for number in range(self.rounds)), first)
 
     def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
@@ -439,7 +446,7 @@ class AdversarialErasure:
             return _load(task.work.checkpoint, task.tuned, made_from)
         memories, model, found = task.memories, task.model, dict[str, float]()
         before = model.rows
-        if self.unconditional_weight:
+        if self._asks_without_prompt:
             per_call = self.tuner.rows_per_call
             with task.tuned.resting():
                 found = without_prompt(model, memories, task.retain, seed=task.seed, rows_per_call=per_call)

@@ -1,7 +1,7 @@
 """Three tables, one command each: eraser x attack, the ablation of the adversarial eraser's parts, and its frontier.
 
 Every row is an edit made by the same door, judged by the same protocol on memories and controls beside the twins, with
-its damage and its cost. The frontier goes from mild to strong: learning rate, rounds, surrogates.
+its damage and its cost. The frontier goes from mild to strong: learning rate, rounds, surrogates, relapses.
 """
 
 import dataclasses

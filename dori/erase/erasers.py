@@ -16,6 +16,7 @@ from dori.erase.gradient_ascent import GradientAscent
 from dori.erase.naive_deletion import NaiveDeletion
 from dori.erase.ordinary import OrdinaryTraining
 from dori.erase.pairs import Forget, Pairs, Work
+from dori.erase.relapse import Relapse
 from dori.erase.siss import Siss, as_released
 from dori.erase.tuning import Part
 from dori.erase.uce import Uce
@@ -146,6 +147,7 @@ def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         "surrogates too": both,
         "one surrogate each": dataclasses.replace(both, surrogates=1),
         "against relapses": relapses,
+        "relapses of 0 updates": dataclasses.replace(relapses, relapse=Relapse(steps=0)),  # their term, without them
         "against relapses, L_DM x 3": dataclasses.replace(relapses, retain_weight=3.0),
         "against relapses, neighbours held": dataclasses.replace(relapses, near_weight=1.0),
         "against relapses, both": dataclasses.replace(relapses, retain_weight=3.0, near_weight=1.0),

@@ -52,8 +52,8 @@ def neighbours(
         parts = text.split()
         for _ in range(each if parts and words else 0):
             place, word = (int(torch.randint(n, (), generator=generator)) for n in (len(parts), len(words)))
-            text = " ".join([*parts[:place], words[word], *parts[place + 1 :]])
-            found.setdefault(read(text), text)
+            near = " ".join([*parts[:place], words[word], *parts[place + 1 :]])
+            found.setdefault(read(near), near)
     out = {read(text) for text in (*texts, *apart_from)}
     return tuple(text for ids, text in found.items() if len(ids) <= model.context_length and ids not in out)
 

@@ -21,9 +21,9 @@ class Relapse:
     """How the memories are learned again.
 
     Args:
-        steps: updates of each relapse.
-        every: updates of the erasure for which one relapse serves; a new round always begins with a new one.
-        rate: its learning rate in multiples of the erasure's.
+        steps: updates of each relapse, without clip and decay; 0 leaves the weights where they are.
+        every: updates of the erasure for which one relapse serves, >= 1; a new round always begins with a new one.
+        rate: its learning rate in multiples of the erasure's. Whole weights move by it, in a LoRA's training too.
     """
 
     steps: int = 10
@@ -35,7 +35,8 @@ class Relapse:
 
         Args:
             tuned: the model in training.
-            memories: what is learned again, from its prompts.
+            memories: what is learned again, from its prompts; one without a text from the empty prompt, from which
+                the proof relearns it too.
             rows: memories in each update.
             seed: of noises and timesteps.
             step: the erasure's, which names their stream.
@@ -43,7 +44,7 @@ class Relapse:
         Raises:
             CannotErase: it diverged.
         """
-        before = {name: weight.detach().clone() for name, weight in tuned.weights.items()}
+        before = {name: weight.detach() for name, weight in tuned.weights.items()}  # `showing` leaves their numbers
         after = {name: weight.clone() for name, weight in before.items()}
         with tuned.showing(after):
             weights = list(tuned.weights.values())
