@@ -247,8 +247,10 @@ def test_what_the_model_knows_without_a_prompt_is_its_denoising_error(tiny: Stab
     said = list[str]()
     METHOD(tiny, memories, ordinary, seed=0, work=Work(say=said.append))
     assert "without a prompt" in said[0]
-    paper = dataclasses.replace(METHOD, unconditional_weight=0.0)(tiny, memories, ordinary, seed=0)
-    assert paper.details["without_prompt"] == {}
+    alone = dataclasses.replace(METHOD, unconditional_weight=0.0)  # relapses have the same target
+    assert alone(tiny, memories, ordinary, seed=0).details["without_prompt"]
+    paper = dataclasses.replace(METHOD, near_weight=1.0).paper()  # its two terms and no other
+    assert paper(tiny, memories, ordinary, seed=0).details["without_prompt"] == {}
 
 
 def test_safe_memories_are_visited_less_often(tiny: StableDiffusion) -> None:
