@@ -258,8 +258,7 @@ class AdversarialErasure:
         asked = (self.unconditional_weight, self.near_weight, self.relapse_weight)  # terms that ask the model as it was
         found = Rows(rows * sum(weight != 0 for weight in asked), trained=rows * terms)
         if self.relapse_weight:
-            relapses = -(-self.steps_per_round // self.relapse.every)
-            found += Rows(trained=relapses * self.relapse.steps * self.batch)
+            found += self.relapse.rows(self.steps_per_round, self.batch)
         triggers = len(self.starts) * memories
         if self._searches(number):
             found += Rows(attacked=triggers * self._attack(number).steps * self.attack.batch)
@@ -293,17 +292,17 @@ class AdversarialErasure:
             if watch is not None:
                 self._look(task, watch, progress, visited)
         steps = range(number * self.steps_per_round, (number + 1) * self.steps_per_round)
-        losses, change = list[dict[str, float]](), dict[str, Tensor]()
+        losses, change = dict[str, float](), dict[str, Tensor]()
         for step in steps:
             if self.relapse_weight and (step - steps.start) % self.relapse.every == 0:
                 change = self.relapse(task.tuned, task.memories, self.batch, seed=task.seed, step=step)
             generator = step_generator("adversarial", task.seed, step)
-            losses.append(self._step(task, progress.triggers, visited, change, generator))
+            losses = self._step(task, progress.triggers, visited, change, generator)
         record: dict[str, Any] = {
             "round": number + 1,
             "visited": len(visited),
             "attack_steps": self._attack(number).steps,
-            **losses[-1],
+            **losses,
         }
         if watch is not None:
             record["triggers_reached"] = [round(value, 4) for value in progress.last.tolist()]

@@ -146,14 +146,16 @@ class Bench:
 
     def judged_neighbours(self) -> tuple[str, ...]:
         """Neighbours of the captions in the damage table."""
-        return self._neighbours(self.material.prompts.quality, self.plan.neighbours, self.plan.seed, ())
+        return self._neighbours(self.material.prompts.quality, self.plan.neighbours, self.plan.seed)
 
     def taught_neighbours(self) -> tuple[str, ...]:
         """Those that an erasure may hold: none of the damage table's."""
         words, seed = self.material.prompts.erasing, named_seed("taught neighbours", self.plan.seed)
         return self._neighbours(words, self.plan.taught_neighbours, seed, self.judged_neighbours())
 
-    def _neighbours(self, words: Sequence[str], each: int, seed: int, apart_from: tuple[str, ...]) -> tuple[str, ...]:
+    def _neighbours(
+        self, words: Sequence[str], each: int, seed: int, apart_from: Sequence[str] = ()
+    ) -> tuple[str, ...]:
         texts = [case.memory.text for case in self._cases if case.memory.text]
         return neighbours(self.material.subjects.model, texts, words, each=each, seed=seed, apart_from=apart_from)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dori.cost import Rows
 from dori.erase.pairs import Forget, denoising_losses, memory_batch, step_generator
 from dori.erase.tuning import Tuned
 
@@ -29,6 +30,10 @@ class Relapse:
     steps: int = 10
     every: int = 10
     rate: float = 2.5
+
+    def rows(self, updates: int, batch: int) -> Rows:
+        """U-Net rows of the relapses beside so many updates of one round."""
+        return Rows(trained=-(-updates // self.every) * self.steps * batch)
 
     def __call__(self, tuned: Tuned, memories: Forget, rows: int, *, seed: int, step: int) -> dict[str, Tensor]:
         """How far each weight that moves would go, from the weights as they are, which stay.
