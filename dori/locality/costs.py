@@ -13,6 +13,7 @@ from dori.locality.activations import activation_rows
 from dori.locality.causal import union_sizes
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS
+from dori.locality.undone import AT_RANDOM, MOST_CHANGED
 from dori.mitigate.nemo import Nemo
 from dori.run import cell_key
 
@@ -167,9 +168,10 @@ def _twin(plan: "Plan", memory: str) -> Iterator[tuple[str, Rows]]:
     yield cell_key("twin", memory, "judged"), drawing(plan, plan.seeds * attacks)
 
 
-def crossing(plan: "Plan", causal: "Causal", triggers: int, fresh: int) -> Rows:
-    """One mask: triggers as they are and attacked again, and fresh attacks."""
-    return attacking(plan, triggers + fresh) + drawing(plan, causal.seeds * (2 * triggers + fresh))
+def crossing(plan: "Plan", causal: "Causal", triggers: int, fresh: int, *, again: bool = True) -> Rows:
+    """One edit: triggers as they are and, if `again`, attacked again, and fresh attacks."""
+    repeated = triggers if again else 0
+    return attacking(plan, repeated + fresh) + drawing(plan, causal.seeds * (triggers + repeated + fresh))
 
 
 def price_name(memory: str, method: str, masks: str, index: int, *, joined: bool) -> str:
@@ -191,6 +193,11 @@ def _causal(
     planted = [PLANTED] if sizes.twins else []
     yield cell_key("causal", memory, "", NO_MASK, "0"), crossing(plan, causal, causal.triggers, causal.fresh_starts)
     yield cell_key("joined", memory, "", NO_MASK, "0"), united
+    for chosen, share in taken_back_parts(causal) if planted else ():
+        yield (
+            cell_key("undone", memory, chosen, f"{share:g}"),
+            crossing(plan, causal, causal.triggers, causal.joined_fresh, again=False),
+        )
     for method in causal_methods(methods):
         for masks, count in ((TRIGGERS, causal.triggers), (RANDOM, causal.random), (OTHER_MASKS, others)):
             for row in range(count):
@@ -214,6 +221,12 @@ def _price(plan: "Plan", sizes: Sizes, name: str) -> Iterator[tuple[str, Rows]]:
     """What one edit costs on ordinary prompts, where there are two."""
     if sizes.quality > 1:
         yield quality_key(QUALITY, name), drawing(plan, sizes.quality)
+
+
+def taken_back_parts(causal: "Causal") -> list[tuple[str, float]]:
+    """What is taken back, and how much of it; all weights are no choice, so not twice."""
+    random = [share for share in causal.taken_back if share < 1]
+    return [(MOST_CHANGED, share) for share in causal.taken_back] + [(AT_RANDOM, share) for share in random]
 
 
 def causal_methods(methods: tuple[str, ...]) -> tuple[str, ...]:

@@ -269,6 +269,8 @@ class _Loop:
         if not any(cross.memory == memory.id for cross in self.records["crosses"]):
             cross, joined, prices = trial.without_mask()
             self._note([cross], [joined], prices)
+            for twin in self.subjects.twins[:1]:
+                self.records["undone"] += trial.undone(twin)
         edits = [masks.edit(self.bench.model, k) for k in chosen]
         others = []
         if other is not None:

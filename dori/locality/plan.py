@@ -20,6 +20,7 @@ class Causal:
         random: random masks, as large as triggers' masks in each layer, that every trigger meets too.
         other: masks of another image's triggers that every trigger meets too.
         joined_fresh: attacks from fresh starts under joined masks, and under random ones of the unions' sizes.
+        taken_back: parts of all weights that get a twin's values, where there is one, before the same fresh attacks.
         seeds: generation seeds of every trigger and attack, the first of those that chose the triggers.
         priced: masks of each kind of which it is told what they cost.
         quality_prompts: ordinary prompts that tell what masks cost.
@@ -31,6 +32,7 @@ class Causal:
     random: int = 8
     other: int = 8
     joined_fresh: int = 8
+    taken_back: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     seeds: int = 3
     priced: int = 3
     quality_prompts: int = 64

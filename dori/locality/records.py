@@ -231,6 +231,25 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Undone:
+    """What attacks find when a share of all weights has a twin's values: `chosen` "most changed" or "at random".
+
+    `weights` of them differ at all, and hold the share `held` of the squared difference from the twin. Of `triggers`
+    `replayed` still draw the image as they are, and of `n` fresh attacks (those that joined masks meet) `successes` do.
+    """
+
+    memory: str
+    chosen: str
+    share: float
+    weights: int
+    held: float
+    replayed: int
+    triggers: int
+    successes: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
 class Price:
     """What a mask costs on ordinary prompts: `joined` masks, or of one alone the `row` of its `Cross`.
 
@@ -266,6 +285,7 @@ LISTS: Mapping[str, type] = {
     "crosses": Cross,
     "joined": Joined,
     "prices": Price,
+    "undone": Undone,
 }
 
 
@@ -304,6 +324,7 @@ class Locality:
     crosses: tuple[Cross, ...] = ()
     joined: tuple[Joined, ...] = ()
     prices: tuple[Price, ...] = ()
+    undone: tuple[Undone, ...] = ()
     schema: int = field(default=SCHEMA)
 
     @property

@@ -4,7 +4,7 @@ No mask, random masks as large in every layer, and masks of another image's trig
 noises: without them nobody could say whether a mask stopped a trigger, whether the place of what it prunes had anything
 to do with it, or whether any trigger's mask, of whatever image, would have done the same. Where there are twins, so
 does a mask as large of the weights that planting changed most: a choice of weights that is known to have to do with
-the memory.
+the memory. Beside it weights are set to the twin's values instead of zero, more and more of them (`undone`).
 """
 
 import dataclasses
@@ -16,15 +16,17 @@ from torch import Tensor
 
 from dori.audit.judge import Case
 from dori.audit.quality import ordinary_quality
-from dori.edit import WeightMask, no_edit
+from dori.edit import Edit, WeightMask, no_edit
 from dori.locality.bench import Bench, Source
 from dori.locality.causal import joined
-from dori.locality.costs import QUALITY, crossing, drawing, price_name
+from dori.locality.costs import QUALITY, crossing, drawing, price_name, taken_back_parts
 from dori.locality.plan import Causal
-from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Price, known
+from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Price, Undone, known
 from dori.locality.triggers import gaussian_source
 from dori.locality.truth import Energies, best_masks
+from dori.locality.undone import taken_back
 from dori.mitigate.random_mask import random_neurons, random_weights
+from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
 from dori.sampling import named_seed
 from dori.stats import choose
@@ -59,6 +61,24 @@ class Trial:
         numbers = range(self.causal.fresh_starts)
         cross = self._cross("", NO_MASK, [no_edit()], [numbers])
         return cross, self._join("", NO_MASK, 0, no_edit(), 0), self._prices("", NO_MASK, 0, [(0, no_edit())])
+
+    def undone(self, twin: StableDiffusion) -> list[Undone]:
+        """The triggers as they are, and the fresh attacks that joined masks meet, under more and more of the twin."""
+        memory, bench, records = self.case.memory.id, self.bench, list[Undone]()
+        seed = named_seed("locality taken back", bench.plan.seed)
+        parts = taken_back_parts(self.causal)
+        for chosen in dict.fromkeys(name for name, _ in parts):
+            shares = [share for name, share in parts if name == chosen]
+            for part in taken_back(bench.model, twin, shares, chosen=chosen, seed=seed):
+                key = cell_key("undone", memory, chosen, f"{part.share:g}")
+                found = self._under(key, part.edit, self.triggers, self._joined_numbers(), again=False)
+                back = [int(bench.replicates(found[name]).sum()) for name in ("replay", "fresh")]
+                held = round(part.held, 6)
+                tried = len(self.triggers), self.causal.joined_fresh
+                records.append(
+                    Undone(memory, chosen, part.share, part.edit.size, held, back[0], tried[0], back[1], tried[1])
+                )
+        return records
 
     def single(
         self, method: str, edits: Sequence[WeightMask], others: Sequence[WeightMask]
@@ -114,8 +134,7 @@ class Trial:
         return Cross(memory, method, masks, self.starts, tuple(edit.size for edit in edits), *medians)
 
     def _join(self, method: str, masks: str, number: int, edit: WeightMask, index: int) -> Joined:
-        memory, first = self.case.memory.id, self.causal.fresh_starts
-        numbers = range(first, first + self.causal.joined_fresh)
+        memory, numbers = self.case.memory.id, self._joined_numbers()
         key = cell_key("joined", memory, method, masks, str(index))
         found = self._under(key, edit, gaussian_source(self.bench, []), numbers)
         total = sum(mask.numel() for mask in edit.masks.values())
@@ -124,18 +143,21 @@ class Trial:
             memory, method, masks, number, density, int(self.bench.replicates(found["fresh"]).sum()), len(numbers)
         )
 
-    def _under(self, key: str, edit: WeightMask, triggers: Source, fresh: range) -> dict[str, Tensor]:
-        """Similarities under one mask: `replay` of the triggers, `again` and `fresh` after new attacks; each (n, s).
+    def _joined_numbers(self) -> range:
+        first = self.causal.fresh_starts
+        return range(first, first + self.causal.joined_fresh)
 
-        Fresh starts and the attacks' noises are named by their numbers, so that every mask meets the same ones.
+    def _under(self, key: str, edit: Edit, triggers: Source, fresh: range, *, again: bool = True) -> dict[str, Tensor]:
+        """Similarities under one edit: `replay` of the triggers, `again` and `fresh` after new attacks; each (n, s).
+
+        Fresh starts and the attacks' noises are named by their numbers, so that every edit meets the same ones. If not
+        `again` no trigger is attacked again, and there are no such rows.
         """
+        repeated = len(triggers) if again else 0
         bench, case, plan = self.bench, self.case, self.bench.plan
         new = gaussian_source(bench, self._named("locality fresh start", fresh))
-        starts = torch.cat([triggers.y, new.y])
-        attack_seeds = [
-            *self._named("locality causal", range(len(triggers))),
-            *self._named("locality causal, fresh", fresh),
-        ]
+        starts = torch.cat([triggers.y[:repeated], new.y])
+        attack_seeds = [*self._named("locality causal", range(repeated)), *self._named("locality causal, fresh", fresh)]
         seeds = plan.fresh_seeds(self.causal.seeds)
         inputs = bench.judged_inputs(case, triggers, seeds) | {
             "fresh": new.sha256,
@@ -151,9 +173,10 @@ class Trial:
                 ).at(plan.attack.steps)
                 similar = bench.similarities(case, torch.cat([triggers.y, ends]), seeds)
             names = ("replay", "again", "fresh")
-            return dict(zip(names, similar.split([len(triggers), len(triggers), len(fresh)]), strict=True))
+            return dict(zip(names, similar.split([len(triggers), repeated, len(fresh)]), strict=True))
 
-        return bench.tensors(key, inputs, crossing(plan, self.causal, len(triggers), len(fresh)), compute)
+        rows = crossing(plan, self.causal, len(triggers), len(fresh), again=again)
+        return bench.tensors(key, inputs, rows, compute)
 
     def _named(self, name: str, numbers: range) -> list[int]:
         return [named_seed(name, self.bench.plan.seed, self.case.memory.id, number) for number in numbers]
