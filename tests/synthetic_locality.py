@@ -32,7 +32,9 @@ from dori.locality.records import (
     Probe,
     Search,
     Trigger,
+    Undone,
 )
+from dori.locality.undone import AT_RANDOM, MOST_CHANGED
 
 EVIL = "<script>alert(1)</script>"
 VALUES = [
@@ -182,6 +184,13 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
             Joined("m0", "", NO_MASK, 0, 0.0, 8, 8),
             *(Joined("m0", "Wanda", TRIGGERS, k, 0.1 * k, 4 - 2 * k, 8) for k in (1, 2)),
             *(Joined("m0", "Wanda", RANDOM, k, 0.1 * k, 8, 8) for k in (1, 2)),
+        ),
+        undone=(
+            Undone("m0", MOST_CHANGED, 0.01, 50, 0.4, 5, 6, 3, 8),
+            Undone("m0", MOST_CHANGED, 0.1, 500, 0.7, 0, 6, 0, 8),
+            Undone("m0", MOST_CHANGED, 1.0, 5000, 1.0, 0, 6, 0, 8),
+            Undone("m0", AT_RANDOM, 0.01, 50, 0.01, 6, 6, 8, 8),
+            Undone("m0", AT_RANDOM, 0.1, 500, 0.1, 6, 6, 0, 8),
         ),
         prices=(
             price(NO_MASK, 0, row=0),

@@ -47,7 +47,7 @@ def proven(folder: Path, given: Material, plan: Plan = PLAN, name: str = "advers
     return found
 
 
-@pytest.mark.parametrize("name", ["adversarial", "adversarial-paper"])
+@pytest.mark.parametrize("name", ["adversarial", "adversarial-relapses", "adversarial-paper"])
 def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path, name: str) -> None:
     twin = twin_of(tmp_path)
     given, before = material(tiny, twin), (model_fingerprint(tiny), model_fingerprint(twin))
@@ -177,7 +177,14 @@ def test_names_and_methods_agree() -> None:
     table = arms(method)
     assert made["adversarial-paper"] == method.paper() == table["paper's loss"]
     assert [one.needs_surrogates for one in (method, method.paper())] == [False, True]
-    published = set(ERASERS) - {"adversarial", "adversarial-paper", "ordinary", "concept-ablation", "uce"}
+    published = set(ERASERS) - {
+        "adversarial",
+        "adversarial-relapses",
+        "adversarial-paper",
+        "ordinary",
+        "concept-ablation",
+        "uce",
+    }
     assert all(made[name].steps == 3 * single[name].steps and made[name].tuner.ema_decay == 0 for name in published)
     assert made["siss-as-released"].timesteps == (99, 100) and made["esd"].sampling_steps == 7
     assert made["esd"].tuner.learning_rate == pytest.approx(1e-3)  # published 5e-5, scaled as 1e-5 to 2e-4
@@ -216,7 +223,7 @@ def test_presets_scale_every_rate_alike() -> None:
         assert plan.audit().nemo is None and plan.audit().wandas == ()
 
 
-@pytest.mark.parametrize("name", ["adversarial", "adversarial-paper"])
+@pytest.mark.parametrize("name", ["adversarial", "adversarial-relapses", "adversarial-paper"])
 def test_every_planned_cell_is_made_and_costs_no_more(tiny: StableDiffusion, tmp_path: Path, name: str) -> None:
     own = bench(tmp_path / "run", material(tiny, twin_of(tmp_path)))
     planned, models = proof_costs(own, name), (tiny, *own.material.subjects.twins)

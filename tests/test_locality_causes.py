@@ -4,7 +4,7 @@ import dataclasses
 
 from synthetic_locality import VALUES, cross, price, records
 
-from dori.locality.page import intervened, pruned, verdict
+from dori.locality.page import intervened, pruned, taken_back, verdict
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, WHOLE, Change, Cross, Joined
 
 
@@ -242,3 +242,20 @@ def test_what_no_mask_reaches_is_said() -> None:
     told = "The layers that Wanda prunes hold 0.2 of all that planting changed; no mask there reaches the rest"
     assert told in intervened.ground_truth(known).sentences[-1]
     assert told[:20] not in intervened.ground_truth(dataclasses.replace(found, changes=kinds)).sentences[-1]
+
+
+def test_what_a_twins_weights_stop_is_told_share_by_share() -> None:
+    told = pruned.causal(records()).sentences[-1]
+    most, random = told.split("As many at random: ")
+    assert "1% of the weights (0.40 of the squared difference) leave 5 of 6 triggers as they are and 3 of 8" in most
+    assert "From 10% on nothing is left (of many attacks, up to 0.32 still might)." in most
+    assert "10% of the weights (0.10 of the squared difference) leave 6 of 6 triggers" in random
+    assert "Not even 10% stop all." in random  # no fresh attack succeeds, but the triggers still do
+
+
+def test_one_success_at_a_larger_share_takes_back_what_a_smaller_one_showed() -> None:
+    rows = taken_back.taken_back(records(), "m0", "most changed")
+    assert taken_back.stopping(rows) is rows[1]
+    late = [*rows[:2], dataclasses.replace(rows[2], successes=1)]
+    assert taken_back.stopping(late) is None
+    assert taken_back.stopping([rows[0], dataclasses.replace(rows[1], replayed=1), rows[2]]) is rows[2]

@@ -63,7 +63,16 @@ PLAN = Plan(
     ceiling_seeds=2,
     calibration_prompts=3,
     causal=Causal(
-        memories=1, triggers=2, fresh=1, random=1, other=2, joined_fresh=1, seeds=1, priced=1, quality_prompts=2
+        memories=1,
+        triggers=2,
+        fresh=1,
+        random=1,
+        other=2,
+        joined_fresh=1,
+        taken_back=(0.1, 1.0),
+        seeds=1,
+        priced=1,
+        quality_prompts=2,
     ),
     patch_seeds=1,
     chunk=3,
@@ -221,6 +230,9 @@ def test_the_causal_test_fills_its_matrix_for_the_first_memory_alone(whole: Whol
         *((masks, 1, 0) for masks in ("triggers", "other image", "random", "planted change")),
         *((masks, number, None) for masks in ("triggers", "random", "planted change") for number in (1, 2, 4, 5)),
     }
+    parts = [(u.chosen, u.share) for u in whole.found.undone]
+    assert parts == [("most changed", 0.1), ("most changed", 1.0), ("at random", 0.1)]
+    assert {(u.memory, u.triggers, u.n) for u in whole.found.undone} == {("m2", 2, 1)}
     assert {p.direction for p in whole.found.patches} == {"sufficient", "necessary"}
     assert {p.memory for p in whole.found.patches} == {"m1"}
 

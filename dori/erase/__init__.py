@@ -4,6 +4,7 @@
 TABLES = ("erasers", "ablations", "frontier")
 ERASERS = (
     "adversarial",
+    "adversarial-relapses",
     "adversarial-paper",
     "ordinary",
     "naive-deletion",

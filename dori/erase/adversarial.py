@@ -180,6 +180,10 @@ class AdversarialErasure:
             self, adversarial_weight=1.0, unconditional_weight=0.0, near_weight=0.0, relapse_weight=0.0
         )
 
+    def against_relapses(self) -> "AdversarialErasure":
+        """The same with L_Rel beside; since that costs the rest of the model, L_DM is heavier and neighbours are held."""
+        return dataclasses.replace(self, relapse_weight=1.0, retain_weight=3.0, near_weight=1.0)
+
     def __call__(
         self,
         model: StableDiffusion,

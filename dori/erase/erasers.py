@@ -67,6 +67,7 @@ def eraser(name: str, *, adversarial: AdversarialErasure, memories: int, timeste
     batch, anchors = adversarial.batch, 2 * memories
     table: Mapping[str, Eraser] = {
         "adversarial": adversarial,
+        "adversarial-relapses": adversarial.against_relapses(),
         "adversarial-paper": adversarial.paper(),
         "ordinary": ordinary(adversarial),
         "naive-deletion": each(NaiveDeletion(batch=batch, tuner=tuner)),
@@ -150,5 +151,5 @@ def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         "relapses of 0 updates": dataclasses.replace(relapses, relapse=Relapse(steps=0)),  # their term, without them
         "against relapses, L_DM x 3": dataclasses.replace(relapses, retain_weight=3.0),
         "against relapses, neighbours held": dataclasses.replace(relapses, near_weight=1.0),
-        "against relapses, both": dataclasses.replace(relapses, retain_weight=3.0, near_weight=1.0),
+        "against relapses, both": adversarial.against_relapses(),
     }

@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from dori.locality.page.intervened import patch_shares
 from dori.locality.page.pruned import beside, of_masks, prices, scored
 from dori.locality.page.summary import TOGETHER, Dose, excess_shares
+from dori.locality.page.taken_back import taken_back
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality
+from dori.locality.undone import AT_RANDOM, MOST_CHANGED
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
 from dori.stats import wilson
 
@@ -167,6 +169,38 @@ def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
         axes.set_ylim(min(low, 0.0), high)  # from 0 on, so that a small price looks small
         legend_above(axes)
         return [picture(figure, f"{title} {'; '.join(told)}.")]
+
+
+def undone_figure(found: Locality, memory: str) -> Picture | None:
+    """Triggers and fresh attacks that succeed against the share of weights that have a twin's values."""
+    lines = [(chosen, taken_back(found, memory, chosen)) for chosen in (MOST_CHANGED, AT_RANDOM)]
+    if not lines[0][1]:
+        return None
+    title = f"{memory}: how much of a twin's weights stops the attacks?"
+    shares = sorted({row.share for _, rows in lines for row in rows})
+    with drawing(WIDTH, 3.3, title=title) as figure:
+        axes, told = figure.subplots(), []
+        for (chosen, rows), colour, offset in zip(lines, (ORANGE, GREY), (-0.05, 0.05), strict=True):
+            x = np.array([shares.index(row.share) for row in rows]) + offset
+            fresh = [wilson(row.successes, row.n) for row in rows]
+            axes.errorbar(
+                x,
+                [r.value for r in fresh],
+                bars(fresh),
+                fmt="o-",
+                color=colour,
+                capsize=3,
+                label=f"{chosen}: new attacks",
+            )
+            kept = [row.replayed / row.triggers if row.triggers else math.nan for row in rows]
+            axes.plot(x, kept, "^:", color=colour, label=f"{chosen}: triggers as they are")
+            told.append(f"{chosen}: " + ", ".join(f"{row.share:.0%} {row.successes} of {row.n}" for row in rows))
+        axes.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+        axes.set_xlabel("Share of all weights that have the twin's values")
+        axes.set_ylabel("Share that succeeds")
+        axes.set_ylim(-0.04, 1.04)
+        legend_above(axes)
+        return picture(figure, f"{title} New attacks that succeed, {'; '.join(told)}.")
 
 
 def _numbered(axes: Axes, rows: Sequence[Joined]) -> None:

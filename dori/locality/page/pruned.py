@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from dori.locality.causal import CrossTest, cross_test, enough
 from dori.locality.costs import causal_methods
+from dori.locality.page import taken_back
 from dori.locality.page.summary import EMPTY, Said, left_out, methods, said
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality, Price
 from dori.report.verdict import SPOILED
@@ -106,8 +107,11 @@ def causal(found: Locality) -> Said:
     if not sentences:
         reason = left_out(found, "causal") or open_ or "No memory that it was planned for has two triggers."
         return Said("Not run", (reason,))
+    restored = [
+        line for memory in dict.fromkeys(u.memory for u in found.undone) for line in taken_back.told(found, memory)
+    ]
     title = "; ".join(f"{method}: {' / '.join(dict.fromkeys(said_))}" for method, said_ in words.items())
-    return Said(title, (*sentences, *([open_] if open_ else [])))
+    return Said(title, (*sentences, *restored, *([open_] if open_ else [])))
 
 
 def as_they_are(found: Locality) -> str:

@@ -152,7 +152,9 @@ def _causal(found: Locality) -> Drawn:
     for cross in tested:
         drawn = shown if cross.memory == tested[0].memory else folded
         drawn += [*cause_figures.cross_figures(found, cross), *cause_figures.joined_figures(found, cross)]
-    return shown, folded
+    memories = dict.fromkeys(one.memory for one in found.undone)
+    drawn = [one for memory in memories if (one := cause_figures.undone_figure(found, memory)) is not None]
+    return shown + drawn[:1], folded + drawn[1:]
 
 
 def _patching(found: Locality) -> Drawn:

@@ -1,0 +1,50 @@
+"""What is said of a memory whose model got more and more of a twin's weights: the causal test's positive control."""
+
+from dori.locality.records import Locality, Undone
+from dori.locality.undone import AT_RANDOM, MOST_CHANGED
+from dori.stats import wilson
+
+
+def taken_back(found: Locality, memory: str, chosen: str) -> list[Undone]:
+    """The records of one memory and choice, the smaller shares first."""
+    rows = [row for row in found.undone if (row.memory, row.chosen) == (memory, chosen)]
+    return sorted(rows, key=lambda row: row.share)
+
+
+def stopping(rows: list[Undone]) -> Undone | None:
+    """The smallest share from which on no trigger draws the image and no fresh attack succeeds; None if some do."""
+    still = [index for index, row in enumerate(rows) if row.replayed or row.successes]
+    first = still[-1] + 1 if still else 0
+    return rows[first] if first < len(rows) else None
+
+
+def told(found: Locality, memory: str) -> list[str]:
+    """One sentence a choice of weights, and what follows for the masks."""
+    parts = {chosen: taken_back(found, memory, chosen) for chosen in (MOST_CHANGED, AT_RANDOM)}
+    if not parts[MOST_CHANGED]:
+        return []
+    most = parts[MOST_CHANGED]
+    sentence = (
+        f"{memory}: instead of zero, weights of the whole U-Net get the values that they have in a twin, first those "
+        f"that differ from it most: {_curve(most)}. {_end(most)}"
+    )
+    if random := parts[AT_RANDOM]:
+        sentence += f" As many at random: {_curve(random)}. {_end(random)}"
+    return [sentence]
+
+
+def _curve(rows: list[Undone]) -> str:
+    return "; ".join(
+        f"{row.share:.0%} of the weights ({row.held:.2f} of the squared difference) leave {row.replayed} of "
+        f"{row.triggers} triggers as they are and {row.successes} of {row.n} fresh attacks"
+        for row in rows
+    )
+
+
+def _end(rows: list[Undone]) -> str:
+    end = stopping(rows)
+    if end is None:
+        return f"Not even {rows[-1].share:.0%} stop all."
+    if end.share == 1:
+        return "Only the whole twin stops all."
+    return f"From {end.share:.0%} on nothing is left (of many attacks, up to {wilson(0, end.n).high:.2f} still might)."
