@@ -181,7 +181,7 @@ class AdversarialErasure:
         )
 
     def against_relapses(self) -> "AdversarialErasure":
-        """The same with L_Rel beside; since that costs the rest of the model, L_DM is heavier and neighbours are held."""
+        """The same with L_Rel; since that costs the rest of the model, L_DM is heavier and neighbours are held."""
         return dataclasses.replace(self, relapse_weight=1.0, retain_weight=3.0, near_weight=1.0)
 
     def __call__(
