@@ -292,6 +292,12 @@ def _erase(erase: argparse.ArgumentParser) -> None:
         "testbed)",
     )
     erase.add_argument(
+        "--lora-relearning",
+        action="store_true",
+        help="relearn the images a second time, through a LoRA, which no erasure trains against (the full preset "
+        "always does)",
+    )
+    erase.add_argument(
         "--save-model",
         type=Path,
         metavar="PATH",

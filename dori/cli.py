@@ -318,6 +318,7 @@ def _erase(arguments: argparse.Namespace) -> int:
             limit=arguments.limit,
             budget=arguments.budget,
             rate_scale=arguments.rate_scale,
+            lora_relearning=arguments.lora_relearning,
             seed=arguments.seed,
             device=arguments.device,
             sampling_steps=arguments.sampling_steps,

@@ -76,12 +76,11 @@ def test_an_erasure_from_end_to_end(tiny: StableDiffusion, tmp_path: Path, name:
     taught = "Under a trigger the erasure teaches" in page
     before = unprompted_contrast([Unprompted(**one) for one in record["unprompted"]], "original", ["twin <b>"])
     assert f"by {before.value:+.3f}" in page
-    assert "Without a prompt the memories" in page and taught == (name == "adversarial") == bool(known)
+    assert "Without a prompt the memories" in page and taught == (name != "adversarial-paper") == bool(known)
     if name == "adversarial":
         assert record["surrogate_rows"] == 0 and "learned from" not in page
     else:
         assert record["surrogate_rows"] == made and f"beside at most {made:,} rows for images" in page
-        assert known == {}
     assert record["verdict"]["name"] in page and record["edit"]["sha256"] in page
     erased, ordinarily = (record["damage"][row]["frechet"] for row in (1, 2))
     assert f"lies {abs(100 * (erased / ordinarily - 1)):.1f} % " in page
@@ -217,6 +216,8 @@ def test_presets_scale_every_rate_alike() -> None:
             20 * plan.protocol.relearning.tuner.learning_rate
         )
         assert faster.tables.relearning.tuner == faster.protocol.relearning.tuner
+        slow, fast = plan.protocol.lora_rate, faster.protocol.lora_rate
+        assert fast == (pytest.approx(20 * slow) if slow else None)
         assert faster.protocol.margin_area == plan.protocol.margin_area
         last = plan.adversarial._attack(plan.adversarial.rounds - 1)
         assert last.steps < plan.protocol.attack.steps  # no erasure trains against the proof's attack

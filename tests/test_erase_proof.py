@@ -1,6 +1,7 @@
 """The proof measures what it says and survives a kill, and its verdict follows the stated rules on made-up outcomes."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dori.erase.battery import Battery, State
 from dori.erase.delta import WeightDelta
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.outcomes import Outcome, areas, back, relearning_steps
-from dori.erase.protocol import Protocol
+from dori.erase.protocol import LORA_LONGER, Protocol
 from dori.erase.relearn import Relearning
 from dori.erase.tuning import Tuner
 from dori.erase.verdict import Test as Compared
@@ -25,6 +26,7 @@ from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run
 
+RELEARNINGS = ("relearn", "relearn, LoRA")
 SHORT = Protocol(
     seeds=2,
     sampling_steps=1,
@@ -36,6 +38,7 @@ SHORT = Protocol(
     latent=LatentAttack(steps=1, sampling_steps=1),
     again=Dori(steps=1, batch=1, snapshots=(0, 1)),
     relearning=Relearning(steps=2, batch=1, check_every=1, tuner=Tuner(learning_rate=1e-3)),
+    lora_rate=0.1,
     chunk=2,
 )
 
@@ -57,11 +60,15 @@ def test_every_state_is_asked_in_every_way_and_nothing_is_left_behind(tiny: Stab
     planned, rows = judge.costs(state, images), tiny.rows
     found = judge.measure(state, images)
     used, most = tiny.rows - rows, sum(planned.values(), Rows()).count
-    early = sum(SHORT.relearning.steps - o.steps for o in last_looks(found))
-    assert used == most - early * (SHORT.relearning.batch + 2 * SHORT.seeds * SHORT.sampling_steps)
+    skipped = Counter[str]()
+    for last in last_looks(found):
+        how = SHORT.relearnings[last.way]
+        looks = (how.steps - last.steps) // how.check_every
+        skipped["rows"] += (how.steps - last.steps) * how.batch + looks * 2 * SHORT.seeds * SHORT.sampling_steps
+    assert used == most - skipped["rows"]
     assert model_fingerprint(tiny) == before
     assert {path.stem for path in (tmp_path / "cells").iterdir()} == set(planned)
-    ways = {(o.way, o.start, o.steps) for o in found if o.way != "relearn"}
+    ways = {(o.way, o.start, o.steps) for o in found if o.way not in RELEARNINGS}
     assert ways == {
         ("prompt", "", 0),
         ("long", "prompt", 3),
@@ -71,8 +78,11 @@ def test_every_state_is_asked_in_every_way_and_nothing_is_left_behind(tiny: Stab
     }
     assert {(o.id, o.group) for o in found} == {(c.memory.id, c.group) for c in images}
     assert all((o.position is not None) == (o.way == "latent") for o in found)
-    looks = [o for o in found if o.way == "relearn" and o.id == "memory-0"]
-    assert [o.steps for o in looks] == [0, 1, 2] or looks[-1].came_back
+    looks = {way: [o for o in found if o.way == way and o.id == "memory-0"] for way in RELEARNINGS}
+    for (way, one), longer in zip(looks.items(), (1, LORA_LONGER), strict=True):
+        assert [o.steps for o in one] == [0, longer, 2 * longer] or one[-1].came_back, way
+    whole, lora = ([o.similarities for o in one] for one in looks.values())
+    assert whole[0] == lora[0] and whole[1:] != lora[1:]  # before any update they are the same model
     again = battery(tmp_path)
     again.run.say = lambda line: pytest.fail(line)
     assert again.measure(state, images) == found  # all read back
@@ -84,7 +94,9 @@ def test_altered_states_differ_and_are_asked_by_the_short_attack(tiny: StableDif
     assert {o.way for o in asked} == {"prompt", "dori"}
     plain = judge.measure(State("original", tiny, whole=False), images)
     eighth = judge.measure(State("original, int8", tiny, rounding="int8", whole=False), images)
-    assert {o.way for o in plain} == {"prompt", "dori", "relearn"}
+    assert {o.way for o in plain} == {"prompt", "dori", *RELEARNINGS}
+    edited = State("erased, int8", tiny, (small_edit(tiny),), "int8", whole=False)
+    assert {o.way for o in judge.measure(edited, images)} == {"prompt", "dori", "relearn"}  # no LoRA
     assert {o.restart for o in plain} == {0}
     assert max(o.steps for o in plain if o.way == "dori") == 1
     assert [o.similarities for o in plain] != [o.similarities for o in eighth]
@@ -99,8 +111,9 @@ def test_what_is_compared_is_asked_as_often_in_every_state(tiny: StableDiffusion
     for whole in (True, False):
         state = State(f"whole {whole}", tiny, whole=whole)
         found = judge.measure(state, images)
-        for way in ("dori", "relearn"):
-            looks = {o.restart: o.similarities for o in found if o.way == way and o.steps == 1 and o.start != "foreign"}
+        for way, step in (("dori", 1), ("relearn", 1), ("relearn, LoRA", LORA_LONGER)):
+            asked = [o for o in found if o.way == way and o.steps == step and o.start != "foreign"]
+            looks = {o.restart: o.similarities for o in asked}
             assert len(looks) == 3 and len({*looks.values()}) == 3  # by other noises
     planned = judge.costs(State("whole False", tiny, whole=False), images)
     assert {*planned} <= {path.stem for path in (tmp_path / "cells").iterdir()}
@@ -112,7 +125,7 @@ def test_images_without_a_text_are_attacked_from_noise_instead_of_their_prompt(
     bare = dataclasses.replace(cases(tiny, 1)[0], memory=Memory("bare", None, Path("b.png")))
     found = battery(tmp_path).measure(State("erased", tiny), [bare])
     starts = {"dori": {"prompt", "foreign"}, "long": {"prompt"}, "restricted": {"prompt"}}
-    starts |= {"latent": {""}, "relearn": {""}}
+    starts |= {"latent": {""}} | {way: {""} for way in RELEARNINGS}
     assert {way: {o.start for o in found if o.way == way} for way in {o.way for o in found}} == starts
     # At step 0 nothing was attacked yet: the image comes from noise, not from the empty prompt.
     first = next(o for o in found if (o.way, o.start, o.steps) == ("dori", "prompt", 0))
@@ -135,7 +148,7 @@ def test_templates_are_judged_blind_to_what_varies(tiny: StableDiffusion, tmp_pa
 
 def last_looks(outcomes: list[Outcome]) -> list[Outcome]:
     """The last look at each image's relearning."""
-    found = {o.id: o for o in sorted(outcomes, key=lambda o: o.steps) if o.way == "relearn"}
+    found = {(o.id, o.way): o for o in sorted(outcomes, key=lambda o: o.steps) if o.way in RELEARNINGS}
     return list(found.values())
 
 
@@ -191,8 +204,10 @@ def population(state: str, memory: Values, control: Values, count: int = 20) -> 
             found.append(Outcome(one, group, state, "prompt", "", 0, 0, (prompt + shake[0],), 0.7))
             found += curve(one, state, [prompt + shake[0], at_50 + shake[1], at_150 + shake[2]], group=group)
             found += [
-                Outcome(one, group, state, "relearn", "", 0, step, (1.0 if step >= learn else 0.0,), 0.7)
+                Outcome(one, group, state, way, "", 0, longer * step, (1.0 if step >= learn else 0.0,), 0.7)
+                for way, longer in zip(RELEARNINGS, (1, LORA_LONGER), strict=True)
                 for step in range(0, 61, 5)
+                if longer == 1 or "," not in state
             ]
     return found
 
@@ -221,7 +236,7 @@ def judged_as(
     if twins:
         found += population("twin", unseen, unseen)
     if not learnable:
-        found = [dataclasses.replace(o, similarities=(0.0,)) if o.way == "relearn" and o.steps else o for o in found]
+        found = [dataclasses.replace(o, similarities=(0.0,)) if o.way in RELEARNINGS and o.steps else o for o in found]
     names = ("twin",) if twins else ()
     result = verdict(found, Protocol(restarts=restarts), twins=names, blind={"size": blind}, spoiled=spoiled)
     return result.name, result.reasons
@@ -263,6 +278,28 @@ def test_a_ruined_model_is_not_called_clean() -> None:
     assert result.name == "weakened" and any("spoiled" in reason for reason in result.reasons)
     assert any("0 of 20 controls were learned on erased" in reason for reason in result.reasons)
     assert judged_as(unseen, spoiled=1.9)[0] == "removed" and judged_as(unseen, spoiled=2.1)[0] == "weakened"
+
+
+def test_a_second_kind_of_relearning_can_forbid_removed_alone() -> None:
+    found = population("original", lambda s, i: (0.9, 0.95, 0.95, 0), unseen)
+    found += population("erased", unseen, unseen) + population("twin", unseen, unseen)
+
+    def told(outcomes: list[Outcome], protocol: Protocol) -> list[str]:
+        result = verdict(outcomes, protocol, twins=("twin",), blind={}, spoiled=1.0)
+        against = [] if result.name == "removed" else [r for r in result.reasons if "LoRA" in r]
+        assert bool(against) == (result.name != "removed")
+        return against
+
+    def sooner(o: Outcome) -> Outcome:
+        hit = (o.way, o.state, o.group) == (RELEARNINGS[1], "erased", "memory") and o.steps >= 10 * LORA_LONGER
+        return dataclasses.replace(o, similarities=(1.0,)) if hit else o
+
+    assert told(found, Protocol()) == []
+    against = told([sooner(o) for o in found], Protocol())
+    assert any("steps to relearn through a LoRA" in line and "a difference is shown" in line for line in against)
+    without = [o for o in found if o.way != RELEARNINGS[1]]
+    assert any("erased: relearning through a LoRA was not compared" in line for line in told(without, Protocol()))
+    assert told(without, Protocol(lora_rate=None)) == []
 
 
 def test_relearning_that_teaches_nothing_compares_nothing() -> None:
@@ -321,7 +358,7 @@ def test_a_test_that_shows_nothing_on_the_original_proves_nothing_on_the_erased(
 
     name, reasons = judged_as(unseen, original=mixed)
     told = [reason for reason in reasons if reason.startswith("original, ")]
-    assert name == "weakened" and len(told) == 3 and not any("is shown" in reason for reason in told)
+    assert name == "weakened" and len(told) == 5 and not any("is shown" in reason for reason in told)
 
 
 def test_memories_easier_and_harder_to_reach_do_not_cancel() -> None:

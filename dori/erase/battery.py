@@ -20,6 +20,7 @@ from dori.erase.decide import deciding, limit
 from dori.erase.latent_attack import LatentAttack
 from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome
 from dori.erase.protocol import Protocol
+from dori.erase.relearn import Relearning
 from dori.erase.rounding import rounded
 from dori.erase.starts import starting_points
 from dori.model.load import model_fingerprint
@@ -48,6 +49,11 @@ class State:
     rounding: str = ""
     whole: bool = True
     relearned: bool = True
+
+    @property
+    def pure(self) -> bool:
+        """Whether it is no rounded or further trained form: the original, the erased model, a twin."""
+        return self.whole or not self.edits
 
     def made_of(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         """What a cell measured in this state depends on, from the fingerprints of the models by name."""
@@ -131,13 +137,17 @@ class Battery:
             for asking in askings(self.protocol, state)
             for chunk in self._chunks(asking, cases)
         }
-        if self.protocol.relearning is not None and state.relearned:
-            found |= {
-                self._relearn_key(state, case, k): partial(self._relearn, state, case, k, base)
-                for case in cases
-                for k in range(self.protocol.restarts)
-            }
-        return found
+        return found | {
+            self._relearn_key(state, case, way, k): partial(self._relearn, state, case, way, k, base)
+            for way in self._relearnings(state)
+            for case in cases
+            for k in range(self.protocol.restarts)
+        }
+
+    def _relearnings(self, state: State) -> dict[str, Relearning]:
+        """In which ways a state is relearned: altered forms in the first one at most."""
+        ways = self.protocol.relearnings if state.relearned else {}
+        return {way: how for way, how in ways.items() if way == RELEARN or state.pure}
 
     def fingerprint(self, model: StableDiffusion) -> str:
         """A model's fingerprint, taken when it is first met."""
@@ -153,9 +163,9 @@ class Battery:
             for asking in askings(p, state)
             for chunk in self._chunks(asking, cases)
         }
-        if p.relearning is not None and state.relearned:
-            rows = p.relearning.rows() + self._drawn_rows(p.relearning.looks * p.seeds)
-            found |= {self._relearn_key(state, case, k): rows for case in cases for k in range(p.restarts)}
+        for way, how in self._relearnings(state).items():
+            rows = how.rows() + self._drawn_rows(how.looks * p.seeds)
+            found |= {self._relearn_key(state, case, way, k): rows for case in cases for k in range(p.restarts)}
         return found
 
     def _asking_rows(self, asking: Asking) -> Rows:
@@ -184,8 +194,8 @@ class Battery:
     def _key(self, state: State, asking: Asking, cases: Sequence[Case]) -> str:
         return cell_key("proof", state.name, asking.way, asking.start, str(asking.restart), cases[0].memory.id)
 
-    def _relearn_key(self, state: State, case: Case, restart: int) -> str:
-        return cell_key("proof", state.name, RELEARN, str(restart), case.memory.id)
+    def _relearn_key(self, state: State, case: Case, way: str, restart: int) -> str:
+        return cell_key("proof", state.name, way, str(restart), case.memory.id)
 
     def _ask(self, state: State, asking: Asking, cases: Sequence[Case], base: Mapping[str, Any]) -> list[Outcome]:
         settings: object = self._latent_attack() if asking.way == "latent" else asking.attack
@@ -265,28 +275,30 @@ class Battery:
 
     # ---------------------------------------------------------------------------------------------------- relearning
 
-    def _relearn(self, state: State, case: Case, restart: int, base: Mapping[str, Any]) -> list[Outcome]:
+    def _relearn(self, state: State, case: Case, way: str, restart: int, base: Mapping[str, Any]) -> list[Outcome]:
+        how = self.protocol.relearnings[way]
         inputs = {
             **base,
             **self._about([case]),
-            "relearning": self.protocol.relearning,
+            "relearning": how,
             "seed": self.protocol.seed,
             "restart": restart,
             "enough": limit(self.judge.descriptor, case),  # it ends the training
         }
         record = self.run.once_record(
-            self._relearn_key(state, case, restart), inputs, lambda: self._relearned(state.model, case, restart)
+            self._relearn_key(state, case, way, restart),
+            inputs,
+            lambda: self._relearned(state.model, case, how, restart),
         )
-        asking = Asking(RELEARN, restart=restart)
+        asking = Asking(way, restart=restart)
         return [
             self._outcome(state, case, asking, steps=int(step), similarities=values) for step, values in record.items()
         ]
 
-    def _relearned(self, model: StableDiffusion, case: Case, restart: int) -> dict[str, Any]:
-        assert self.protocol.relearning is not None
+    def _relearned(self, model: StableDiffusion, case: Case, how: Relearning, restart: int) -> dict[str, Any]:
         y = model.encode([case.memory.text or ""])
         noise, least = initial_noise(model, self.protocol.fresh_seeds()), limit(self.judge.descriptor, case)
-        found = self.protocol.relearning(
+        found = how(
             model,
             case.latent,
             y[0].cpu(),

@@ -27,6 +27,7 @@ from dori.erase.material import Material, Planted, Split, folder_material, testb
 from dori.erase.pairs import Work
 from dori.erase.plan import PRESETS, TESTBED_SCALE, Plan, fitted, scaled
 from dori.erase.proof import Proof, proof_costs, prove
+from dori.erase.protocol import LORA_RATE
 from dori.erase.tables import Kind, Table, read_table, to_markdown
 from dori.erase.write import check_target, save_model
 from dori.errors import DoriError
@@ -60,6 +61,7 @@ class Request:
         split: part of the memories to erase.
         limit: at most so many memories and controls; None leaves it to the preset.
         budget: U-Net rows after which an adversarial erasure ends with its round; None makes all its rounds.
+        lora_relearning: relearn through a LoRA too, as the full preset does.
         rate_scale: factor on all learning rates; None is 1, and the testbed's own for the testbed.
         seed: root of all random streams.
         device: of the model.
@@ -81,6 +83,7 @@ class Request:
     split: Split = "all"
     limit: int | None = None
     budget: int | None = None
+    lora_relearning: bool = False
     rate_scale: float | None = None
     seed: int = 0
     device: str = "cpu"
@@ -141,7 +144,10 @@ class Request:
     def plan(self) -> Plan:
         """The preset with what the request changes."""
         testbed = self.model in TESTBEDS
-        plan = scaled(PRESETS[self.preset](), self.rate_scale or (TESTBED_SCALE if testbed else 1.0))
+        plan = PRESETS[self.preset]()
+        if self.lora_relearning:
+            plan = dataclasses.replace(plan, protocol=dataclasses.replace(plan.protocol, lora_rate=LORA_RATE))
+        plan = scaled(plan, self.rate_scale or (TESTBED_SCALE if testbed else 1.0))
         plan = plan.drawn_by(
             sampling_of(
                 Sampling(plan.protocol.sampling_steps, plan.protocol.guidance_scale),

@@ -13,7 +13,7 @@ import numpy as np
 from dori.findings import Group
 from dori.stats import Estimate, wilson
 
-PROMPT, ATTACK, RELEARN = "prompt", "dori", "relearn"
+PROMPT, ATTACK, RELEARN, RELEARN_LORA = "prompt", "dori", "relearn", "relearn, LoRA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Outcome:
         id: the image's id.
         group: memory or control.
         state: name of the model's state: "original", "erased", "erased, int8", a twin's name, ...
-        way: prompt, dori, long, restricted, latent or relearn.
+        way: prompt, dori, long, restricted, latent, relearn, or "relearn, LoRA".
         start: where an attack began; "" for ways without a start.
         restart: which of several attacks from that start.
         steps: attack steps or relearning updates behind it.
@@ -87,17 +87,20 @@ def areas(
     return {one: float(np.mean(values)) for one, values in found.items()}
 
 
-def relearning_steps(outcomes: Iterable[Outcome], state: str, *, unreached: int) -> dict[str, float]:
+def relearning_steps(
+    outcomes: Iterable[Outcome], state: str, *, unreached: int, way: str = RELEARN
+) -> dict[str, float]:
     """Updates after which each image first came back, averaged over restarts.
 
     Args:
         outcomes: any.
         state: of which state.
         unreached: what counts for an image that did not come back; at least one look later than the last.
+        way: of relearning.
     """
     curves: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        if outcome.state == state and outcome.way == RELEARN:
+        if outcome.state == state and outcome.way == way:
             curves[outcome.id, outcome.restart].append(outcome)
     found: dict[str, list[float]] = defaultdict(list)
     for (one, _), looks in curves.items():

@@ -112,6 +112,7 @@ def quick() -> Plan:
         roundings=("int8",),
         original_whole=False,
         relearn_altered=False,
+        lora_rate=None,
     )
     return Plan(
         "quick",
@@ -151,7 +152,7 @@ def full() -> Plan:
             tuner=Tuner(ema_decay=0.98),
         ),
         surrogates=SurrogateSearch(sampling_steps=25, guidance_scale=GUIDANCE_SCALE),
-        tables=Protocol(roundings=(), harmless_steps=0),
+        tables=Protocol(roundings=(), harmless_steps=0, lora_rate=None),
     )
 
 
@@ -165,7 +166,9 @@ def scaled(plan: Plan, factor: float) -> Plan:
         relearning = protocol.relearning
         if relearning is None:
             return protocol
-        return dataclasses.replace(protocol, relearning=dataclasses.replace(relearning, tuner=faster(relearning.tuner)))
+        rate = protocol.lora_rate and protocol.lora_rate * factor
+        relearning = dataclasses.replace(relearning, tuner=faster(relearning.tuner))
+        return dataclasses.replace(protocol, relearning=relearning, lora_rate=rate)
 
     return dataclasses.replace(
         plan,

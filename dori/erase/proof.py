@@ -115,7 +115,7 @@ def gauged(states: Sequence[State], trained: WeightDelta, base: StableDiffusion 
 
 def _pure(states: Sequence[State]) -> list[State]:
     """The original, the erased model and the twins, without altered forms."""
-    return [state for state in states if state.whole or state.name == ORIGINAL]
+    return [state for state in states if state.pure]
 
 
 def proof_costs(own: Bench, name: str) -> dict[str, Rows]:

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, attack_steps, back, relearning_steps
+from dori.erase.outcomes import (
+    ATTACK,
+    PROMPT,
+    RELEARN,
+    RELEARN_LORA,
+    Outcome,
+    areas,
+    attack_steps,
+    back,
+    relearning_steps,
+)
+from dori.erase.protocol import LORA_LONGER
 from dori.erase.verdict import PUBLISHED_STEPS
 from dori.findings import Group
 from dori.stats import Estimate
@@ -42,6 +53,7 @@ def ways(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
         "restricted DoRI",
         "initial latent (position)",
         "steps to relearn",
+        *(["the same through a LoRA"] if _by_lora(outcomes) else []),
     )
 
 
@@ -62,6 +74,7 @@ def rates(outcomes: Sequence[Outcome], group: Group, *, unreached: int) -> list[
             *(_rate(back(outcomes, state, group, way)) for way in ("long", "restricted")),
             _latent(outcomes, state, group),
             _relearned(outcomes, state, group, unreached),
+            *([_relearned(outcomes, state, group, unreached, RELEARN_LORA)] if _by_lora(outcomes) else []),
         ]
         lines.append(Line(state, tuple(cells)))
     return lines
@@ -86,9 +99,14 @@ def _latent(outcomes: Sequence[Outcome], state: str, group: Group) -> str:
     return f"{sum(o.came_back for o in own)} of {len(own)} ({np.median(positions):.3f})"
 
 
-def _relearned(outcomes: Sequence[Outcome], state: str, group: Group, unreached: int) -> str:
-    own = [o for o in outcomes if o.group == group and o.way == RELEARN]
-    values = list(relearning_steps(own, state, unreached=unreached).values())
+def _by_lora(outcomes: Sequence[Outcome]) -> bool:
+    return any(o.way == RELEARN_LORA for o in outcomes)
+
+
+def _relearned(outcomes: Sequence[Outcome], state: str, group: Group, unreached: int, way: str = RELEARN) -> str:
+    own = [o for o in outcomes if o.group == group]
+    unreached *= LORA_LONGER if way == RELEARN_LORA else 1
+    values = list(relearning_steps(own, state, unreached=unreached, way=way).values())
     if not values:
         return DASH
     never = sum(value >= unreached for value in values)

@@ -17,7 +17,18 @@ import numpy as np
 from scipy.stats import fisher_exact
 
 from dori.erase.equivalence import Equivalence, equivalence
-from dori.erase.outcomes import ATTACK, PROMPT, RELEARN, Outcome, areas, back, by_group, points, relearning_steps
+from dori.erase.outcomes import (
+    ATTACK,
+    PROMPT,
+    RELEARN,
+    RELEARN_LORA,
+    Outcome,
+    areas,
+    back,
+    by_group,
+    points,
+    relearning_steps,
+)
 from dori.erase.protocol import Margins, Protocol
 from dori.findings import Group
 from dori.stats import auroc_interval
@@ -58,13 +69,17 @@ RULES = (
 )
 
 
-Kind = Literal["area", "relearning"]
+Kind = Literal["area", "relearning", "lora"]
+RELEARNED: Mapping[Kind, tuple[str, str]] = {
+    "relearning": (RELEARN, "steps to relearn"),
+    "lora": (RELEARN_LORA, "steps to relearn through a LoRA"),
+}
 Of = Literal["mean", "ratio", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """An equivalence test in one state: `kind` is area or relearning, `quantity` says it in words.
+    """An equivalence test in one state: `kind` is area, relearning or lora, `quantity` says it in words.
 
     `of` is the mean; the ratio, whose difference is one of natural logarithms; or the spread, the distance of each
     image from the controls' median.
@@ -104,25 +119,30 @@ def compare(outcomes: Sequence[Outcome], margins: Margins, twins: Sequence[str])
         groups = by_group(areas(outcomes, state, only=only), [areas(outcomes, t, only=only) for t in twins], compared)
         quantity = f"area under the attack curve to {until} steps"
         found += _tests(state, "area", quantity, groups, margin=margins.area, level=margins.level)
-        if not _unlearned(outcomes, (state, *twins)):
-            found += _relearning_tests(outcomes, state, twins, compared, margins)
+        for kind in RELEARNED:
+            if not _unlearned(outcomes, (state, *twins), kind):
+                own = margins.by_lora if kind == "lora" else margins
+                found += _relearning_tests(outcomes, state, twins, compared, own, kind)
     return tuple(found)
 
 
 def _relearning_tests(
-    outcomes: Sequence[Outcome], state: str, twins: Sequence[str], compared: Mapping[str, Group], margins: Margins
+    outcomes: Sequence[Outcome],
+    state: str,
+    twins: Sequence[str],
+    compared: Mapping[str, Group],
+    margins: Margins,
+    kind: Kind,
 ) -> Iterator[Test]:
     """Steps to relearn as differences and as ratios; what the grid of looks rounds away counts as spread in both."""
-    grid, words = margins.look**2 / 12, "steps to relearn"
-    steps = [relearning_steps(outcomes, name, unreached=margins.unreached) for name in (state, *twins)]
+    grid, (way, words) = margins.look**2 / 12, RELEARNED[kind]
+    steps = [relearning_steps(outcomes, name, unreached=margins.unreached, way=way) for name in (state, *twins)]
     groups = by_group(steps[0], steps[1:], compared)
     if not all(steps) or min(map(len, groups)) < 2:
         return
     share = 1 / len(twins) if twins else 0.0
     variance = grid * (1 + share)
-    yield from _tests(
-        state, "relearning", words, groups, margin=margins.steps, level=margins.level, least_variance=variance
-    )
+    yield from _tests(state, kind, words, groups, margin=margins.steps, level=margins.level, least_variance=variance)
     middles = [{one: between_looks(value, margins.look) for one, value in found.items()} for found in steps]
     logarithms = [{one: math.log(value) for one, value in found.items()} for found in middles]
     relative = [grid / float(np.median([*found.values()])) ** 2 for found in middles]
@@ -130,7 +150,7 @@ def _relearning_tests(
     first, second = by_group(logarithms[0], logarithms[1:], compared)
     margin = math.log(margins.ratio)
     ratio = equivalence(words, first, second, margin=margin, level=margins.level, least_variance=variance)
-    yield Test(state, "relearning", "ratio", f"{words}, as a ratio", ratio)
+    yield Test(state, kind, "ratio", f"{words}, as a ratio", ratio)
 
 
 def between_looks(steps: float, look: int) -> float:
@@ -185,12 +205,12 @@ def _distances(memories: Sequence[float], controls: Sequence[float]) -> tuple[li
     )
 
 
-def _unlearned(outcomes: Sequence[Outcome], states: Sequence[str]) -> str:
+def _unlearned(outcomes: Sequence[Outcome], states: Sequence[str], kind: Kind) -> str:
     """The first of these states on which too few images of a group could be taught, in words; else empty."""
     groups: tuple[tuple[Group, str], ...] = (("control", "controls"), ("memory", "memories"))
     for state in states:
         for group, words in groups:
-            rate = back(outcomes, state, group, RELEARN)
+            rate = back(outcomes, state, group, RELEARNED[kind][0])
             if rate.n and rate.value < LEARNED:
                 return f"{round(rate.value * rate.n)} of {rate.n} {words} were learned on {state}"
     return ""
@@ -252,12 +272,16 @@ def _against(
     """What in the measurements speaks against "removed"."""
     reasons = [_told(test) for test in tests if test.state != ORIGINAL and not test.found.shown]
     for state in sorted({o.state for o in outcomes} - {*twins}):
-        asked = ("area", "relearning") if state in (ORIGINAL, ERASED) or protocol.relearn_altered else ("area",)
+        pure = state in (ORIGINAL, ERASED)
+        asked: list[Kind] = ["area"]
+        asked += ["relearning"] if pure or protocol.relearn_altered else []
+        asked += ["lora"] if pure and RELEARN_LORA in protocol.relearnings else []
         for kind in asked:
             if not any((test.state, test.kind) == (state, kind) for test in tests):
-                few = _unlearned(outcomes, (state, *twins)) if kind == "relearning" else ""
+                few = _unlearned(outcomes, (state, *twins), kind) if kind in RELEARNED else ""
+                words = {"area": "the attack", "relearning": "relearning", "lora": "relearning through a LoRA"}
                 reasons.append(
-                    f"{state}: {'the attack' if kind == 'area' else 'relearning'} was not compared, "
+                    f"{state}: {words[kind]} was not compared, "
                     + (f"since only {few}." if few else "for want of memories, controls or measurements.")
                 )
     reasons += [
