@@ -224,6 +224,20 @@ def test_presets_scale_every_rate_alike() -> None:
         assert plan.audit().nemo is None and plan.audit().wandas == ()
 
 
+def test_the_quick_preset_relearns_through_a_lora_on_request() -> None:
+    plain, asked = (Request("testbed", Path("x"), lora_relearning=on).plan().protocol for on in (False, True))
+    assert list(plain.relearnings) == ["relearn"] and list(asked.relearnings) == ["relearn", "relearn, LoRA"]
+    whole, lora = asked.relearnings.values()
+    assert lora.tuner.part == "lora" and lora.tuner.learning_rate == pytest.approx(3 * whole.tuner.learning_rate)
+    assert (lora.steps, lora.check_every, lora.looks) == (4 * whole.steps, 4 * whole.check_every, whole.looks)
+    usual, longer = asked.margins, asked.margins.by_lora
+    assert (longer.steps, longer.unreached, longer.look) == (4 * usual.steps, 4 * usual.unreached, 4 * usual.look)
+    assert (longer.ratio, longer.area, longer.level) == (usual.ratio, usual.area, usual.level)
+    assert list(PRESETS["full"]().protocol.relearnings) == ["relearn", "relearn, LoRA"]
+    with pytest.raises(DoriError, match="leave out --lora-relearning or --table"):
+        Request("testbed", Path("x"), lora_relearning=True, table="erasers")
+
+
 @pytest.mark.parametrize("name", ["adversarial", "adversarial-relapses", "adversarial-paper"])
 def test_every_planned_cell_is_made_and_costs_no_more(tiny: StableDiffusion, tmp_path: Path, name: str) -> None:
     own = bench(tmp_path / "run", material(tiny, twin_of(tmp_path)))

@@ -113,6 +113,8 @@ class Request:
             )
         if self.save_model is not None and self.table is not None:
             raise DoriError("a table has no single model to write; leave out --save-model or --table")
+        if self.lora_relearning and self.table is not None:
+            raise DoriError("tables relearn in one way; leave out --lora-relearning or --table")
         if self.table is not None and self.eraser != DEFAULT:
             raise DoriError(
                 f"--table {self.table} has its own erasers and would not heed --eraser {self.eraser}; "
