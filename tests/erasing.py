@@ -106,7 +106,7 @@ PLAN = Plan(
     watch_seeds=1,
 )
 PLAN = dataclasses.replace(
-    PLAN, tables=dataclasses.replace(PLAN.protocol, starts=("prompt", "gaussian"), harmless_steps=0)
+    PLAN, tables=dataclasses.replace(PLAN.protocol, starts=("prompt", "gaussian"), harmless_steps=0, lora_rate=None)
 )
 
 

@@ -128,7 +128,7 @@ def test_memories_without_texts_are_erased_by_those_erasers_that_can(
     code, found, _ = status(run(given, tmp_path / "run", memories="bare"), capsys)
     outcomes = json.loads((tmp_path / "run" / "proof.json").read_text())["outcomes"]
     assert code == 0 and "verdict: " in found
-    assert {o["way"] for o in outcomes if o["state"] == "erased"} == {"dori", "latent", "relearn"}
+    assert {o["way"] for o in outcomes if o["state"] == "erased"} == {"dori", "latent", "relearn", "relearn, LoRA"}
     code, _, said = status(run(given, tmp_path / "other", "--eraser", "uce", memories="bare"), capsys)
     assert code == 2 and "'bare-0' has no text" in said
 
