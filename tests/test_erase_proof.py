@@ -95,6 +95,7 @@ def test_altered_states_differ_and_are_asked_by_the_short_attack(tiny: StableDif
     plain = judge.measure(State("original", tiny, whole=False), images)
     eighth = judge.measure(State("original, int8", tiny, rounding="int8", whole=False), images)
     assert {o.way for o in plain} == {"prompt", "dori", *RELEARNINGS}
+    assert {o.way for o in eighth} == {"prompt", "dori", "relearn"}  # a rounded form
     edited = State("erased, int8", tiny, (small_edit(tiny),), "int8", whole=False)
     assert {o.way for o in judge.measure(edited, images)} == {"prompt", "dori", "relearn"}  # no LoRA
     assert {o.restart for o in plain} == {0}

@@ -53,7 +53,7 @@ class State:
     @property
     def pure(self) -> bool:
         """Whether it is no rounded or further trained form: the original, the erased model, a twin."""
-        return self.whole or not self.edits
+        return self.whole or not (self.edits or self.rounding)
 
     def made_of(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         """What a cell measured in this state depends on, from the fingerprints of the models by name."""

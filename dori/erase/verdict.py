@@ -70,6 +70,7 @@ RULES = (
 
 
 Kind = Literal["area", "relearning", "lora"]
+ASKED: Mapping[Kind, str] = {"area": "the attack", "relearning": "relearning", "lora": "relearning through a LoRA"}
 RELEARNED: Mapping[Kind, tuple[str, str]] = {
     "relearning": (RELEARN, "steps to relearn"),
     "lora": (RELEARN_LORA, "steps to relearn through a LoRA"),
@@ -279,9 +280,8 @@ def _against(
         for kind in asked:
             if not any((test.state, test.kind) == (state, kind) for test in tests):
                 few = _unlearned(outcomes, (state, *twins), kind) if kind in RELEARNED else ""
-                words = {"area": "the attack", "relearning": "relearning", "lora": "relearning through a LoRA"}
                 reasons.append(
-                    f"{state}: {words[kind]} was not compared, "
+                    f"{state}: {ASKED[kind]} was not compared, "
                     + (f"since only {few}." if few else "for want of memories, controls or measurements.")
                 )
     reasons += [
