@@ -46,22 +46,11 @@ from dori.audit.plan import Start
 from dori.cost import Rows
 from dori.erase.course import load_state, store_state
 from dori.erase.delta import WeightDelta, making
-from dori.erase.pairs import (
-    Forget,
-    Pairs,
-    Work,
-    denoising_losses,
-    even_rows,
-    former_losses,
-    memory_batch,
-    noised,
-    ordinary_batch,
-    step_generator,
-    surrogate_pairs,
-)
+from dori.erase.pairs import Forget, Pairs, Work, step_generator
 from dori.erase.relapse import Relapse
 from dori.erase.starts import starting_points
-from dori.erase.tuning import RowLosses, Tuned, Tuner, tuning
+from dori.erase.terms import TERMS, Lesson
+from dori.erase.tuning import Tuned, Tuner, tuning
 from dori.erase.unprompted import NOISES, without_prompt
 from dori.erase.watch import Watch
 from dori.model.stable_diffusion import StableDiffusion
@@ -258,7 +247,7 @@ class AdversarialErasure:
         return sum((self._round_rows(number, memories, watch) for number in range(self.rounds)), first)
 
     def _round_rows(self, number: int, memories: int, watch: Watch | None) -> Rows:
-        rows, terms = self.steps_per_round * self.batch, sum(weight != 0 for _, weight in self._weights())
+        rows, terms = self.steps_per_round * self.batch, sum(weight != 0 for weight in self._weights().values())
         asked = (self.unconditional_weight, self.near_weight, self.relapse_weight)  # terms that ask the model as it was
         found = Rows(rows * sum(weight != 0 for weight in asked), trained=rows * terms)
         if self.relapse_weight:
@@ -271,15 +260,9 @@ class AdversarialErasure:
 
     # ------------------------------------------------------------------------------------------------------ a round
 
-    def _weights(self) -> tuple[tuple[str, float], ...]:
-        """The terms with their weights, in the order in which they draw."""
-        return (
-            ("adversarial", self.adversarial_weight),
-            ("retain", self.retain_weight),
-            ("unconditional", self.unconditional_weight),
-            ("near", self.near_weight),
-            ("relapse", self.relapse_weight),
-        )
+    def _weights(self) -> dict[str, float]:
+        """Of each term."""
+        return {name: getattr(self, f"{name}_weight") for name in TERMS}
 
     def _searches(self, number: int) -> bool:
         return self.search_rounds is None or number < self.search_rounds
@@ -295,13 +278,13 @@ class AdversarialErasure:
                 self._search(task, progress, visited)
             if watch is not None:
                 self._look(task, watch, progress, visited)
+        lesson = Lesson(task.tuned, task.memories, task.retain, progress.triggers, visited, self.batch, self.prompt_too)
         steps = range(number * self.steps_per_round, (number + 1) * self.steps_per_round)
         losses, change = dict[str, float](), dict[str, Tensor]()
         for step in steps:
             if self.relapse_weight and (step - steps.start) % self.relapse.every == 0:
                 change = self.relapse(task.tuned, task.memories, self.batch, seed=task.seed, step=step)
-            generator = step_generator("adversarial", task.seed, step)
-            losses = self._step(task, progress.triggers, visited, change, generator)
+            losses = self._step(lesson, change, step_generator("adversarial", task.seed, step))
         record: dict[str, Any] = {
             "round": number + 1,
             "visited": len(visited),
@@ -360,70 +343,19 @@ class AdversarialErasure:
         reached = torch.stack(found).amax(0).to(task.model.device)
         progress.last[which] = task.work.processes.of_first(reached).cpu()
 
-    def _step(
-        self,
-        task: _Task,
-        triggers: Tensor,
-        visited: Sequence[int],
-        change: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, float]:
+    def _step(self, lesson: Lesson, change: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, float]:
         """One update on L, `change` leading to the relapsed weights; returns each term's loss, 0 if it is left out."""
-        model, tuned, memories = task.model, task.tuned, task.memories
-
-        def surrogate() -> RowLosses:
-            which, embeddings = self._asked(memories, triggers, visited, generator)
-            latents, _ = surrogate_pairs(memories, memories.embeddings, which, generator)
-            return denoising_losses(model, noised(model, latents, embeddings, generator))
-
-        def ordinary() -> RowLosses:
-            return denoising_losses(model, ordinary_batch(model, task.retain, self.batch, generator))
-
-        def unconditional() -> RowLosses:
-            which, embeddings = self._asked(memories, triggers, visited, generator)
-            batch = noised(model, memories.latents[which].float(), embeddings, generator)
-            return former_losses(tuned, batch, model.encode([""]))
-
-        def near() -> RowLosses:
-            held = memories.need_near()
-            which = torch.randint(len(held), (self.batch,), generator=generator)
-            batch = noised(model, held.latents[which].float(), held.embeddings[which].float(), generator)
-            return former_losses(tuned, batch, batch.embeddings)
-
-        def relapse() -> RowLosses:
-            return former_losses(tuned, memory_batch(model, memories, self.batch, generator), model.encode([""]))
-
-        terms = {
-            "adversarial": surrogate,
-            "retain": ordinary,
-            "unconditional": unconditional,
-            "near": near,
-            "relapse": relapse,
-        }
+        tuned = lesson.tuned
         total, losses = [torch.zeros_like(weight) for weight in tuned.weights.values()], dict[str, float]()
-        for name, weight in self._weights():
+        for name, weight in self._weights().items():
             losses[name] = 0.0
             if weight:
                 with tuned.moved(change if name == "relapse" else {}):
-                    gradient, losses[name] = tuned.gradient(terms[name](), self.batch)
+                    gradient, losses[name] = tuned.gradient(TERMS[name](lesson, generator), self.batch)
                 for sum_, part in zip(total, gradient, strict=True):
                     sum_.add_(part, alpha=weight)
         tuned.update(total)
         return losses
-
-    def _asked(
-        self, memories: Forget, triggers: Tensor, visited: Sequence[int], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Memories, as even as possible, and for each one of its triggers, or its prompt, drawn at random.
-
-        A memory without a text has no prompt: asked by the empty one it would be held where it is.
-        """
-        which = torch.tensor(list(visited))[even_rows(len(visited), self.batch, generator)]
-        kinds = torch.randint(len(triggers) + self.prompt_too, (self.batch,), generator=generator)
-        silent = torch.tensor([memories.texts[i] is None for i in which.tolist()])
-        kinds = torch.where(silent, kinds % len(triggers), kinds)
-        found = triggers[kinds.clamp(max=len(triggers) - 1), which]
-        return which, torch.where((kinds == len(triggers))[:, None, None], memories.embeddings[which].float(), found)
 
     # -------------------------------------------------------------------------------------------------- end, resume
 
@@ -437,7 +369,7 @@ class AdversarialErasure:
         costs = [self._round_rows(number, len(task.memories), task.watch).weight for number in range(self.rounds)]
         done, left = sum(costs[first : progress.round]), sum(costs[progress.round :])
         remaining = f", at most about {duration(took_s * left / done)} left" if left and done else ""
-        losses = ", ".join(f"{name} {record[name]:.4f}" for name, weight in self._weights() if weight)
+        losses = ", ".join(f"{name} {record[name]:.4f}" for name, weight in self._weights().items() if weight)
         return (
             f"erasing: round {progress.round}/{self.rounds}, losses: {losses}{held}, {progress.rows} U-Net "
             f"rows{remaining}"
