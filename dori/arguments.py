@@ -249,28 +249,7 @@ def _erase(erase: argparse.ArgumentParser) -> None:
     _clip(erase)
     _judging(erase)
     erase.add_argument("--eraser", choices=ERASERS, default=DEFAULT)
-    erase.add_argument(
-        "--table",
-        choices=TABLES,
-        help="instead of one erasure: every eraser, every arm of the ablation, or the frontier of removal against "
-        "damage, under every attack",
-    )
-    erase.add_argument(
-        "--row",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="make only this row of the table; repeat it for several, which are made in this order",
-    )
-    erase.add_argument(
-        "--take",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="TABLE.JSON",
-        help="take the rows of this table, made elsewhere of the same images by the same settings, instead of making "
-        "them; repeatable",
-    )
+    _tables(erase)
     erase.add_argument(
         "--split",
         choices=("all", "tune", "test"),
@@ -302,6 +281,31 @@ def _erase(erase: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="write the erased model too: a folder, or a .safetensors file if MODEL is one",
+    )
+
+
+def _tables(erase: argparse.ArgumentParser) -> None:
+    erase.add_argument(
+        "--table",
+        choices=TABLES,
+        help="instead of one erasure: every eraser, every arm of the ablation, or the frontier of removal against "
+        "damage, under every attack",
+    )
+    erase.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="make only this row of the table; repeat it for several, which are made in this order",
+    )
+    erase.add_argument(
+        "--take",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="TABLE.JSON",
+        help="take the rows of this table, made elsewhere of the same images by the same settings, instead of making "
+        "them; repeatable",
     )
 
 
