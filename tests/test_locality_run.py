@@ -233,6 +233,8 @@ def test_the_causal_test_fills_its_matrix_for_the_first_memory_alone(whole: Whol
     parts = [(u.chosen, u.share) for u in whole.found.undone]
     assert parts == [("most changed", 0.1), ("most changed", 1.0), ("at random", 0.1)]
     assert {(u.memory, u.triggers, u.n) for u in whole.found.undone} == {("m2", 2, 1)}
+    likeness = [u.to_unedited for u in whole.found.undone]
+    assert None not in likeness and likeness[0] != likeness[1]
     assert {p.direction for p in whole.found.patches} == {"sufficient", "necessary"}
     assert {p.memory for p in whole.found.patches} == {"m1"}
 

@@ -198,6 +198,8 @@ def _causal(
             cell_key("undone", memory, chosen, f"{share:g}"),
             crossing(plan, causal, causal.triggers, causal.joined_fresh, again=False),
         )
+        if memory == sizes.memories[0][0]:  # the same for every memory
+            yield from _price(plan, sizes, taken_back_name(chosen, share))
     for method in causal_methods(methods):
         for masks, count in ((TRIGGERS, causal.triggers), (RANDOM, causal.random), (OTHER_MASKS, others)):
             for row in range(count):
@@ -221,6 +223,11 @@ def _price(plan: "Plan", sizes: Sizes, name: str) -> Iterator[tuple[str, Rows]]:
     """What one edit costs on ordinary prompts, where there are two."""
     if sizes.quality > 1:
         yield quality_key(QUALITY, name), drawing(plan, sizes.quality)
+
+
+def taken_back_name(chosen: str, share: float) -> str:
+    """An edit that takes weights back as its price's cell names it."""
+    return f"{chosen} {share:g} taken back"
 
 
 def taken_back_parts(causal: "Causal") -> list[tuple[str, float]]:

@@ -236,6 +236,7 @@ class Undone:
 
     `weights` of them differ at all, and hold the share `held` of the squared difference from the twin. Of `triggers`
     `replayed` still draw the image as they are, and of `n` fresh attacks (those that joined masks meet) `successes` do.
+    What that costs on ordinary prompts is told as of a `Price`, and is the same in every memory's record.
     """
 
     memory: str
@@ -247,6 +248,10 @@ class Undone:
     triggers: int
     successes: int
     n: int
+    frechet: float | None = None
+    kernel: float | None = None
+    alignment: float | None = None
+    to_unedited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

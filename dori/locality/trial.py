@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dori.audit.judge import Case
-from dori.audit.quality import ordinary_quality
+from dori.audit.quality import Quality, ordinary_quality
 from dori.edit import Edit, WeightMask, no_edit
 from dori.locality.bench import Bench, Source
 from dori.locality.causal import joined
-from dori.locality.costs import QUALITY, crossing, drawing, price_name, taken_back_parts
+from dori.locality.costs import QUALITY, crossing, drawing, price_name, taken_back_name, taken_back_parts
 from dori.locality.plan import Causal
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Price, Undone, known
 from dori.locality.triggers import gaussian_source
@@ -75,8 +75,21 @@ class Trial:
                 back = [int(bench.replicates(found[name]).sum()) for name in ("replay", "fresh")]
                 held = round(part.held, 6)
                 tried = len(self.triggers), self.causal.joined_fresh
+                # the same for every memory, so its name has none
+                price = self._quality([dataclasses.replace(part.edit, name=taken_back_name(chosen, part.share))])
                 records.append(
-                    Undone(memory, chosen, part.share, part.edit.size, held, back[0], tried[0], back[1], tried[1])
+                    Undone(
+                        memory,
+                        chosen,
+                        part.share,
+                        part.edit.size,
+                        held,
+                        back[0],
+                        tried[0],
+                        back[1],
+                        tried[1],
+                        *(_figures(price[-1]) if price else ()),
+                    )
                 )
         return records
 
@@ -193,34 +206,43 @@ class Trial:
             given: row in its `Cross`, None of joined ones, and edit.
             first: place of the first of them among those of its kind.
         """
-        bench, memory = self.bench, self.case.memory.id
+        if not given:
+            return []
+        memory, held = self.case.memory.id, self.held_out is not None
         named = [
             dataclasses.replace(edit, name=price_name(memory, method, masks, index, joined=row is None))
             for index, (row, edit) in enumerate(given, first)
             if masks != NO_MASK
         ]
+        found = self._quality(named)
+        return [
+            Price(memory, method, masks, number, row, own.prompts, held, *_figures(own))
+            for (row, _), own in zip(given, found[len(found) - len(given) :], strict=bool(found))
+        ]
+
+    def _quality(self, edits: Sequence[Edit]) -> tuple[Quality, ...]:
+        """Rows of the whole model and of each edit on ordinary prompts; none where there are not two prompts."""
+        bench = self.bench
         found = ordinary_quality(
             bench.model,
             bench.plan.judging(),
             bench.judge,
             bench.run,
-            edits=[no_edit(), *named],
+            edits=[no_edit(), *edits],
             prompts=self.prompts,
             base={"model": bench.fingerprint, "judge": bench.judged_by},
             held_out=self.held_out,
             stage=QUALITY,
         )
-        if not found:
-            return []
-        held = self.held_out is not None
-        times = len(given) + (masks == NO_MASK and not held)  # a second time as the reference
-        bench.count(QUALITY, drawing(bench.plan, len(self.prompts) * times))
-        prices = []
-        for (row, _), own in zip(given, found[len(found) - len(given) :], strict=True):
-            values = (own.frechet, own.kernel, own.alignment, own.to_unedited)
-            figures = [None if value is None else known(value) for value in values]
-            prices.append(Price(memory, method, masks, number, row, own.prompts, held, *figures))
-        return prices
+        if found:  # the whole model is drawn once, and a second time where it is its own reference
+            times = len(edits) or 1 + (self.held_out is None)
+            bench.count(QUALITY, drawing(bench.plan, len(self.prompts) * times))
+        return found
+
+
+def _figures(row: Quality) -> list[float | None]:
+    values = (row.frechet, row.kernel, row.alignment, row.to_unedited)
+    return [None if value is None else known(value) for value in values]
 
 
 def _medians(similarity: Tensor) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from dori.locality.causal import CrossTest, cross_test, enough
 from dori.locality.costs import causal_methods
 from dori.locality.page import taken_back
+from dori.locality.page.priced import DISTANCES, dearness, distances
 from dori.locality.page.summary import EMPTY, Said, left_out, methods, said
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality, Price
 from dori.report.verdict import SPOILED
@@ -271,17 +272,6 @@ def prices(found: Locality, cross: Cross, masks: str, *, single: bool) -> list[P
     return rows if masks == NO_MASK else [p for p in rows if (p.row is not None) == single]
 
 
-def dearness(price: Price, bare: Price) -> float | None:
-    """How many times further from the references the images of ordinary prompts lie than without a mask.
-
-    By whichever distance grows more: Fréchet's, most of which is the small sample's bias, and the kernel distance,
-    which has none but vanishes where the unedited model's own images are the reference.
-    """
-    pairs = [(price.frechet, bare.frechet)] + [(price.kernel, bare.kernel)] * price.held_out
-    found = [after / before for after, before in pairs if after is not None and before is not None and before > 0]
-    return max(found) if found else None
-
-
 def too_dear(found: Locality, cross: Cross) -> str:
     """Why a mask that stops attacks shows nothing: it spoils the model, or nobody knows; empty where it does not."""
     bare = prices(found, cross, NO_MASK, single=True)
@@ -296,18 +286,11 @@ def _single_price(found: Locality, cross: Cross) -> str:
     bare, mine = prices(found, cross, NO_MASK, single=True), prices(found, cross, TRIGGERS, single=True)
     if not bare or not mine:
         return ""
-    told = [f"{_distances(bare)} without a mask, {_distances(mine)} with one of {len(mine)} triggers'"]
+    told = [f"{distances(bare)} without a mask, {distances(mine)} with one of {len(mine)} triggers'"]
     for masks, name in ((RANDOM, "a random one"), (OTHER_MASKS, "another image's"), (PLANTED, "the planted change's")):
         if others := prices(found, cross, masks, single=True):
-            told.append(f"{_distances(others)} with {name}")
-    return f" Ordinary prompts (kernel distance, Fréchet, likeness to the unmasked; medians): {'; '.join(told)}."
-
-
-def _distances(rows: Sequence[Price]) -> str:
-    """Medians of the three figures."""
-    columns = [(p.kernel, p.frechet, p.to_unedited) for p in rows]
-    known = [[value for value in column if value is not None] for column in zip(*columns, strict=True)]
-    return " / ".join(f"{median(values):.3g}" if values else "–" for values in known)
+            told.append(f"{distances(others)} with {name}")
+    return f" Ordinary prompts ({DISTANCES} to the unmasked; medians): {'; '.join(told)}."
 
 
 # ------------------------------------------------------------------------------------------------------- joined masks
@@ -350,9 +333,9 @@ def _price(found: Locality, cross: Cross, rows: list[Joined]) -> str:
     )
     if not bare or not mine:
         return ""
-    as_large = f", {_distances(random)} under random masks as large" if random else ""
-    as_large += f", {_distances(planted)} under those of the planted change" if planted else ""
+    as_large = f", {distances(random)} under random masks as large" if random else ""
+    as_large += f", {distances(planted)} under those of the planted change" if planted else ""
     return (
-        f", at the price of {_distances(mine)} on ordinary prompts (kernel distance, Fréchet, likeness; "
-        f"{_distances(bare)} without a mask{as_large})"
+        f", at the price of {distances(mine)} on ordinary prompts ({DISTANCES}; "
+        f"{distances(bare)} without a mask{as_large})"
     )

@@ -1,6 +1,7 @@
 """What is said of a memory whose model got more and more of a twin's weights: the causal test's positive control."""
 
-from dori.locality.records import Locality, Undone
+from dori.locality.page.priced import DISTANCES, distances
+from dori.locality.records import NO_MASK, Locality, Undone
 from dori.locality.undone import AT_RANDOM, MOST_CHANGED
 from dori.stats import wilson
 
@@ -30,7 +31,18 @@ def told(found: Locality, memory: str) -> list[str]:
     )
     if random := parts[AT_RANDOM]:
         sentence += f" As many at random: {_curve(random)}. {_end(random)}"
-    return [sentence]
+    return [sentence + _price(found, memory, most)]
+
+
+def _price(found: Locality, memory: str, rows: list[Undone]) -> str:
+    bare = [p for p in found.prices if p.memory == memory and p.masks == NO_MASK]
+    end = stopping(rows)
+    if end is None or end.to_unedited is None or not bare:
+        return ""
+    told = [f"{distances(bare)} as the model is", f"{distances([end])} with those {end.share:.0%}"]
+    if end is not rows[-1]:
+        told.append(f"{distances(rows[-1:])} with {rows[-1].share:.0%}")
+    return f" Ordinary prompts ({DISTANCES}): {', '.join(told)}."
 
 
 def _curve(rows: list[Undone]) -> str:
