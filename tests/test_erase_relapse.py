@@ -8,9 +8,10 @@ from erasing import forget, retain
 
 from dori.attack.dori import Dori
 from dori.erase.adversarial import AdversarialErasure
+from dori.erase.delta import CannotErase
 from dori.erase.pairs import denoising_errors, denoising_losses, memory_batch, step_generator
 from dori.erase.relapse import Relapse
-from dori.erase.tuning import Tuner, tuning
+from dori.erase.tuning import Tuner, chosen, tuning
 from dori.model.stable_diffusion import StableDiffusion
 
 ALONE = AdversarialErasure(  # the relapse's term and no other
@@ -59,6 +60,27 @@ def test_its_first_step_is_adams_along_the_sign_of_the_gradient(tiny: StableDiff
             seen += int(large.sum())
             assert torch.allclose(part[large], -4e-3 * grad[large].sign(), rtol=1e-2)
     assert seen > 100
+
+
+def test_a_relapse_through_a_lora_learns_the_memories_by_low_rank_changes_of_attention(tiny: StableDiffusion) -> None:
+    memories, relapse = forget(tiny), Relapse(steps=40, rate=30.0, part="lora")
+    asked = memory_batch(tiny, memories, 96, torch.Generator().manual_seed(9))
+    before = {name: value.clone() for name, value in tiny.unet.state_dict().items()}
+    known = float(denoising_errors(tiny, asked).mean())
+    with tuning(tiny, Tuner(learning_rate=2e-3, rank=2)) as tuned:
+        change, again, other = (relapse(tuned, memories, 6, seed=0, step=step) for step in (4, 4, 5))
+        assert all(torch.equal(value, before[name]) for name, value in tiny.unet.state_dict().items())
+        assert all(torch.equal(again[name], part) for name, part in change.items())
+        assert any(not torch.equal(other[name], part) for name, part in change.items())
+        assert set(change) == set(chosen(tiny, "lora")) < set(tuned.weights)
+        assert {int(torch.linalg.matrix_rank(part.double(), rtol=1e-4)) for part in change.values()} <= {0, 1, 2}
+        with tuned.moved(change):
+            assert float(denoising_errors(tiny, asked).mean()) < 0.9 * known
+    with (
+        tuning(tiny, Tuner(part="not_cross_attention")) as tuned,
+        pytest.raises(CannotErase, match="no relapse of the part 'cross_attention' lies"),
+    ):
+        Relapse(part="cross_attention")(tuned, memories, 6, seed=0, step=0)
 
 
 def test_the_loss_is_asked_on_relapsed_weights_and_the_step_taken_from_the_current_ones(tiny: StableDiffusion) -> None:

@@ -7,14 +7,16 @@ apart, and the loss is asked there while the step is taken on theta (first order
 the paper; erasing language models against one normalized step of this kind: sharpness-aware unlearning (2502.05374).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from dori.cost import Rows
+from dori.erase.delta import CannotErase
 from dori.erase.pairs import Forget, denoising_losses, memory_batch, step_generator
-from dori.erase.tuning import Tuned
+from dori.erase.tuning import Part, Tuned, begun, chosen
+from dori.sampling import named_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,15 @@ class Relapse:
     Args:
         steps: updates of each relapse, without clip and decay; 0 leaves the weights where they are.
         every: updates of the erasure for which one relapse serves, >= 1; a new round always begins with a new one.
-        rate: its learning rate in multiples of the erasure's. Whole weights move by it, in a LoRA's training too.
+        rate: its learning rate in multiples of the erasure's.
+        part: what moves: all weights that the erasure moves, which "full" stands for, or those of another part among
+            them. A LoRA begins anew in every relapse; an erasure that moves one itself changes its attention weights.
     """
 
     steps: int = 10
     every: int = 10
     rate: float = 2.5
+    part: Part = "full"
 
     def rows(self, updates: int, batch: int) -> Rows:
         """U-Net rows of the relapses beside so many updates of one round."""
@@ -47,19 +52,23 @@ class Relapse:
             step: the erasure's, which names their stream.
 
         Raises:
-            CannotErase: it diverged.
+            CannotErase: it diverged, or the erasure moves none of its part.
         """
-        before = {name: weight.detach() for name, weight in tuned.weights.items()}  # `showing` leaves their numbers
-        after = {name: weight.clone() for name, weight in before.items()}
+        moving = set(chosen(tuned.model, self.part))
+        before = {name: weight.detach() for name, weight in tuned.weights.items() if name in moving}
+        if not before:
+            raise CannotErase(
+                f"the erasure moves the part {tuned.tuner.part!r} of the U-Net, in which no relapse of the part "
+                f'{self.part!r} lies; erase with part "full"'
+            )
+        after = {name: weight.clone() for name, weight in before.items()}  # `showing` leaves the numbers of `before`
+        rate = self.rate * tuned.tuner.learning_rate
+        tuner = replace(tuned.tuner, part=self.part, learning_rate=rate, weight_decay=0.0, clip=math.inf, ema_decay=0.0)
         with tuned.showing(after):
-            weights = list(tuned.weights.values())
-            optimizer = torch.optim.AdamW(weights, lr=self.rate * tuned.tuner.learning_rate, weight_decay=0.0)
+            own = begun(tuned.model, tuner, before, seed=named_seed("relapse", seed, step), processes=tuned.processes)
             for number in range(self.steps):
                 generator = step_generator("relapse", seed, step * self.steps + number)
                 batch = memory_batch(tuned.model, memories, rows, generator)
-                gradient, _ = tuned.gradient(denoising_losses(tuned.model, batch), rows)
-                for weight, part in zip(weights, gradient, strict=True):
-                    weight.grad = part
-                optimizer.step()
-                optimizer.zero_grad()
+                gradient, _ = own.gradient(denoising_losses(tuned.model, batch), rows)
+                own.update(gradient)
         return {name: after[name] - weight for name, weight in before.items()}

@@ -290,22 +290,38 @@ def tuning(
     names = chosen(model, tuner.part)
     with weights_kept(model, names) as base:
         parameters = dict(model.unet.named_parameters())
-        leaves = _factors(base, tuner, seed) if tuner.part == "lora" else {n: parameters[n] for n in names}
-        optimizer = torch.optim.AdamW(leaves.values(), lr=tuner.learning_rate, weight_decay=tuner.weight_decay)
-        average = {name: value.clone() for name, value in base.items()} if tuner.ema_decay else {}
         flags = [module for module in model.unet.modules() if hasattr(module, "gradient_checkpointing")]
         try:
             for name in names:
                 parameters[name].requires_grad_(True)
             if tuner.checkpointing:
                 model.unet.enable_gradient_checkpointing()
-            yield Tuned(model, tuner, base, leaves, optimizer, processes or Processes(), average)
+            yield begun(model, tuner, base, seed=seed, processes=processes or Processes())
         finally:
             for module in flags:
                 module.gradient_checkpointing = False
             for name in names:
                 parameters[name].grad = None
                 parameters[name].requires_grad_(False)
+
+
+def begun(
+    model: StableDiffusion, tuner: Tuner, base: Mapping[str, Tensor], *, seed: int, processes: Processes
+) -> Tuned:
+    """A training before its first update, of weights that take a gradient already.
+
+    Args:
+        model: its weights move.
+        tuner: how.
+        base: those that move, as they are now; kept.
+        seed: of the LoRA's first factors.
+        processes: among which rows are shared.
+    """
+    parameters = dict(model.unet.named_parameters())
+    leaves = _factors(base, tuner, seed) if tuner.part == "lora" else {name: parameters[name] for name in base}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=tuner.learning_rate, weight_decay=tuner.weight_decay)
+    average = {name: value.clone() for name, value in base.items()} if tuner.ema_decay else {}
+    return Tuned(model, tuner, base, leaves, optimizer, processes, average)
 
 
 def _factors(base: Mapping[str, Tensor], tuner: Tuner, seed: int) -> dict[str, Tensor]:
