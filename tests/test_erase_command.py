@@ -198,12 +198,12 @@ def test_names_and_methods_agree() -> None:
     assert fast == dataclasses.replace(slow, learning_rate=pytest.approx(10 * slow.learning_rate))
     assert ordinary(method).steps == 125 and ordinary(method, 30).steps == 30
     edge = frontier(method)
-    assert len(edge) == 16 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
+    assert len(edge) == 17 and edge["rate x 2, 10 rounds"].tuner.learning_rate == pytest.approx(4e-4)
     assert (
         edge["one surrogate each"].surrogates == 1
         and edge["surrogates too"].needs_surrogates
         and edge["rate x 0.5, 2 rounds"].rounds == 2
-        and [one.retain_weight for one in edge.values() if one.relapse_weight] == [1, 1, 3, 1, 3]
+        and [one.retain_weight for one in edge.values() if one.relapse_weight] == [1, 1, 3, 1, 3, 3]
         and edge["against relapses, both"].near_weight == 1 == edge["against relapses, neighbours held"].near_weight
     )
 
@@ -234,8 +234,10 @@ def test_the_quick_preset_relearns_through_a_lora_on_request() -> None:
     assert (longer.steps, longer.unreached, longer.look) == (4 * usual.steps, 4 * usual.unreached, 4 * usual.look)
     assert (longer.ratio, longer.area, longer.level) == (usual.ratio, usual.area, usual.level)
     assert list(PRESETS["full"]().protocol.relearnings) == ["relearn", "relearn, LoRA"]
-    with pytest.raises(DoriError, match="leave out --lora-relearning or --table"):
-        Request("testbed", Path("x"), lora_relearning=True, table="erasers")
+    plain, asked = (
+        Request("testbed", Path("x"), lora_relearning=on, table="erasers").plan().tables for on in (False, True)
+    )
+    assert list(plain.relearnings) == ["relearn"] and asked.relearnings["relearn, LoRA"].tuner == lora.tuner
 
 
 @pytest.mark.parametrize("name", ["adversarial", "adversarial-relapses", "adversarial-paper"])

@@ -113,8 +113,6 @@ class Request:
             )
         if self.save_model is not None and self.table is not None:
             raise DoriError("a table has no single model to write; leave out --save-model or --table")
-        if self.lora_relearning and self.table is not None:
-            raise DoriError("tables relearn in one way; leave out --lora-relearning or --table")
         if self.table is not None and self.eraser != DEFAULT:
             raise DoriError(
                 f"--table {self.table} has its own erasers and would not heed --eraser {self.eraser}; "
@@ -148,7 +146,8 @@ class Request:
         testbed = self.model in TESTBEDS
         plan = PRESETS[self.preset]()
         if self.lora_relearning:
-            plan = dataclasses.replace(plan, protocol=dataclasses.replace(plan.protocol, lora_rate=LORA_RATE))
+            protocol, tables = (dataclasses.replace(p, lora_rate=LORA_RATE) for p in (plan.protocol, plan.tables))
+            plan = dataclasses.replace(plan, protocol=protocol, tables=tables)
         plan = scaled(plan, self.rate_scale or (TESTBED_SCALE if testbed else 1.0))
         plan = plan.drawn_by(
             sampling_of(

@@ -22,6 +22,9 @@ from dori.erase.tuning import Part
 from dori.erase.uce import Uce
 from dori.model.stable_diffusion import StableDiffusion
 
+# On the testbed the steps and the rate at which a LoRA learns most in the updates that a relapse can afford.
+LORA_RELAPSE = Relapse(steps=20, every=20, rate=30.0, part="lora")
+
 Published = TypeVar("Published", NaiveDeletion, GradientAscent, EraseDiff, Siss, Esd)
 
 
@@ -152,4 +155,5 @@ def frontier(adversarial: AdversarialErasure) -> dict[str, AdversarialErasure]:
         "against relapses, L_DM x 3": dataclasses.replace(relapses, retain_weight=3.0),
         "against relapses, neighbours held": dataclasses.replace(relapses, near_weight=1.0),
         "against relapses, both": adversarial.against_relapses(),
+        "against LoRA relapses, both": dataclasses.replace(adversarial.against_relapses(), relapse=LORA_RELAPSE),
     }

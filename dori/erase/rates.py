@@ -53,7 +53,7 @@ def ways(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
         "restricted DoRI",
         "initial latent (position)",
         "steps to relearn",
-        *(["the same through a LoRA"] if _by_lora(outcomes) else []),
+        *(["the same through a LoRA"] if by_lora(outcomes) else []),
     )
 
 
@@ -74,7 +74,7 @@ def rates(outcomes: Sequence[Outcome], group: Group, *, unreached: int) -> list[
             *(_rate(back(outcomes, state, group, way)) for way in ("long", "restricted")),
             _latent(outcomes, state, group),
             _relearned(outcomes, state, group, unreached),
-            *([_relearned(outcomes, state, group, unreached, RELEARN_LORA)] if _by_lora(outcomes) else []),
+            *([_relearned(outcomes, state, group, unreached, RELEARN_LORA)] if by_lora(outcomes) else []),
         ]
         lines.append(Line(state, tuple(cells)))
     return lines
@@ -99,7 +99,8 @@ def _latent(outcomes: Sequence[Outcome], state: str, group: Group) -> str:
     return f"{sum(o.came_back for o in own)} of {len(own)} ({np.median(positions):.3f})"
 
 
-def _by_lora(outcomes: Sequence[Outcome]) -> bool:
+def by_lora(outcomes: Sequence[Outcome]) -> bool:
+    """Whether images were relearned through a LoRA too."""
     return any(o.way == RELEARN_LORA for o in outcomes)
 
 

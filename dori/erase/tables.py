@@ -15,7 +15,7 @@ import numpy as np
 from dori.erase.damage import Damage
 from dori.erase.outcomes import PROMPT, Outcome
 from dori.erase.protocol import Margins
-from dori.erase.rates import DASH, rates, ways
+from dori.erase.rates import DASH, by_lora, rates, ways
 from dori.erase.verdict import ORIGINAL, Test, compare, figures
 from dori.errors import DoriError
 from dori.record_file import read_record
@@ -24,9 +24,6 @@ Kind = Literal["erasers", "ablations", "frontier"]
 SCHEMA = 1
 APART = 0.02  # similarities of one prompt's images differ by less on other devices; no attack is in them
 TAIL = (
-    "similarity less unseen",
-    "steps to relearn less unseen",
-    "steps to relearn, ratio to unseen",
     "Frechet",
     "alignment",
     "likeness to original",
@@ -225,7 +222,8 @@ LEGEND = (
 
 def to_markdown(table: Table) -> str:
     """The table as Markdown: memories, controls asked alike, the reasons of those that failed, what the columns say."""
-    lines = _lines(["memories", *ways(table.outcomes), *TAIL], memory_rows(table))
+    compared = [heading for heading, _, _ in _compared(table)]
+    lines = _lines(["memories", *ways(table.outcomes), *compared, *TAIL], memory_rows(table))
     if controls := control_rows(table):
         lines += ["", *_lines(["controls", *ways(table.outcomes)], controls)]
     lines += [f"\n{entry.name}: {entry.failure}" for entry in table.entries if entry.failure]
@@ -246,7 +244,9 @@ def memory_rows(table: Table) -> list[list[str]]:
     """Cells of the memories' rows: who comes back, less unseen images, damage, cost."""
     by_state = {row.state: row for row in table.damage}
     by_name = {entry.name: entry for entry in table.entries}
-    by_test = {(test.state, test.kind, test.of): test for test in table.tests() if test.of != "spread"}
+    by_test: dict[tuple[str, str, str], Test] = {
+        (test.state, test.kind, test.of): test for test in table.tests() if test.of != "spread"
+    }
     found = []
     for line in rates(table.outcomes, "memory", unreached=table.margins.unreached):
         row, entry = by_state[line.heading], by_name.get(line.heading)
@@ -255,9 +255,7 @@ def memory_rows(table: Table) -> list[list[str]]:
             [
                 line.heading,
                 *line.cells,
-                _difference(by_test.get((line.heading, "area", "mean"))),
-                _difference(by_test.get((line.heading, "relearning", "mean"))),
-                _difference(by_test.get((line.heading, "relearning", "ratio"))),
+                *(_difference(by_test.get((line.heading, kind, of))) for _, kind, of in _compared(table)),
                 f"{row.frechet:.4g}",
                 _number(row.alignment),
                 _number(row.to_original),
@@ -269,6 +267,16 @@ def memory_rows(table: Table) -> list[list[str]]:
             ]
         )
     return found
+
+
+def _compared(table: Table) -> list[tuple[str, str, str]]:
+    """Headings of the comparisons with unseen images, and which tests fill them."""
+    return [
+        ("similarity less unseen", "area", "mean"),
+        ("steps to relearn less unseen", "relearning", "mean"),
+        ("steps to relearn, ratio to unseen", "relearning", "ratio"),
+        *([("the same through a LoRA", "lora", "ratio")] if by_lora(table.outcomes) else []),
+    ]
 
 
 def control_rows(table: Table) -> list[list[str]]:
