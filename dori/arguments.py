@@ -273,8 +273,8 @@ def _erase(erase: argparse.ArgumentParser) -> None:
     erase.add_argument(
         "--lora-relearning",
         action="store_true",
-        help="relearn the images a second time, through a LoRA, which no erasure trains against (the full preset "
-        "always does)",
+        help="relearn the images a second time, through a LoRA, against which no eraser trains (the full preset always "
+        "does)",
     )
     erase.add_argument(
         "--save-model",
