@@ -10,7 +10,7 @@ from dori.erase.relearn import Relearning
 from dori.sampling import GUIDANCE_SCALE, named_seed
 
 # On the testbed's twin a LoRA of rank 8 learns half of the controls, and 3 of 16 test memories, at three times the rate
-# of whole weights in four times as many updates; at six times it comes about as far, at twelve times it ruins the model.
+# of whole weights in four times as many updates; six times the rate comes about as far, twelve times ruins the model.
 LORA_RATE, LORA_LONGER = 1.5e-4, 4
 EVERY: tuple[Start, ...] = ("prompt", "gaussian", "foreign")
 
