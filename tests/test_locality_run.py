@@ -305,6 +305,14 @@ def test_the_causal_test_costs_what_was_planned(whole: Whole) -> None:
         assert whole.found.cost[f"{stage}, forward and backward"] <= planned[stage].attacked
 
 
+def test_what_memories_share_is_counted_once(tiny: StableDiffusion, tmp_path: Path) -> None:
+    run = Run(tmp_path, say=lambda line: None, modules=())
+    bench = Bench(tiny, judge(-1.5), PLAN, run, "model", {})
+    for key in ("price.none", "price.most-changed", "price.none"):
+        bench.count_shared(key, Rows(forward=10))
+    assert bench.cost == {"price, forward": 20}
+
+
 def test_a_finished_run_costs_nothing_again_and_gives_the_same(whole: Whole) -> None:
     rows = [model.rows for model in (whole.subjects.model, *whole.subjects.twins)]
     again = tiny_run(whole.subjects, whole.folder)

@@ -247,7 +247,7 @@ def memory_rows(table: Table) -> list[list[str]]:
     by_test: dict[tuple[str, str, str], Test] = {
         (test.state, test.kind, test.of): test for test in table.tests() if test.of != "spread"
     }
-    found = []
+    found, compared = [], _compared(table)
     for line in rates(table.outcomes, "memory", unreached=table.margins.unreached):
         row, entry = by_state[line.heading], by_name.get(line.heading)
         seconds = entry.seconds if entry else None
@@ -255,7 +255,7 @@ def memory_rows(table: Table) -> list[list[str]]:
             [
                 line.heading,
                 *line.cells,
-                *(_difference(by_test.get((line.heading, kind, of))) for _, kind, of in _compared(table)),
+                *(_difference(by_test.get((line.heading, kind, of))) for _, kind, of in compared),
                 f"{row.frechet:.4g}",
                 _number(row.alignment),
                 _number(row.to_original),

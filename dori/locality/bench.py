@@ -58,6 +58,7 @@ class Bench:
         fingerprint: of the model, an input of every cell.
         judged_by: what the judge is, in cells' inputs.
         cost: U-Net rows by stage.
+        counted: cells that several memories share, once their cost is counted.
     """
 
     model: StableDiffusion
@@ -67,6 +68,7 @@ class Bench:
     fingerprint: str
     judged_by: Mapping[str, object]
     cost: dict[str, int] = field(default_factory=dict)
+    counted: set[str] = field(default_factory=set)
 
     def tensors(
         self, key: str, inputs: Mapping[str, object], rows: Rows, compute: Callable[[], dict[str, Tensor]]
@@ -81,6 +83,12 @@ class Bench:
         for kind, count in (("forward and backward", rows.attacked), ("forward", rows.forward)):
             if count:
                 self.cost[f"{stage}, {kind}"] = self.cost.get(f"{stage}, {kind}", 0) + count
+
+    def count_shared(self, key: str, rows: Rows) -> None:
+        """Add the cost of a cell that several memories ask for, the first time alone."""
+        if key not in self.counted:
+            self.counted.add(key)
+            self.count(key.split(".")[0], rows)
 
     def skip(self, keys: Iterable[str]) -> None:
         """Planned cells that turned out not to be needed count as done."""

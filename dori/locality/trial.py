@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dori.audit.judge import Case
-from dori.audit.quality import Quality, ordinary_quality
+from dori.audit.quality import Quality, ordinary_quality, quality_cells
 from dori.edit import Edit, WeightMask, no_edit
 from dori.locality.bench import Bench, Source
 from dori.locality.causal import joined
@@ -73,24 +73,12 @@ class Trial:
                 key = cell_key("undone", memory, chosen, f"{part.share:g}")
                 found = self._under(key, part.edit, self.triggers, self._joined_numbers(), again=False)
                 back = [int(bench.replicates(found[name]).sum()) for name in ("replay", "fresh")]
-                held = round(part.held, 6)
-                tried = len(self.triggers), self.causal.joined_fresh
+                counts = back[0], len(self.triggers), back[1], self.causal.joined_fresh
                 # the same for every memory, so its name has none
                 price = self._quality([dataclasses.replace(part.edit, name=taken_back_name(chosen, part.share))])
-                records.append(
-                    Undone(
-                        memory,
-                        chosen,
-                        part.share,
-                        part.edit.size,
-                        held,
-                        back[0],
-                        tried[0],
-                        back[1],
-                        tried[1],
-                        *(_figures(price[-1]) if price else ()),
-                    )
-                )
+                figures = _figures(price[-1]) if price else []
+                held = round(part.held, 6)
+                records.append(Undone(memory, chosen, part.share, part.edit.size, held, *counts, *figures))
         return records
 
     def single(
@@ -206,8 +194,6 @@ class Trial:
             given: row in its `Cross`, None of joined ones, and edit.
             first: place of the first of them among those of its kind.
         """
-        if not given:
-            return []
         memory, held = self.case.memory.id, self.held_out is not None
         named = [
             dataclasses.replace(edit, name=price_name(memory, method, masks, index, joined=row is None))
@@ -215,28 +201,30 @@ class Trial:
             if masks != NO_MASK
         ]
         found = self._quality(named)
+        if not found:
+            return []
         return [
             Price(memory, method, masks, number, row, own.prompts, held, *_figures(own))
-            for (row, _), own in zip(given, found[len(found) - len(given) :], strict=bool(found))
+            for (row, _), own in zip(given, found[len(found) - len(given) :], strict=True)
         ]
 
     def _quality(self, edits: Sequence[Edit]) -> tuple[Quality, ...]:
         """Rows of the whole model and of each edit on ordinary prompts; none where there are not two prompts."""
-        bench = self.bench
+        bench, every = self.bench, [no_edit(), *edits]
         found = ordinary_quality(
             bench.model,
             bench.plan.judging(),
             bench.judge,
             bench.run,
-            edits=[no_edit(), *edits],
+            edits=every,
             prompts=self.prompts,
             base={"model": bench.fingerprint, "judge": bench.judged_by},
             held_out=self.held_out,
             stage=QUALITY,
         )
-        if found:  # the whole model is drawn once, and a second time where it is its own reference
-            times = len(edits) or 1 + (self.held_out is None)
-            bench.count(QUALITY, drawing(bench.plan, len(self.prompts) * times))
+        held, names = self.held_out is not None, [edit.name for edit in every]
+        for key, images in quality_cells(names, len(self.prompts), held_out=held, stage=QUALITY).items():
+            bench.count_shared(key, drawing(bench.plan, images))
         return found
 
 
