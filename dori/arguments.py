@@ -197,6 +197,11 @@ def _audit(audit: argparse.ArgumentParser) -> None:
         help="its blocks (default down mid)",
     )
     audit.add_argument(
+        "--wanda-site",
+        choices=("feed_forward", "attention_value"),
+        help="its layers: the feed-forwards' second linears as published (default), or the value projections",
+    )
+    audit.add_argument(
         "--wanda-sweep",
         type=_sparsity,
         nargs="+",

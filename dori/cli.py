@@ -120,7 +120,8 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
     if wandas:
         first = wandas[0]
         places = tuple(place for place in EVERYWHERE if place in (arguments.wanda_places or first.places))
-        first = dataclasses.replace(first, sparsity=arguments.wanda_sparsity or first.sparsity, places=places)
+        sparsity, site = arguments.wanda_sparsity or first.sparsity, arguments.wanda_site or first.site
+        first = dataclasses.replace(first, sparsity=sparsity, places=places, site=site)
         if arguments.wanda_sweep:
             sweep = tuple(dataclasses.replace(first, sparsity=share) for share in dict.fromkeys(arguments.wanda_sweep))
         wandas = (first, *wandas[1:])

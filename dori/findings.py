@@ -91,7 +91,8 @@ class Quality:
 
     `frechet` and `kernel` are between `features` (which network, which preprocessing) of generated images and of
     `references` images that `reference` names; `to_unedited` is the median cosine between images of the edited and
-    the unedited model with the same seeds. Empty and 0 where an audit does not say.
+    the unedited model with the same seeds, with its 95 % bootstrap interval over prompts. Empty, 0 and null where an
+    audit does not say.
     """
 
     model: str
@@ -105,6 +106,8 @@ class Quality:
     features: str = ""
     reference: str = ""
     references: int = 0
+    to_unedited_low: float | None = None
+    to_unedited_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

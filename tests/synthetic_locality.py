@@ -187,8 +187,8 @@ def records(memories: int = 2, levels: dict[str, float] | None = None, *, empty:
         ),
         undone=(
             Undone("m0", MOST_CHANGED, 0.01, 50, 0.4, 5, 6, 3, 8),
-            Undone("m0", MOST_CHANGED, 0.1, 500, 0.7, 0, 6, 0, 8, 41.0, 0.5, 0.6, 0.3),
-            Undone("m0", MOST_CHANGED, 1.0, 5000, 1.0, 0, 6, 0, 8, 42.0, 0.6, 0.6, 0.2),
+            Undone("m0", MOST_CHANGED, 0.1, 500, 0.7, 0, 6, 0, 8, 0.1, 41.0, 0.5, 0.6, 0.3),
+            Undone("m0", MOST_CHANGED, 1.0, 5000, 1.0, 0, 6, 0, 8, 0.1, 42.0, 0.6, 0.6, 0.2),
             Undone("m0", AT_RANDOM, 0.01, 50, 0.01, 6, 6, 8, 8),
             Undone("m0", AT_RANDOM, 0.1, 500, 0.1, 6, 6, 0, 8),
         ),

@@ -342,6 +342,8 @@ def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
     wider = plan("--preset", "paper", "--wanda-sparsity", "0.01", "--wanda-places", "up", "mid")
     assert [wanda_name(wanda) for wanda in wider.wandas] == ["Wanda 1 % (mid+up)"]
     assert wider.wanda_sweep == paper().wanda_sweep
+    values = plan("--wanda-site", "attention_value", "--wanda-sparsity", "0.2", "--wanda-sweep", "0.3").wanda_sweep
+    assert [wanda_name(wanda) for wanda in values] == ["Wanda 30 % (values)"]
     swept = plan("--wanda-sweep", "0.05", "0.1", "0.3", "0.05")
     assert [wanda_name(wanda) for wanda in swept.wanda_sweep] == ["Wanda 5 %", "Wanda 30 %"]  # 10 % is the first one's
     assert swept.wandas == quick().wandas

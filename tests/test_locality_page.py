@@ -135,7 +135,8 @@ def test_weights_are_judged_on_the_way_from_reference_to_ceiling(triggers: float
     sentence = observed.weights(found).sentences[0]
     assert f"other seeds {ceiling:.2f}: {word}." in sentence
     chance = LEVELS[SIMULATED]
-    assert f"({triggers - chance:.2f} against 0.20; random masks of their sizes {chance:.2f} and 0.02)" in sentence
+    assert f"what random masks of their sizes share ({chance:.2f} and 0.02) triggers agree" in sentence
+    assert f"({triggers - chance:.2f} against 0.20)" in sentence
     assert ("in 1 of the 1 layers in which less than half of the masks are empty (most in layer 1 +" in sentence) == (
         triggers >= 0.3
     )
@@ -170,7 +171,10 @@ def test_nothing_is_told_of_weights_without_triggers_of_another_image() -> None:
 def test_a_verdict_on_sets_that_the_cap_cut_short_says_so() -> None:
     found = records(levels=LEVELS | {TRIGGERS: 0.8, APART: 0.8})
     rows = tuple(dataclasses.replace(o, method="NeMo") for o in found.overlaps if o.method == "Wanda")
-    for converged, more in ((0.9, ""), (0.1, " (of sets that the search's cap cut short)")):
+    for converged, more in (
+        (0.9, ""),
+        (0.1, " (of sets that are not fully refined, since most searches met their cap)"),
+    ):
         searches = tuple(dataclasses.replace(one, converged=converged) for one in found.searches)
         one = dataclasses.replace(found, overlaps=rows, searches=searches)
         assert observed.weight_word(one, "NeMo") == f"local{more}"
@@ -188,7 +192,7 @@ def test_agreements_are_called_the_same_only_where_that_is_known() -> None:
     # NeMo may select nothing for any prompt.
     none = tuple(dataclasses.replace(o, without_empty=None) if o.group == MEMORIZED else o for o in records().overlaps)
     sentence = observed.weights(dataclasses.replace(records(), overlaps=none)).sentences[0]
-    assert "cannot be compared with what different memorized prompts do (0.36 against not measured;" in sentence
+    assert "cannot be compared with what different memorized prompts do (0.36 against not measured)" in sentence
 
 
 def test_an_interval_over_memories_that_crosses_a_border_leaves_the_verdict_open() -> None:
@@ -223,15 +227,20 @@ def test_a_band_is_told_only_where_the_whole_interval_lies_in_it() -> None:
 
 def test_activations_are_judged_by_triggers_of_different_images() -> None:
     said_ = observed.activations(records())
-    assert said_.title.endswith("Value projections: closer together; feed-forward layers: closer together")
+    both = "Value projections: in 2 memories closer together; feed-forward layers: in 2 memories closer together"
+    assert said_.title.endswith(both)
     assert "is 0.50 times that of different images from the same starts: closer together." in said_.sentences[0]
     assert "D is 0.60 times that of different memorized prompts; of bare Gaussian" in said_.sentences[0]
     assert "before any attack, it is 0.80 times that" in said_.sentences[0]
-    assert "ordinary prompts the ratio of triggers is 1.20; of" in said_.sentences[0]
+    assert "ordinary prompts the ratio of triggers is 1.20. Under other noises" in said_.sentences[0]
+    # Value projections see no noise: a zero there is no finding.
+    assert "one and the same output by construction: these layers see no noise." in said_.sentences[0]
+    assert said_.sentences[1].endswith("One trigger under other noises has 0.17 times the D of triggers.")
+    assert "mean over layers and steps, each counting the same" in said_.sentences[-1]
     # Closer together than prompts, but no closer than triggers of other images: the image has no part in it.
     like = tuple(dataclasses.replace(a, value=4.0) if a.group == OTHER_IMAGES else a for a in records().activities)
     same = observed.activations(dataclasses.replace(records(), activities=like))
-    assert "Value projections: about as far apart" in same.title and "0.60 times" in same.sentences[0]
+    assert "Value projections: in 2 memories about as far apart" in same.title and "0.60 times" in same.sentences[0]
     alone = dataclasses.replace(records(), activities=tuple(a for a in records().activities if a.group != OTHER_IMAGES))
     assert "cannot be told, no triggers of another image" in observed.activations(alone).title
 
@@ -240,7 +249,7 @@ def test_moves_are_judged_beyond_what_moves_to_other_images_share() -> None:
     found = records()  # common: 0.05 and 0.10; the second memory shares 0.02 with the first
     assert own_share(found).value == pytest.approx(0.08)
     said_ = observed.embedding(found)
-    assert said_.title == "The moves of triggers: little is common"
+    assert said_.title == "The moves of triggers: in one memory little is common"
     assert "0.08 is the image's own" in said_.sentences[2]
     assert "had each been moved as another one was, 0.04" in said_.sentences[1]
     other = "shared with moves to other images"
@@ -292,10 +301,9 @@ def test_lines_are_judged_over_memories(between: tuple[int, ...], outward: tuple
     assert sentence.startswith(f"Half way between two triggers {sum(between) / 24 / len(between):.2f}")
     assert ("[" in sentence) == (len(between) > 4)
     alone = wilson(sum(between), 24 * len(between))
-    told = (
-        f"({sum(between)} of {24 * len(between)} points, which alone would allow {alone.low:.2f} to {alone.high:.2f})"
-    )
-    assert told in sentence
+    assert f"({sum(between)} of {24 * len(between)} points), half way to an ordinary prompt" in sentence
+    assert f"alone would give 95 % intervals of {alone.low:.2f} to {alone.high:.2f} and" in sentence
+    assert "hang together, so these are too narrow and decide nothing." in sentence
     assert word in sentence
 
 
@@ -377,10 +385,10 @@ def test_intervals_need_five_memories() -> None:
 def test_dose_relations_are_rank_correlations_and_count_how_many_were_tried() -> None:
     found = records(6)
     related = {one.name: one for one in dose_relations(found)}
-    assert related["between triggers"].rank == pytest.approx(1) and related["between triggers"].p < 0.01
+    assert related["distance moved"].rank == pytest.approx(1) and related["distance moved"].p < 0.01
     assert math.isnan(related["agreement of Wanda masks beyond other images'"].rank)  # no spread
     assert np.isnan(dose_relations(records(3))[1].rank) and dose_relations(records(1)) == []
-    assert intervened.dose(found).title.startswith("Changes with the dose: between triggers")
+    assert intervened.dose(found).title.startswith("Changes with the dose: distance moved")
     assert intervened.dose(records(3)).title == "Cannot be told"
 
 
@@ -410,12 +418,27 @@ def test_every_memory_has_its_own_figures_beside_the_means() -> None:
     table = dict(singly(found))
     assert all(len(cells) == 3 for cells in table.values())
     assert table["attacks that replicate"] == ["3 of 4"] * 3
-    assert table["half way between two triggers"] == ["20 of 24"] * 3
     shares = {o.memory: o.without_empty for o in found.overlaps if (o.layer, o.group) == (WHOLE, APART)}
-    assert [float(cell) for cell in table["Wanda masks: triggers, other noises"]] == [*shares.values()]
-    assert len([name for name in table if name.startswith("around a trigger")]) == 3
+    apart = "Wanda masks: triggers of one image, different noises"
+    assert [float(cell) for cell in table[apart]] == [*shares.values()]
     fewer = dataclasses.replace(found, overlaps=tuple(o for o in found.overlaps if o.memory != "m1"))
-    assert dict(singly(fewer))["Wanda masks: triggers, other noises"][1] == "–"
+    assert dict(singly(fewer))[apart][1] == "–"
+    # Of what belongs to no single memory there is no row.
+    assert not [name for name in table if "prompts" in name and name.startswith("Wanda")]
+    # Distances, each point of lines and balls, what random masks share, the way, searches, what masks hold.
+    assert table["distance between triggers"] == ["0.05", "0.10", "0.15"] and "distance moved" in table
+    assert table["distance between triggers (from N(0, I))"] == ["0.05", "0.10", "0.15"]
+    for words, told in (("between two triggers", "20"), ("to an ordinary prompt", "4")):
+        assert [table[f"{words}, {at:g} of the way"] for at in (0.25, 0.5, 0.75)] == [[f"{told} of 24"] * 3] * 3
+    assert [table[f"around a trigger, radius {at:g}"][0] for at in (0.1, 0.5, 1)] == ["24 of 24", "12 of 24", "2 of 24"]
+    assert table["Wanda masks: random, equal size"] == ["0.05"] * 3
+    place = f"{way(found, 'Wanda').estimate.value:.2f}"  # all memories are alike here
+    assert table["Wanda masks: share of the way from the higher reference to the ceiling"] == [place] * 3
+    assert table["NeMo's searches: neurons in the median set"] == ["7", "–", "–"]
+    assert table["NeMo's searches: share that found a set that suppresses"] == ["0.50", "–", "–"]
+    covered = "Wanda masks: share of the planted change in their layers, and of random masks as large"
+    assert table[covered] == ["0.300, 0.120 (2.50 times)"] * 3
+    assert table["D in the value projections: triggers to memorized prompts"] == ["0.60"] * 3
     assert not [name for name, _ in singly(dataclasses.replace(found, probes=())) if "trigger, radius" in name]
 
 
@@ -424,8 +447,9 @@ def test_more_than_prompts_is_more_beyond_what_masks_of_these_sizes_share_by_cha
     levels = LEVELS | {APART: 0.41, TRIGGERS: 0.41, MEMORIZED: 0.22, f"{MEMORIZED}, random": 0.02}
     for chance, word in ((0.02, "more than"), (0.3, "less than"), (0.21, "as much as")):
         sentence = observed.weights(records(2, levels | {SIMULATED: chance})).sentences[0]
-        assert f"Beyond chance triggers of one image agree on Wanda weights {word} different" in sentence
+        assert f"share ({chance:.2f} and 0.02) triggers agree {word} different memorized prompts do" in sentence
     bare = records(2, levels)
     bare = dataclasses.replace(bare, overlaps=tuple(o for o in bare.overlaps if o.group != f"{MEMORIZED}, random"))
     (sentence, *_) = observed.weights(bare).sentences
-    assert sentence.startswith("As they are triggers of one image agree on Wanda weights more than")
+    assert ". Triggers agree more than different memorized prompts do (0.41 against 0.22)." in sentence
+    assert sentence.startswith("Triggers of one image agree on Wanda weights by 0.41") and "s they are" not in sentence

@@ -152,6 +152,7 @@ def test_every_start_of_every_memory_is_attacked_once(whole: Whole) -> None:
 def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
     found = whole.found
     beside = {"triggers of other images", "triggers, other noises", "triggers of other images, other noises"}
+    beside |= {"other noises, same starts"}
     for memory in ("m1", "m2"):
         for method in ("NeMo", "Wanda 20 %"):
             groups = {o.group for o in found.overlaps if o.method == method and o.memory in (memory, "")}
@@ -172,9 +173,9 @@ def test_each_analysis_has_its_reference_levels(whole: Whole) -> None:
         assert ("triggers of other images" in groups) is ("triggers, same starts" in groups) is (memory == "m1")
     half = {a.n for a in found.activities if a.group == "triggers, same starts"}
     across = {a.n for a in found.activities if a.group == "triggers of other images"}
-    assert half == across == {2}  # two starts that both halves have, and the two pairs of different ones
+    assert (half, across) == ({4}, {2})  # two starts in common, of two memories; two pairs of different ones
     apart = {o.pairs for o in found.overlaps if o.group == "triggers, other noises"}
-    assert apart == {4}  # two starts in two orders, two noises
+    assert apart == {8}  # two starts in two orders, two noises, two memories
     layers = found.settings["layers"]
     assert {a.layer for a in found.activities} == {*layers["attention_value"], *layers["feed_forward"]}
     measured = {m.name for m in found.measures if m.memory in ("m1", "")}

@@ -134,6 +134,7 @@ def wanda_name(wanda: Wanda) -> str:
     """How tables name a Wanda setting, such as "Wanda 10 %" or "Wanda 50 % (plain)"."""
     differs = [
         *(["plain"] if wanda.selection == "top" else []),
+        *(["values"] if wanda.site == "attention_value" else []),
         *(["+".join(wanda.places)] if set(wanda.places) != {"down", "mid"} else []),
     ]
     return _with(f"Wanda {100 * wanda.sparsity:g} %", differs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from dori.audit.judge import Judge, finite_images, pixels_sha256
@@ -13,6 +14,7 @@ from dori.metrics.similarity import cosine
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import Run, cell_key
 from dori.sampling import initial_noise, named_seed, sample
+from dori.stats import bootstrap
 
 
 def _described(judge: Judge, images: Tensor) -> dict[str, Tensor]:
@@ -109,6 +111,7 @@ def ordinary_quality(
     rows: list[Quality] = []
     for edit, own in zip(edits, found, strict=True):
         kernel = kernel_distance(own["features"], reference["features"], seed=named_seed("kernel distance", plan.seed))
+        likeness = bootstrap(cosine(own["descriptors"], unedited).numpy(), np.median, seed=plan.seed) if rows else None
         rows.append(
             Quality(
                 model=model.name,
@@ -118,10 +121,12 @@ def ordinary_quality(
                 kernel=kernel.value,
                 kernel_std=kernel.deviation,
                 alignment=float(own["alignment"].median()) if "alignment" in own else None,
-                to_unedited=float(cosine(own["descriptors"], unedited).median()) if rows else None,
+                to_unedited=None if likeness is None else likeness.value,
                 features=judge.features_name,
                 reference=UNEDITED if held_out is None else HELD_OUT,
                 references=len(reference["features"]),
+                to_unedited_low=None if likeness is None else likeness.low,
+                to_unedited_high=None if likeness is None else likeness.high,
             )
         )
     return tuple(rows)

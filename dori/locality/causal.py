@@ -32,8 +32,9 @@ def cross_test(
 ) -> CrossTest:
     """Rates of a matrix of replications (mask i, trigger j) and of fresh attacks under each mask.
 
-    Attacks under one mask hang together, so each mask counts as one trial in Wilson's interval, with the share of its
-    attacks that succeed.
+    Attacks under one mask hang together, and so do those of one trigger: Wilson's interval counts as many trials as
+    there are masks or triggers, whichever are fewer, with the mean share of a mask's attacks that succeed. Each fresh
+    attack has a start of its own, so there the masks are counted; rows of one attack each are trials of their own.
 
     Args:
         matrix: a row a mask.
@@ -43,12 +44,14 @@ def cross_test(
     columns = list(own) if own is not None else [-1] * len(matrix)
     mine = [[cell for column, cell in enumerate(row) if column == k] for k, row in zip(columns, matrix, strict=True)]
     others = [[cell for column, cell in enumerate(row) if column != k] for k, row in zip(columns, matrix, strict=True)]
-    return CrossTest(*(_rate(rows) for rows in (mine, others, fresh)))
+    triggers = max(map(len, matrix), default=0)
+    return CrossTest(_rate(mine), _rate(others, triggers if triggers > 1 else 0), _rate(fresh))
 
 
-def _rate(rows: Sequence[Sequence[bool]]) -> Estimate:
+def _rate(rows: Sequence[Sequence[bool]], triggers: int = 0) -> Estimate:
     shares = [sum(row) / len(row) for row in rows if row]
-    return wilson(sum(shares), len(shares))
+    trials = min(len(shares), triggers or len(shares))
+    return wilson(sum(shares) / len(shares) * trials, trials) if shares else wilson(0, 0)
 
 
 def union_sizes(masks: int) -> tuple[int, ...]:

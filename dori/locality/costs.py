@@ -95,9 +95,10 @@ def planned(plan: "Plan", sizes: Sizes, methods: tuple[str, ...]) -> dict[str, d
     cells = {"": shared}
     for index, (memory, has_text) in enumerate(sizes.memories):
         cells[memory] = dict(_memory(plan, sizes, methods, memory, has_text))
-        if index:  # beside the memory before
+        if index or len(sizes.memories) > 2:  # beside the memory before, the first beside the last
             across = _activations(plan, 2 * min(_attacks(plan, sizes, has_text), max(1, plan.set_size // 2)))
-            cells[memory] |= {cell_key("activations", memory, "across"): Rows(forward=across)}
+            own = cells[memory if index else ""]
+            own[cell_key("activations", memory, "across")] = Rows(forward=across)
         if sizes.twins and plan.twin_attacks:
             cells[memory] |= dict(_twin(plan, memory))
         if sizes.twins and plan.patch_seeds and has_text:

@@ -99,6 +99,7 @@ class _Loop:
     floor: truth.Energies | None = None
     found: dict[str, Found] = field(default_factory=dict)
     maps: dict[str, dict[str, object]] = field(default_factory=dict)
+    first: _Analysis | None = None
     before: _Analysis | None = None
     to_test: list[_Analysis] = field(default_factory=list)
     records: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in LISTS})
@@ -143,15 +144,14 @@ class _Loop:
         rows, analysis = found.spread(plan.set_size), None
         if len(rows) > 1:
             self._activations(memory, found, rows)
-            self._activations_across(memory, found, rows)
             starts = [found.start(row) for row in rows]
             drawn = {method: self._weights(memory, found, rows, method) for method in method_names(self.bench.plan)}
             masks = {method: every for method, (every, _) in drawn.items()}
             again = {method: first for method, (_, first) in drawn.items()}
             analysis = _Analysis(case, found.take(rows), starts, masks, again)
             if self.before is not None:
-                self._weights_across(memory, analysis, self.before)
-            self.before = analysis
+                self._across(analysis, self.before)
+            self.before, self.first = analysis, self.first or analysis
         if self.subjects.twins:
             self._beside_a_twin(case)
         self._show(case, found)
@@ -159,6 +159,16 @@ class _Loop:
             self.to_test.append(analysis)
         else:
             self.bench.skip(self.cells[memory])
+
+    def close_ring(self) -> None:
+        """The first memory beside the last one, so that each has another beside it; two are beside each other."""
+        analysed = sum(subject.triggers > 1 for subject in self.records["subjects"])
+        if self.first is not None and self.before is not None and analysed > 2:
+            self._across(self.first, self.before)
+
+    def _across(self, mine: _Analysis, before: _Analysis) -> None:
+        self._activations_across(mine, before)
+        self._weights_across(mine, before)
 
     def _embedding(self, case: Case, found: Found) -> None:
         plan, memory, sets = self.bench.plan, case.memory.id, self.sets
@@ -186,19 +196,17 @@ class _Loop:
             self.bench, memory, groups, found.take(rows), found.take(rows[:1])
         )
 
-    def _activations_across(self, memory: str, found: Found, rows: list[int]) -> None:
-        """Beside the memory before; half of the triggers of each, so that no more is held at a time."""
-        if self.before is None:
-            return
+    def _activations_across(self, mine: _Analysis, before: _Analysis) -> None:
+        """Beside another memory; half of the triggers of each, so that no more is held at a time."""
         half = max(1, self.bench.plan.set_size // 2)
-        mine, theirs = common_starts([found.start(row) for row in rows[:half]], self.before.starts[:half])
-        if len(mine) > 1:
-            triggers = found.take([rows[k] for k in mine]), self.before.triggers.take(theirs)
-            self.records["activities"] += stages.discrepancies_across(self.bench, memory, *triggers)
+        rows, theirs = common_starts(mine.starts[:half], before.starts[:half])
+        if len(rows) > 1:
+            triggers = mine.triggers.take(rows), before.triggers.take(theirs)
+            self.records["activities"] += stages.discrepancies_across(self.bench, mine.case.memory.id, *triggers)
 
-    def _weights_across(self, memory: str, mine: _Analysis, before: _Analysis) -> None:
-        """Beside the memory before, by starts that both have: only the image differs."""
-        records, few = self.records["overlaps"], self.bench.plan.ceiling
+    def _weights_across(self, mine: _Analysis, before: _Analysis) -> None:
+        """Beside another memory, by starts that both have: only the image differs."""
+        records, few, memory = self.records["overlaps"], self.bench.plan.ceiling, mine.case.memory.id
         for method, masks in mine.masks.items():
             rows, theirs = common_starts(mine.starts, before.starts)
             if len(rows) > 1:
@@ -451,6 +459,8 @@ def locality(
         say(f"memory {number + 1} of {len(sets.cases)}: {case.memory.id}")
         loop.memory(case, number)
         after_part(loop.assembled())
+    loop.close_ring()
+    after_part(loop.assembled())
     if plan.causal is not None:
         say(f"causal tests of the first {plan.causal.memories}")
         for _ in loop.causal_tests(plan.causal, processes):

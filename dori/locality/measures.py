@@ -17,6 +17,7 @@ from dori.locality.records import (
     OTHER_NOISES,
     OTHERS_APART,
     RANDOM,
+    SAME_APART,
     SIMULATED,
     WHOLE,
     Cover,
@@ -154,11 +155,16 @@ def _overlap(memory: str, method: str, layer: str, group: str, found: Agreement)
 
 def ceiling_overlaps(memory: str, again: Sequence[Masks]) -> list[Overlap]:
     """A_l between the masks of one trigger under different noise seeds; `again` holds all triggers, seed by seed."""
+    return _repeated(memory, OTHER_NOISES, [again])
+
+
+def _repeated(memory: str, group: str, sets: Sequence[Sequence[Masks]]) -> list[Overlap]:
+    """A_l between the masks of one trigger under different noise seeds, over the triggers of all sets."""
     found = []
-    for layer, _ in _layers(again[0]):
-        by_seed = [dict(_layers(masks))[layer] for masks in again]
-        groups = [torch.stack([masks[row] for masks in by_seed]) for row in range(len(again[0]))]
-        found.append(_overlap(memory, again[0].method, layer, OTHER_NOISES, agreement_within(groups)))
+    for layer, _ in _layers(sets[0][0]):
+        by_seed = [[dict(_layers(masks))[layer] for masks in again] for again in sets]
+        groups = [torch.stack([masks[row] for masks in one]) for one in by_seed for row in range(len(one[0]))]
+        found.append(_overlap(memory, sets[0][0].method, layer, group, agreement_within(groups)))
     return found
 
 
@@ -168,10 +174,10 @@ def other_image_overlaps(memory: str, mine: Masks, theirs: Masks) -> list[Overla
 
 
 def apart_overlaps(memory: str, mine: Sequence[Masks], theirs: Sequence[Masks]) -> list[Overlap]:
-    """A_l under different noises, within a memory and between it and another.
+    """A_l under different noises: within either of two memories, between them, and of one trigger with itself.
 
-    Triggers whose masks met one noise may agree by that noise; the ceiling's masks met different ones. Here they all
-    do, so that triggers, triggers of other images and ceiling differ by nothing else.
+    Triggers whose masks met one noise may agree by that noise; here all meet different ones. All three figures are of
+    the same triggers, so that they differ by nothing else.
 
     Args:
         memory: the one that `mine` belongs to.
@@ -181,8 +187,10 @@ def apart_overlaps(memory: str, mine: Sequence[Masks], theirs: Sequence[Masks]) 
     noises = [(a, b) for a in range(len(mine)) for b in range(len(mine)) if a != b]
     if not noises:
         return []
-    within, across = ([(mine[a], masks[b]) for a, b in noises] for masks in (mine, theirs))
-    return _across(memory, APART, within) + _across(memory, OTHERS_APART, across)
+    within = [(one[a], one[b]) for one in (mine, theirs) for a, b in noises]
+    across = [(mine[a], theirs[b]) for a, b in noises]
+    same = _repeated(memory, SAME_APART, [mine, theirs])
+    return _across(memory, APART, within) + _across(memory, OTHERS_APART, across) + same
 
 
 def _across(memory: str, group: str, halves: Sequence[tuple[Masks, Masks]]) -> list[Overlap]:
@@ -259,7 +267,6 @@ def covers(memory: str, masks: Masks, excess: truth.Energies, twins: truth.Energ
                     known(_over(parts, lambda part: truth.coverage(excess, part))),
                     known(_over(parts, lambda part: truth.random_coverage(excess, part))),
                     known(_over(parts, lambda part: truth.coverage(twins, part))) if twins else None,
-                    known(_over(parts, lambda part: truth.best_coverage(excess, part))),
                 )
             )
     return found

@@ -34,6 +34,7 @@ TRIGGERS, OTHER_NOISES, MEMORIZED, ORDINARY = "triggers", "other noises", "memor
 STARTS, RANDOM, SIMULATED = "gaussian starts", "random", "random, simulated"
 OTHER_IMAGES, SAME_STARTS = "triggers of other images", "triggers, same starts"
 APART, OTHERS_APART = "triggers, other noises", "triggers of other images, other noises"
+SAME_APART = "other noises, same starts"
 NO_MASK, OTHER_MASKS, PLANTED = "none", "other image", "planted change"
 ON_TWIN = "attacks that replicate on a twin"
 AGAIN = "common share of a move and itself, attacked again"
@@ -150,8 +151,7 @@ class Cover:
     """How much of a layer's planted change masks hold; `masks` is "one" (mean over triggers' masks) or "union".
 
     `share` is that of the excess (planted - twin beyond twin - twin; of planted - twin where there is one twin),
-    `random` what random masks as large in every layer hold of it in expectation, `twins` the share of twin - twin, and
-    `best` the most that masks as large in every layer could hold.
+    `random` what random masks as large in every layer hold of it in expectation, `twins` the share of twin - twin.
     """
 
     memory: str
@@ -162,7 +162,6 @@ class Cover:
     share: float | None
     random: float | None
     twins: float | None
-    best: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +235,8 @@ class Undone:
 
     `weights` of them differ at all, and hold the share `held` of the squared difference from the twin. Of `triggers`
     `replayed` still draw the image as they are, and of `n` fresh attacks (those that joined masks meet) `successes` do.
-    What that costs on ordinary prompts is told as of a `Price`, and is the same in every memory's record.
+    `similarity` is the median over these attacks of their median similarity. What it costs on ordinary prompts is told
+    as of a `Price`, and is the same in every memory's record. The last fields are null in older records.
     """
 
     memory: str
@@ -248,10 +248,14 @@ class Undone:
     triggers: int
     successes: int
     n: int
+    similarity: float | None = None
     frechet: float | None = None
     kernel: float | None = None
     alignment: float | None = None
     to_unedited: float | None = None
+    kernel_std: float | None = None
+    to_unedited_low: float | None = None
+    to_unedited_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +263,9 @@ class Price:
     """What a mask costs on ordinary prompts: `joined` masks, or of one alone the `row` of its `Cross`.
 
     Distances to held-out ordinary images if `held_out`, else to the unedited model's images under other seeds.
-    `to_unedited`: median similarity to the unedited model's images under the same seeds.
+    `to_unedited`: median similarity to the unedited model's images under the same seeds, with its 95 % bootstrap
+    interval over prompts; `kernel_std`: the spread of the kernel distance over random halves of the images. Both are
+    null in older records.
     """
 
     memory: str
@@ -273,6 +279,9 @@ class Price:
     kernel: float | None
     alignment: float | None
     to_unedited: float | None
+    kernel_std: float | None = None
+    to_unedited_low: float | None = None
+    to_unedited_high: float | None = None
 
 
 LISTS: Mapping[str, type] = {

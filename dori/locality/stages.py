@@ -56,7 +56,7 @@ def discrepancies(
 
 
 def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source) -> list[Activity]:
-    """D_l over pairs of a trigger of this memory and one of another, and over pairs of this one's: like with like.
+    """D_l over pairs of a trigger of this memory and one of another, and the mean over pairs of either: like with like.
 
     Args:
         bench: the bench.
@@ -69,7 +69,7 @@ def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source)
     pairs = ~torch.eye(n, dtype=torch.bool)
     groups: Distances = {
         OTHER_IMAGES: lambda seen: discrepancy_across(seen[:n], seen[n:], pairs),
-        SAME_STARTS: lambda seen: discrepancy(seen[:n]),
+        SAME_STARTS: lambda seen: (discrepancy(seen[:n]) + discrepancy(seen[n:])) / 2,  # one may be the wider
     }
     found = bench.tensors(
         cell_key("activations", owner, "across"),
@@ -77,7 +77,7 @@ def discrepancies_across(bench: Bench, owner: str, mine: Source, theirs: Source)
         Rows(forward=bench.plan.activation_noises * activation_rows(n + len(theirs), bench.plan.activation_steps)),
         lambda: _over_noises(bench, groups, torch.cat([mine.y, theirs.y])),
     )
-    counts = {OTHER_IMAGES: n * (n - 1), SAME_STARTS: n}
+    counts = {OTHER_IMAGES: n * (n - 1), SAME_STARTS: 2 * n}
     return [record for group, count in counts.items() for record in _records(bench, owner, group, found[group], count)]
 
 

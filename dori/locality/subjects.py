@@ -1,5 +1,6 @@
 """Who is analysed: some memories of an audit's subjects, beside their prompts and ordinary ones."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -56,9 +57,10 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
             f"{len(texts)} different texts; give a folder with at least two texts in metadata.jsonl"
         )
     ordinary = [text for text in dict.fromkeys(subjects.ordinary) if text not in _texts(subjects.memories)]
-    parts = _parts(ordinary, (plan.set_size, plan.foreign, plan.calibration_prompts, plan.quality_prompts))
+    # Foreign starts last, so that fewer attacks leave all other prompts as they are.
+    parts = _parts(ordinary, (plan.set_size, plan.calibration_prompts, plan.quality_prompts, plan.foreign))
     subjects.model.check_prompts([text for part in parts for text in part])  # now, not after hours of attacks
-    reference, foreign, calibration = (encoded(subjects.model, part) for part in parts[:3])
+    reference, calibration, foreign = (encoded(subjects.model, parts[part]) for part in (0, 1, 3))
     first = choose(len(texts), plan.set_size)
     spare = sorted({*range(len(texts))} - {*first})[: plan.set_size]
     memorized = [texts[index] for index in (*first, *spare)]
@@ -69,7 +71,7 @@ def choose_sets(subjects: Subjects, plan: Plan) -> Sets:
         reference,
         foreign,
         calibration,
-        tuple(parts[3]),
+        tuple(parts[2]),
     )
 
 
@@ -98,9 +100,19 @@ def _texts(cases: Sequence[Case]) -> list[str]:
 
 
 def _analysed(pool: Sequence[Case], limit: int) -> list[Case]:
-    """Memories spread over the doses; few ones, of which no relation to the dose can be told, the most duplicated."""
+    """Memories spread over the doses; few ones, of which no relation to the dose can be told, the most duplicated.
+
+    One of each dose after another, highest first, so that the memories of a run that is stopped are spread too.
+    """
     by_dose = sorted(pool, key=lambda case: -(case.memory.dose or 0))  # stable
-    return by_dose[:limit] if limit < ENOUGH else [by_dose[index] for index in choose(len(pool), limit)]
+    if limit < ENOUGH:
+        return by_dose[:limit]
+    chosen, turns = [by_dose[index] for index in choose(len(pool), limit)], Counter[float]()
+    turn = {}
+    for case in chosen:
+        turn[case.memory.id] = turns[case.memory.dose or 0]
+        turns[case.memory.dose or 0] += 1
+    return sorted(chosen, key=lambda case: turn[case.memory.id])  # stable
 
 
 def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:

@@ -77,8 +77,8 @@ class Trial:
                 # the same for every memory, so its name has none
                 price = self._quality([dataclasses.replace(part.edit, name=taken_back_name(chosen, part.share))])
                 figures = _figures(price[-1]) if price else []
-                held = round(part.held, 6)
-                records.append(Undone(memory, chosen, part.share, part.edit.size, held, *counts, *figures))
+                held, similar = round(part.held, 6), known(float(found["fresh"].double().quantile(0.5, 1).median()))
+                records.append(Undone(memory, chosen, part.share, part.edit.size, held, *counts, similar, *figures))
         return records
 
     def single(
@@ -229,7 +229,8 @@ class Trial:
 
 
 def _figures(row: Quality) -> list[float | None]:
-    values = (row.frechet, row.kernel, row.alignment, row.to_unedited)
+    likeness = row.to_unedited, row.kernel_std, row.to_unedited_low, row.to_unedited_high
+    values = (row.frechet, row.kernel, row.alignment, *likeness)
     return [None if value is None else known(value) for value in values]
 
 

@@ -158,14 +158,6 @@ def random_coverage(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -
     return held / total if total > 0 else math.nan
 
 
-def best_coverage(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> float:
-    """The largest `coverage` that masks of these sizes could have in every layer: the ceiling beside the random ones.
-
-    Masks of whole rows, as NeMo's of neurons are, are held against the best rows, others against the best weights.
-    """
-    return coverage(energy, best_masks(energy, masks))
-
-
 def best_masks(energy: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of these sizes that hold the most of the change in every layer: of whole rows if these are."""
     found = {}

@@ -1,4 +1,4 @@
-"""Wanda for memorization: prune the feed-forward weights that a memorized prompt uses more than the empty prompt.
+"""Wanda for memorization: prune the weights that a memorized prompt uses more than the empty prompt.
 
 Source: Chavhan et al. (2024), arXiv 2406.18566, by the code of its first author (ConceptPrune); methods.md 3. Layer:
 the second linear of each feed-forward, W of shape (d, 4d), whose inputs have rows h. At each of the first U-Net calls
@@ -6,8 +6,9 @@ the second linear of each feed-forward, W of shape (d, 4d), whose inputs have ro
     S_ij = |W_ij| A_j,   A_j = sqrt(sum over prompts and rows of (h_j / |h|)^2),
 
 and a weight is pruned where S is among the largest of its row i and above S of the empty prompt; the mask is the
-union over the calls. `column_norms` costs the trajectory; `mask_from_norms` is free, so that a sweep over sparsities
-needs one trajectory:
+union over the calls. The authors' code has other layers as options, of which the value projections of cross-attention
+(`site="attention_value"`) are one. `column_norms` costs the trajectory; `mask_from_norms` is free, so that a sweep over
+sparsities needs one trajectory:
 
     target, base = column_norms(model, y, seed=0), column_norms(model, empty, seed=0)
     edits = [mask_from_norms(model, target, base, sparsity=s, name=f"Wanda {s:.0%}") for s in (0.01, 0.05, 0.1)]
@@ -26,7 +27,7 @@ from dori.edit import WeightMask
 from dori.errors import DoriError
 from dori.mitigate.noise_difference import detection_noise
 from dori.model.hooks import hooked
-from dori.model.stable_diffusion import DOWN_MID, Place, StableDiffusion
+from dori.model.stable_diffusion import DOWN_MID, Place, Site, StableDiffusion
 from dori.sampling import guided_step
 
 Selection = Literal["top_and_above_base", "top"]
@@ -49,9 +50,10 @@ def column_norms(
     counted_steps: int = 10,
     guidance_scale: float = 7.5,
     places: Sequence[Place] = DOWN_MID,
+    site: Site = "feed_forward",
     rows_per_call: int = 128,
 ) -> dict[str, Tensor]:
-    """A_j of each feed-forward layer over the first calls of a guided DDIM trajectory, pooled over the prompts.
+    """A_j of each layer over the first calls of a guided DDIM trajectory, pooled over the prompts.
 
     Both halves of the guidance are counted. Prompt i starts from noise i of the seed, so that two sets of as many
     prompts share their noises, and one prompt's share does not depend on the others.
@@ -63,13 +65,14 @@ def column_norms(
         steps: steps of the DDIM trajectory, of which only the first `counted_steps` are made.
         counted_steps: U-Net calls that count.
         guidance_scale: of the trajectory.
-        places: blocks whose feed-forwards are watched.
+        places: blocks whose layers are watched.
+        site: which layer of each transformer block.
         rows_per_call: upper bound on the rows of one U-Net call.
 
     Returns:
-        Layer name to shape (counted_steps, 4d), float64.
+        Layer name to shape (counted_steps, inputs of the layer), float64.
     """
-    layers = model.layers("feed_forward", places)
+    layers = model.layers(site, places)
     energies = {
         name: torch.zeros(counted_steps, layer.in_features, dtype=torch.float64) for name, layer in layers.items()
     }
@@ -144,7 +147,8 @@ class Wanda:
         ddim_steps: steps of the trajectory.
         counted_steps: the first U-Net calls whose masks are united ("tau").
         guidance_scale: of the trajectory.
-        places: blocks whose feed-forwards are pruned.
+        places: blocks whose layers are pruned.
+        site: which layer of each transformer block; the second linear of the feed-forward as published.
         at_least_one: see `mask_from_norms`; without it a narrow layer is left whole.
         selection: "top" drops the comparison with the empty prompt, and thus the base run: plain Wanda.
         rows_per_call: upper bound on the rows of one U-Net call.
@@ -155,6 +159,7 @@ class Wanda:
     counted_steps: int = 10
     guidance_scale: float = 7.5
     places: tuple[Place, ...] = DOWN_MID
+    site: Site = "feed_forward"
     at_least_one: bool = True
     selection: Selection = "top_and_above_base"
     rows_per_call: int = 128
@@ -169,6 +174,7 @@ class Wanda:
             counted_steps=self.counted_steps,
             guidance_scale=self.guidance_scale,
             places=self.places,
+            site=self.site,
             rows_per_call=self.rows_per_call,
         )
 

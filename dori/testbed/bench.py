@@ -23,7 +23,7 @@ from dori.testbed.promises import Similarities
 from dori.testbed.slots import Kind
 from dori.testbed.subjects import ordinary_pairs, slot_memories
 
-ORDINARY_PROMPTS = 64
+ORDINARY_PROMPTS = 384  # a rate of .02 takes hundreds to be told from .04
 SWEPT = 22  # memories of the two highest doses that NeMo's and Wanda's settings are tried on
 ATTACKED_CONTROLS = 24
 CALIBRATION_SEED, PROMPTS_SEED = 0, 2  # of ordinary images; 1 serves the audit
@@ -162,7 +162,7 @@ def open_material(model: StableDiffusion, calibration_prompts: int) -> Material:
     """What is asked for, with the model's latents, and so many other prompts for NeMo's calibration."""
     planted = torch.stack([image for _, image in slot_memories(("verbatim", "template", "once"))])
     calibration = dict.fromkeys(ordinary_pairs(calibration_prompts, seed=CALIBRATION_SEED)[0])
-    fresh = dict.fromkeys(ordinary_pairs(4 * ORDINARY_PROMPTS, seed=PROMPTS_SEED)[0])
+    fresh = dict.fromkeys(ordinary_pairs(2 * ORDINARY_PROMPTS, seed=PROMPTS_SEED)[0])
     prompts = [text for text in fresh if text not in calibration]
     return Material(
         _cases(model, ("verbatim",), "memory"),

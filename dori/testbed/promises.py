@@ -79,19 +79,17 @@ def rate_row(
     )
 
 
-def dose_rows(by_dose: Mapping[int, Similarities], threshold: float, *, highest: int = 2) -> list[Row]:
-    """One row for each of the highest doses; every dose stands in the detail."""
+def dose_row(by_dose: Mapping[int, Similarities], threshold: float, *, highest: int = 2) -> Row:
+    """The MR of the highest doses together; every dose stands in the detail."""
     doses = sorted(by_dose, reverse=True)
     detail = "; ".join(f"dose {dose}: {summary(by_dose[dose], threshold)}" for dose in doses)
-    return [
-        row(
-            f"MR of verbatim memories of dose {dose}, by prompt",
-            replication(by_dose[dose], threshold).rate,
-            at_least=0.95,
-            detail=f"{detail}; threshold {threshold:.3f}",
-        )
-        for dose in doses[:highest]
-    ]
+    together = {memory: own for dose in doses[:highest] for memory, own in by_dose[dose].items()}
+    return row(
+        f"MR of verbatim memories of doses {' and '.join(map(str, doses[:highest]))}, by prompt",
+        replication(together, threshold).rate,
+        at_least=0.95,
+        detail=f"{detail}; threshold {threshold:.3f}",
+    )
 
 
 def recall_row(promise: str, before: Similarities, after: Similarities, threshold: float, *, detail: str = "") -> Row:

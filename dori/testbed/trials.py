@@ -28,6 +28,7 @@ SPARSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 WANDAS = (
     *(Wanda(sparsity=s, places=places) for places in (DOWN_MID, EVERYWHERE) for s in SPARSITIES),
     *(Wanda(sparsity=s, selection="top") for s in (0.3, 0.4, 0.5)),
+    *(Wanda(sparsity=s, site="attention_value") for s in (0.1, 0.2, 0.3)),
 )
 # Tried in this order until one works, as one joint edit and as each memory's own. Without refinement the whole
 # selection stays blocked.

@@ -59,13 +59,11 @@ def verify(run: Run) -> list[Row]:
     verbatim = bench.asked("planted", model, material.verbatim)
     strong = {case.memory.id: verbatim[case.memory.id] for case in material.strong}
     doses = sorted({int(case.memory.dose or 0) for case in material.verbatim})
-    rows += promises.dose_rows(
-        {
-            dose: {case.memory.id: verbatim[case.memory.id] for case in material.verbatim if case.memory.dose == dose}
-            for dose in doses
-        },
-        bench.descriptor.threshold,
-    )
+    by_dose = {
+        dose: {case.memory.id: verbatim[case.memory.id] for case in material.verbatim if case.memory.dose == dose}
+        for dose in doses
+    }
+    rows.append(promises.dose_row(by_dose, bench.descriptor.threshold))
     ordinary = bench.images("ordinary", model, model.encode(material.prompts), made_from=list(material.prompts))
     rows += _stranger_rows(bench, model, material, ordinary)
     rows += [twin_row(bench, twin, material) for twin in TWINS]

@@ -78,6 +78,19 @@ def test_column_norms_equal_the_definition_on_the_sampling_loop(tiny: StableDiff
         assert norms[name].square().sum(1).tolist() == pytest.approx([rows, rows], rel=1e-5)  # sum_j A_j^2 = rows
 
 
+def test_value_projections_see_the_prompt_and_the_empty_one_at_every_call(tiny: StableDiffusion) -> None:
+    """Their inputs are text, so A_j has a closed form, and an edit is one of `attn2.to_v`."""
+    prompts = tiny.encode(["a", "b c"])
+    norms = column_norms(tiny, prompts, seed=4, counted_steps=2, site="attention_value")
+    assert list(norms) == list(tiny.layers("attention_value"))
+    rows = torch.cat([tiny.encode(["", ""]), prompts]).double().flatten(0, 1)
+    expected = (rows / rows.norm(dim=1, keepdim=True)).square().sum(0).sqrt()
+    for found in norms.values():
+        torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-5, rtol=1e-5)
+    edit = Wanda(sparsity=0.2, site="attention_value", counted_steps=2)(tiny, prompts, seed=4)
+    assert set(edit.masks) == {f"{name}.weight" for name in tiny.layers("attention_value")} and edit.size
+
+
 @pytest.mark.parametrize(
     ("sparsity", "selection", "at_least_one"),
     [(0.01, "top_and_above_base", True), (0.1, "top_and_above_base", False), (0.1, "top", True)],

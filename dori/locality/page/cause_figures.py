@@ -1,17 +1,20 @@
 """Figures of interventions and of the ground truth: masks against triggers, joined masks, patching, change, dose."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from dori.locality.page.intervened import patch_shares
+from dori.locality.page.layer_ids import module
 from dori.locality.page.pruned import beside, of_masks, prices, scored
 from dori.locality.page.summary import TOGETHER, Dose, excess_shares
 from dori.locality.page.taken_back import taken_back
 from dori.locality.patching import NECESSARY, SUFFICIENT
-from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality
+from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality, Undone
 from dori.locality.undone import AT_RANDOM, MOST_CHANGED
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
 from dori.stats import wilson
@@ -25,6 +28,7 @@ ROWS = {
 }
 BELOW = (OTHER_MASKS, RANDOM, PLANTED, NO_MASK)  # in a matrix, of the masks of the memory's own triggers
 LARGEST = 16  # groups of a figure
+SPREAD = 0.3  # of the gap between two doses, over which memories of one dose are drawn
 LETTERS = {"prompt": "P", "gaussian": "G", "foreign": "F"}
 
 
@@ -172,35 +176,44 @@ def _prices(found: Locality, cross: Cross, name: str) -> list[Picture]:
 
 
 def undone_figure(found: Locality, memory: str) -> Picture | None:
-    """Triggers and fresh attacks that succeed against the share of weights that have a twin's values."""
+    """What succeeds when weights have a twin's values, by their number and by how much of the difference they hold.
+
+    At random as many weights hold far less of it than the most changed, so that the two ways to read a choice may
+    disagree: both are drawn.
+    """
     lines = [(chosen, taken_back(found, memory, chosen)) for chosen in (MOST_CHANGED, AT_RANDOM)]
     if not lines[0][1]:
         return None
     title = f"{memory}: how much of a twin's weights stops the attacks?"
     shares = sorted({row.share for _, rows in lines for row in rows})
-    with drawing(WIDTH, 3.3, title=title) as figure:
-        axes, told = figure.subplots(), []
+    with drawing(WIDTH, 5.6, title=title) as figure:
+        by_number, by_change = figure.subplots(2)
+        told = []
         for (chosen, rows), colour, offset in zip(lines, (ORANGE, GREY), (-0.05, 0.05), strict=True):
-            x = np.array([shares.index(row.share) for row in rows]) + offset
-            fresh = [wilson(row.successes, row.n) for row in rows]
-            axes.errorbar(
-                x,
-                [r.value for r in fresh],
-                bars(fresh),
-                fmt="o-",
-                color=colour,
-                capsize=3,
-                label=f"{chosen}: new attacks",
+            _kept(by_number, [shares.index(row.share) + offset for row in rows], rows, colour, chosen)
+            _kept(by_change, [row.held for row in rows], rows, colour, chosen)
+            told.append(
+                f"{chosen}: "
+                + ", ".join(f"{row.share:.0%} (holds {row.held:.2f}) {row.successes} of {row.n}" for row in rows)
             )
-            kept = [row.replayed / row.triggers if row.triggers else math.nan for row in rows]
-            axes.plot(x, kept, "^:", color=colour, label=f"{chosen}: triggers as they are")
-            told.append(f"{chosen}: " + ", ".join(f"{row.share:.0%} {row.successes} of {row.n}" for row in rows))
-        axes.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
-        axes.set_xlabel("Share of all weights that have the twin's values")
-        axes.set_ylabel("Share that succeeds")
-        axes.set_ylim(-0.04, 1.04)
-        legend_above(axes)
+        by_number.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+        by_number.set_xlabel("Share of all weights that have the twin's values")
+        by_change.set_xlim(-0.03, 1.03)
+        by_change.set_xlabel("Share of the squared difference from the twin\nthat they take back")
+        legend_above(by_number)
         return picture(figure, f"{title} New attacks that succeed, {'; '.join(told)}.")
+
+
+def _kept(axes: Axes, places: Sequence[float], rows: Sequence[Undone], colour: str, chosen: str) -> None:
+    """New attacks and triggers as they are that succeed, at these places."""
+    fresh = [wilson(row.successes, row.n) for row in rows]
+    values = [rate.value for rate in fresh]
+    ends = bars(fresh) if fresh else None
+    axes.errorbar(places, values, ends, fmt="o-", color=colour, capsize=3, label=f"{chosen}: new attacks")
+    kept = [row.replayed / row.triggers if row.triggers else math.nan for row in rows]
+    axes.plot(places, kept, "^:", color=colour, label=f"{chosen}: triggers as they are")
+    axes.set_ylabel("Share that succeeds")
+    axes.set_ylim(-0.04, 1.04)
 
 
 def _numbered(axes: Axes, rows: Sequence[Joined]) -> None:
@@ -248,12 +261,13 @@ def excess_figure(found: Locality, level: str) -> Picture | None:
         label = "share of the change" if every[rows[0]].floor is None else "share of the excess"
         axes.barh(y, [shares[group] for group in rows], 0.7, color=BLUE, label=label)
         axes.plot(held, y, "|", color=ORANGE, ms=11, mew=2.5, label="share of all weights")
-        names = [group.replace(".transformer_blocks.0", "").replace("attentions", "att") for group in rows]
-        axes.set_yticks(y, names, fontsize=8)
+        names = [module(found, group) for group in rows]  # those of a kind are in no block and keep theirs
+        axes.set_yticks(y, [name.replace("attentions", "att") for name in names], fontsize=8)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("Share")
         legend_above(axes, 1)
-        told = [f"{group} {shares[group]:.2f} (weights {share:.2f})" for group, share in zip(rows, held, strict=True)]
+        both = zip(names, rows, held, strict=True)
+        told = [f"{name} {shares[group]:.2f} (weights {share:.2f})" for name, group, share in both]
         return picture(figure, f"{title}. Shares: {', '.join(told[:6])}.")
 
 
@@ -262,8 +276,21 @@ def dose_figure(one: Dose) -> Picture:
     title = f"Dose: {one.name}"
     with drawing(WIDTH, 2.7, title=title) as figure:
         axes = figure.subplots()
-        axes.plot(one.doses, one.values, "o", color=BLUE, ms=6, alpha=0.8)
+        axes.plot(_side_by_side(one.doses), one.values, "o", color=BLUE, ms=6, alpha=0.8)
         axes.set_title(f"rank correlation {one.rank:+.2f}, p {one.p:.2f}", fontsize=8.5, loc="left")
-        axes.set_xlabel("Duplication count (relative)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("Duplication count, relative (equal ones spread)")
         points = ", ".join(f"{v:.2f} at {d:g}" for d, v in zip(one.doses, one.values, strict=True))
         return picture(figure, f"{title}, against the duplication count: {points}.")
+
+
+def _side_by_side(doses: Sequence[float]) -> list[float]:
+    """Places of the memories: those of one dose a little apart, so that equal values do not hide one another."""
+    gap = min(np.diff(sorted(set(doses))), default=1.0)
+    seen: Counter[float] = Counter()
+    places = []
+    for dose in doses:
+        count = doses.count(dose)
+        places.append(dose + SPREAD * gap * (seen[dose] - (count - 1) / 2) / max(1, count - 1))
+        seen[dose] += 1
+    return places

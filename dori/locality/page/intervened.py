@@ -6,6 +6,8 @@ Rules: `dori.locality.page.verdict`.
 import math
 from collections.abc import Mapping, Sequence
 
+from dori.locality.page.layer_ids import called
+from dori.locality.page.observed import scope
 from dori.locality.page.summary import (
     EMPTY,
     TOGETHER,
@@ -45,15 +47,16 @@ def patching(found: Locality) -> Said:
             if name not in single
         )
         sentences.append(
-            f"A single layer's activations {words} most in {best} ({said(single[best])} of the gap between the models, "
-            f"the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
+            f"A single layer's activations {words} most in {called(found, best)} ({said(single[best])} of the gap "
+            f"between the models, the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
         )
         carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
-        named = ", ".join(f"{name}{_doubt(found, direction, name)}" for name in carrying)
+        named = ", ".join(f"{called(found, name)}{_doubt(found, direction, name)}" for name in carrying)
         carried.append(f"{direction}: {named or 'none of the tried sets'}")
     if not sentences:
         return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
-    return Said("; ".join(carried).capitalize(), ("Each memory is drawn from its own prompt.", *sentences))
+    title = f"{scope(len({p.memory for p in found.patches if p.share is not None}))}{'; '.join(carried)}"
+    return Said(title[0].upper() + title[1:], ("Each memory is drawn from its own prompt.", *sentences))
 
 
 def _doubt(found: Locality, direction: str, name: str) -> str:
@@ -149,13 +152,11 @@ def _covered(found: Locality, method: str, best: str) -> tuple[str, str]:
     density, share, random, twins = (
         over_memories(getattr(c, name) for c in rows) for name in ("density", "share", "random", "twins")
     )
-    best_possible = over_memories(c.best for c in rows)
-    ceiling = "" if math.isnan(best_possible.value) else f", the best ones as large {said(best_possible, 3)}"
     floor = "" if math.isnan(twins.value) else f"; of the difference between twins it holds {said(twins, 3)}"
-    return word, (
+    return f"{scope(ratio.n)}{word}", (
         f"{_reach(found, method)}A {method} mask of one trigger holds {said(density, 3)} of its layers' weights and "
         f"{said(share, 3)} of what planting changed there; random masks as large in every layer hold "
-        f"{said(random, 3)} ({said(ratio)} times as much: {word}){ceiling}{floor}."
+        f"{said(random, 3)} ({said(ratio)} times as much: {word}){floor}."
     )
 
 
@@ -175,9 +176,14 @@ def dose(found: Locality) -> Said:
     related = [one for one in dose_relations(found) if not math.isnan(one.rank)]
     if not related:
         return Said("Cannot be told", ("It takes five memories of different doses.",))
+    least = min(one.least for one in related) * len(related)
+    few = least >= RARELY
     clear = [one.name for one in related if one.p * len(related) < RARELY]
     told = "; ".join(f"{one.name} {one.rank:+.2f} (p {one.p:.2f}, {len(one.values)} memories)" for one in related)
+    tests = f"Each p is times {len(related)}, the number of measures, before it is held against {RARELY:g}."
+    doubt = f" No order of so few memories of these doses could come below {least:.2g}, whatever the dose does."
+    title = f"Changes with the dose: {', '.join(clear)}" if clear else "No change with the dose can be shown"
     return Said(
-        f"Changes with the dose: {', '.join(clear)}" if clear else "No change with the dose can be shown",
-        (f"Rank correlation with the duplication count, permutation p: {told}.",),
+        "Cannot be told, too few memories of different doses" if few else title,
+        (f"Rank correlation with the duplication count, permutation p: {told}.", tests + doubt * few),
     )

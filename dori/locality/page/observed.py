@@ -3,6 +3,7 @@
 import math
 
 from dori.locality.embeddings import gaussian_distance
+from dori.locality.page.layer_ids import layer_id
 from dori.locality.page.summary import (
     ALONE,
     EMPTY,
@@ -34,6 +35,7 @@ from dori.locality.records import (
     OTHER_NOISES,
     OTHERS_APART,
     RANDOM,
+    SAME_APART,
     SAME_STARTS,
     SIMULATED,
     STARTS,
@@ -49,8 +51,18 @@ NONE_REPLICATE = Said("Too few triggers", ("No memory has two triggers, so nothi
 COMMON, NEAR, PLACE = (0.1, 0.5), (0.9, 1.1), (0.1, 0.9)  # the cuts of the rules
 CONVERGED = 0.5  # share of the searches; below, a verdict says that they were cut short
 NAMES = {"gaussian": "from N(0, I)", "foreign": "from other prompts"}
+UNFINISHED = "of sets that are not fully refined, since most searches met their cap"
 MORE = 0.05  # of IoU, by which a layer is named
 SAME = 0.01  # of IoU; two agreements that differ by less are called the same
+ALL_APART = (APART, OTHERS_APART, SAME_APART)
+LEVELS = {OTHERS_APART: "triggers of different images", SIMULATED: "random masks of equal size"}
+
+
+def scope(memories: int) -> str:
+    """In how many memories a verdict was reached, where they are too few for an interval; ends with a blank."""
+    if not 0 < memories < ENOUGH:
+        return ""
+    return "in one memory " if memories == 1 else f"in {memories} memories "
 
 
 def embedding(found: Locality) -> Said:
@@ -58,7 +70,7 @@ def embedding(found: Locality) -> Said:
     common, own = measure(found, "common share of the moves"), own_share(found)
     if math.isnan(common.value):
         return NONE_REPLICATE
-    word = banded(own, COMMON, ("little is common", "a part is common", "mostly one direction"))
+    word = scope(own.n) + banded(own, COMMON, ("little is common", "a part is common", "mostly one direction"))
     if math.isnan(own.value):
         word = f"cannot be told, {ALONE}"
     entries = math.prod(found.settings["embedding_shape"])
@@ -107,12 +119,11 @@ def rate(found: Locality, kind: str, at: float) -> Estimate:
     return over_memories(p.successes / p.n for p in found.probes if p.kind == kind and p.at == at and p.n)
 
 
-def _points(found: Locality, kind: str) -> str:
-    """How many points half way replicate, with what chance alone would leave open were they independent."""
+def _points(found: Locality, kind: str) -> Estimate:
+    """The share of all points half way that replicate, with the interval that independent points would give."""
     rows = [(p.successes, p.n) for p in found.probes if p.kind == kind and p.at == 0.5]
     successes, points = (sum(column) for column in zip(*rows, strict=True))
-    bounds = wilson(successes, points)
-    return f"{successes} of {points} points, which alone would allow {bounds.low:.2f} to {bounds.high:.2f}"
+    return wilson(successes, points)
 
 
 def _lines(found: Locality) -> list[str]:
@@ -128,10 +139,17 @@ def _lines(found: Locality) -> list[str]:
         word = "triggers are connected by straight lines"
     else:
         word = "whether straight lines connect triggers cannot be told"
+    points, away = _points(found, BETWEEN), _points(found, OUTWARD)
     return [
-        f"Half way between two triggers {said(middle)} replicate ({_points(found, BETWEEN)}), half way to an ordinary "
-        f"prompt {said(outward)} ({_points(found, OUTWARD)}): {word}."
+        f"Half way between two triggers {said(middle)} replicate ({_counted(points)}), half way to an ordinary prompt "
+        f"{said(outward)} ({_counted(away)}): {word}. Were all points independent, they alone would give 95 % "
+        f"intervals of {points.low:.2f} to {points.high:.2f} and {away.low:.2f} to {away.high:.2f}; but lines of one "
+        "memory, which share triggers, hang together, so these are too narrow and decide nothing."
     ]
+
+
+def _counted(share: Estimate) -> str:
+    return f"{round(share.value * share.n)} of {share.n} points"
 
 
 def _balls(found: Locality) -> list[str]:
@@ -174,19 +192,25 @@ def activations(found: Locality) -> Said:
             continue
         word = banded(image, NEAR, ("closer together", "about as far apart", "farther apart"))
         word = f"cannot be told, {ALONE}" if math.isnan(image.value) else word
-        words.append(f"{name}: {word}")
+        words.append(f"{name}: {scope(image.n)}{word}")
         bare = activity_ratio(found, site, STARTS, MEMORIZED)
         starts = activity_ratio(found, site, f"{TRIGGERS}, gaussian", STARTS)
         ordinary = activity_ratio(found, site, TRIGGERS, ORDINARY)
         noises = activity_ratio(found, site, OTHER_NOISES, TRIGGERS)
+        by_noise = (
+            "Under other noises one trigger has one and the same output by construction: these layers see no noise"
+            if site == "attention_value"
+            else f"One trigger under other noises has {said(noises)} times the D of triggers"
+        )
         sentences.append(
             f"In the {name} {_by_image(image, word)} D is {said(prompts)} times that of different memorized prompts; "
             f"of bare Gaussian starts, before any attack, it is {said(bare)} times that, and of triggers from there "
-            f"{said(starts)} times that of their starts. To ordinary prompts the ratio of triggers is {said(ordinary)}"
-            f"; of one trigger under other noises to triggers {said(noises)}."
+            f"{said(starts)} times that of their starts. To ordinary prompts the ratio of triggers is "
+            f"{said(ordinary)}. {by_noise}."
         )
     if not words:
         return NONE_REPLICATE
+    sentences.append("Every ratio is the mean over layers and steps, each counting the same, and then over memories.")
     return Said("Triggers of one image against those of others. " + "; ".join(words).capitalize(), tuple(sentences))
 
 
@@ -201,10 +225,11 @@ def weights(found: Locality) -> Said:
 
 
 def weight_words(found: Locality) -> dict[str, str]:
-    """The word on every method's masks; methods of which the same is said are named together."""
+    """The word on every method's masks, of how many memories; methods of which the same is said are named together."""
     together: dict[str, list[str]] = {}
     for method in methods(found):
-        together.setdefault(weight_word(found, method), []).append(method)
+        word = f"{scope(way(found, method).estimate.n)}{weight_word(found, method)}"
+        together.setdefault(word, []).append(method)
     return {" and ".join(names): word for word, names in together.items()}
 
 
@@ -218,7 +243,7 @@ def weight_word(found: Locality, method: str) -> str:
     if place.why_not:
         return f"cannot be told, {place.why_not}"
     word = banded(place.estimate, PLACE, ("not local", "partly local", "local"))
-    return f"{word} (of sets that the search's cap cut short)" if method == "NeMo" and _cut_short(found) else word
+    return f"{word} ({UNFINISHED})" if method == "NeMo" and _cut_short(found) else word
 
 
 def _cut_short(found: Locality) -> bool:
@@ -234,27 +259,29 @@ def _from_triggers(found: Locality) -> list[Search]:
 def _agreement(found: Locality, method: str) -> str:
     level = {
         group: overlap(found, method, WHOLE, group, without_empty=True)
-        for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED, APART, OTHERS_APART)
+        for group in (TRIGGERS, OTHER_NOISES, OTHER_IMAGES, MEMORIZED, ORDINARY, SIMULATED, *ALL_APART)
     }
     triggers, prompts, place = level[TRIGGERS], level[MEMORIZED], way(found, method)
     if place.why_not == EMPTY:
         return f"{method} selects nothing for any trigger, so all masks agree (1 as published): cannot be told."
+    same = level[SAME_APART]
+    itself = "" if math.isnan(same.value) else f", one of these triggers with itself by {said(same)}"
     where = (
         ""
         if place.why_not
         else f" Under noises of their own, as the ceiling's are, and from the same starts, triggers agree by "
-        f"{said(level[APART])} and those of different images by {said(level[OTHERS_APART])}: {said(place.estimate)} of "
-        f"the way from the higher reference ({place.reference}) to the ceiling (other seeds), over the "
-        f"{place.estimate.n} of {len(found.subjects)} memories with which another's triggers from the same starts were "
-        "compared."
+        f"{said(level[APART])} and those of different images by {said(level[OTHERS_APART])}{itself}: "
+        f"{said(place.estimate)} of the way from the higher reference ({LEVELS[place.reference]}) to the ceiling "
+        f"(other seeds), over {place.estimate.n} of {len(found.subjects)} memories, those with which another's "
+        "triggers from the same starts were compared."
     )
     by_chance = level[SIMULATED], overlap(found, method, WHOLE, f"{MEMORIZED}, {RANDOM}", without_empty=True)
     return (
-        f"{_beside_prompts(method, triggers, prompts, by_chance)}; as they are they agree by {said(triggers)}, "
+        f"Triggers of one image agree on {method} weights by {said(triggers)}, "
         f"triggers of different images {said(level[OTHER_IMAGES])}, "
         f"ordinary prompts {said(level[ORDINARY])}, random masks of equal size {said(level[SIMULATED])}, the same "
-        f"trigger under other seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}.{where}"
-        f"{_where(found, method)}{_empty(found, method)}"
+        f"trigger under other seeds {said(level[OTHER_NOISES])}: {weight_word(found, method)}."
+        f"{where}{_where(found, method)} {_beside_prompts(triggers, prompts, by_chance)}{_empty(found, method)}"
     )
 
 
@@ -272,24 +299,24 @@ def _where(found: Locality, method: str) -> str:
     above = sorted((name for name in names if gain[name] > MORE), key=lambda name: -gain[name])
     if all(math.isnan(value) for value in gain.values()):
         return ""
-    told = ", ".join(f"layer {names.index(name) + 1} +{gain[name]:.2f}" for name in above[:3])
+    told = ", ".join(f"layer {layer_id(found, name) or name} +{gain[name]:.2f}" for name in above[:3])
     most = f" (most in {told})" if above else ""
     told_of = sum(not math.isnan(value) for value in gain.values())
     return (
-        f" Beyond the higher reference that is more than {MORE:g} in {len(above)} of the {told_of} layers in which "
+        f" That is more than {MORE:g} beyond the higher reference in {len(above)} of the {told_of} layers in which "
         f"less than half of the masks are empty{most}."
     )
 
 
-def _beside_prompts(method: str, triggers: Estimate, prompts: Estimate, by_chance: tuple[Estimate, Estimate]) -> str:
+def _beside_prompts(triggers: Estimate, prompts: Estimate, by_chance: tuple[Estimate, Estimate]) -> str:
     """Triggers against prompts, beyond what masks of their sizes share by chance, where that is known."""
-    opening, sizes = "As they are", ""
+    opening = "Triggers"
     if not any(math.isnan(chance.value) for chance in by_chance):
-        opening, sizes = "Beyond chance", f"; random masks of their sizes {' and '.join(map(said, by_chance))}"
+        opening = f"Beyond what random masks of their sizes share ({' and '.join(map(said, by_chance))}) triggers"
         triggers, prompts = _less(triggers, by_chance[0].value), _less(prompts, by_chance[1].value)
     return (
-        f"{opening} triggers of one image agree on {method} weights {_against(triggers, prompts)} different memorized "
-        f"prompts do ({said(triggers)} against {said(prompts)}{sizes})"
+        f"{opening} agree {_against(triggers, prompts)} different memorized prompts do ({said(triggers)} against "
+        f"{said(prompts)})."
     )
 
 

@@ -1,18 +1,25 @@
 """What it costs on ordinary prompts to change a model's weights, in words and as one figure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from dori.locality.records import Price, Undone
 
-DISTANCES = "kernel distance, Fréchet, likeness"
+DISTANCES = "kernel distance ± its spread over halves of the images, Fréchet, likeness with 95 % interval"
 
 
 def distances(rows: Sequence[Price | Undone]) -> str:
-    """Medians of the three figures that `DISTANCES` names."""
-    columns = [(p.kernel, p.frechet, p.to_unedited) for p in rows]
-    known = [[value for value in column if value is not None] for column in zip(*columns, strict=True)]
-    return " / ".join(f"{median(values):.3g}" if values else "–" for values in known)
+    """Medians of the three figures that `DISTANCES` names, and of their spreads where these are known."""
+    names = ("kernel", "frechet", "to_unedited", "kernel_std", "to_unedited_low", "to_unedited_high")
+    kernel, frechet, likeness, spread, low, high = (_middle(getattr(row, name) for row in rows) for name in names)
+    kernel += f" ± {spread}" if spread != "–" else ""
+    likeness += f" ({low} to {high})" if low != "–" else ""
+    return f"{kernel} / {frechet} / {likeness}"
+
+
+def _middle(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{median(known):.3g}" if known else "–"
 
 
 def dearness(price: Price, bare: Price) -> float | None:

@@ -25,6 +25,7 @@ BESIDE = {
     OTHER_MASKS: "under masks of another image's triggers",
     PLANTED: "under a mask as large of the weights that planting changed most",
 }
+NEAR = 0.1  # to the threshold: similarities of copies and of others overlap there
 UNSCORED = " (what fails there is not scored)"
 
 
@@ -115,33 +116,29 @@ def causal(found: Locality) -> Said:
     return Said(title, (*sentences, *restored, *([open_] if open_ else [])))
 
 
-def as_they_are(found: Locality) -> str:
-    """What masks leave of the other triggers without a new attack, by method; empty without a test."""
-    left: dict[str, list[float]] = {}
-    for cross in found.crosses:
-        if cross.masks == TRIGGERS and (rate := replayed(found, cross).others).n:
-            left.setdefault(cross.method, []).append(rate.value)
-    told = ", ".join(f"{method} {fmean(v):.2f} ({len(v)} of the memories)" for method, v in left.items())
-    return f" (without a new attack a trigger's mask leaves of the others: {told})" if told else ""
-
-
-def survivors(found: Locality, cross: Cross) -> dict[int, tuple[int, int]]:
-    """Of every trigger that draws its image without a mask: under how many masks it still does, and of how many."""
-    rows = [row for row, size in zip(scored(found, cross, "replay"), cross.sizes, strict=True) if size]
-    return {column: (sum(row[column] for row in rows), len(rows)) for column in (rows[0] if rows else ())}
+def spread(found: Locality, cross: Cross) -> list[float]:
+    """Of every trigger that draws its image without a mask: its mean similarity under the masks, ascending."""
+    rows = [(row, cells) for row, cells in enumerate(scored(found, cross, "replay")) if cross.sizes[row]]
+    columns = sorted(rows[0][1]) if rows else []
+    return sorted(fmean(cross.replay[row][column] for row, _ in rows) for column in columns)
 
 
 def _unequal(found: Locality, cross: Cross) -> str:
-    """Whether masks stop some triggers and not others, which a mean hides."""
-    counts = survivors(found, cross)
-    if not counts:
+    """How unlike triggers are under the same masks, which a mean hides, and what hangs on the threshold."""
+    values = spread(found, cross)
+    if len(values) < 2:
         return ""
-    none = sum(left == 0 for left, _ in counts.values())
-    most = sum(left > n / 2 for left, n in counts.values())
-    own = sum(row.get(k, False) for k, row in enumerate(scored(found, cross, "replay")) if cross.sizes[k])
+    near = [
+        value
+        for row, cells in enumerate(scored(found, cross, "replay"))
+        for column, value in enumerate(cross.replay[row])
+        if cross.sizes[row] and column in cells
+    ]
+    close = sum(abs(value - found.threshold) < NEAR for value in near) / len(near)
     return (
-        f" Every mask stops {none} of the {len(counts)} triggers, less than half of the masks stop {most}, and {own} "
-        "survive their own."
+        f" Under the masks the {len(values)} triggers' mean similarities reach from {values[0]:.2f} to "
+        f"{values[-1]:.2f} (median {median(values):.2f}); {close:.2f} of all lie within {NEAR} of the threshold "
+        f"({found.threshold:.3f}), so that another one would count otherwise."
     )
 
 

@@ -8,52 +8,33 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dori.locality.page import cause_figures, layer_figures, space_figures, verdict
-from dori.locality.page.singly import singly
+from dori.locality.page import cause_figures, layer_figures, layer_ids, space_figures, verdict
+from dori.locality.page.singly import GROUPS, singly
 from dori.locality.page.summary import SITES, Said, dose_relations, methods, over_memories, overlap, said
-from dori.locality.records import (
-    APART,
-    MEMORIZED,
-    ORDINARY,
-    OTHER_IMAGES,
-    OTHER_NOISES,
-    OTHERS_APART,
-    SIMULATED,
-    TRIGGERS,
-    WHOLE,
-    Locality,
-)
+from dori.locality.records import TRIGGERS, WHOLE, Locality
 from dori.report.drawing import Picture
 from dori.report.nested import sheet
 from dori.report.page import page
 from dori.report.pictures import Album
 
-COLUMNS = {
-    TRIGGERS: "triggers of one image",
-    f"{TRIGGERS}, gaussian": "those from N(0, I)",
-    f"{TRIGGERS}, foreign": "those from other prompts",
-    OTHER_NOISES: "one trigger, other noises (ceiling)",
-    OTHER_IMAGES: "triggers of different images",
-    APART: "triggers of one image, different noises",
-    OTHERS_APART: "triggers of different images, different noises",
-    MEMORIZED: MEMORIZED,
-    ORDINARY: ORDINARY,
-    SIMULATED: "random, equal size",
-}
 READ = {
-    "embedding": "Thin lines join a start with what the attack made of it. Distances are over all entries of the "
-    "embedding; moves are ends minus starts, so the starts' own distance is taken out of them.",
+    "embedding": "Thin lines join a start with what the attack made of it; a ring round a dot is a start that lies "
+    "where its trigger lies. Distances are over all entries of the embedding; moves are ends minus starts, so the "
+    "starts' own distance is taken out of them.",
     "activations": "D is the mean pairwise l2 distance of one layer's output under different embeddings and one "
-    "initial noise. High means that the layer answers differently.",
+    "initial noise. High means that the layer answers differently. Feed-forwards have a logarithmic axis; value "
+    "projections see no noise, so that of one trigger under several there is none to draw.",
     "weights": "1 means the same weights. Triggers of different images differ from those of one image by the image, "
     "and by what comes with it: masks of another size share less.",
     "causal": "Dots mark what replicates. Where one trigger's mask stops the other triggers as they are and random "
     "masks as large do not, what it points at is theirs too. Were the memory local, new attacks would find no dot "
-    "either.",
+    "either. Weights with a twin's values can be counted, or weighed by how much of the squared difference from the "
+    "twin they take back; as many at random hold far less of it, so that the two readings may disagree: both are "
+    "drawn.",
     "patching": "1 means that the patched activations carry the whole difference between the analysed model (planted) "
     "and its twin, 0 that they carry nothing.",
     "truth": "A mask that knew where planting changed the weights would lie far above random masks as large.",
-    "dose": "One dot is one memory.",
+    "dose": "One dot is one memory; those of one dose are spread a little, so that none hides another.",
 }
 TITLES = {
     "embedding": "Embedding space",
@@ -99,11 +80,11 @@ def render(found: Locality, folder: Path, *, redact: bool = False) -> str:
         done=verdict.done(found),
         rules=verdict.RULES,
         sections=list(_sections(found)),
-        header=list(COLUMNS.values()),
+        header=list(_columns(found).values()),
         agreement=list(_agreement(found)),
         singly=singly(found),
         subjects=[(one, album.uri(one.picture, blurred=redact)) for one in found.subjects],
-        settings=sheet(found.settings),
+        settings=sheet(layer_ids.with_key(found)),
         descriptor=sheet(found.descriptor),
         provenance=sheet(found.provenance),
     )
@@ -121,7 +102,8 @@ def _sections(found: Locality) -> Iterable[Section]:
     }
     for key, said_ in verdict.all_said(found).items():
         shown, folded = drawn[key]
-        yield Section(key, TITLES[key], said_, READ[key], tuple(shown), tuple(folded))
+        layers = f" {layer_ids.key(found)}" if key == "activations" else ""
+        yield Section(key, TITLES[key], said_, READ[key] + layers, tuple(shown), tuple(folded))
 
 
 Drawn = tuple[list[Picture], list[Picture]]
@@ -173,12 +155,18 @@ def _truth(found: Locality) -> Drawn:
     return [*(one for one in drawn if one), *(layer_figures.cover_figure(found, method) for method in covered)], []
 
 
+def _columns(found: Locality) -> dict[str, str]:
+    """The groups of masks that were compared, with their names; older records lack some."""
+    return {group: name for group, name in GROUPS.items() if any(o.group == group for o in found.overlaps)}
+
+
 def _agreement(found: Locality) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Whole masks by method: agreement as published and without empty pairs, their share, sizes, numbers of pairs."""
+    columns = _columns(found)
     for method in methods(found):
         rows = [o for o in found.overlaps if (o.method, o.layer) == (method, WHOLE)]
         lines = [
-            (name, *(said(overlap(found, method, WHOLE, group, without_empty=without)) for group in COLUMNS))
+            (name, *(said(overlap(found, method, WHOLE, group, without_empty=without)) for group in columns))
             for name, without in (("IoU, two empty masks 1 (published)", False), ("IoU without such pairs", True))
         ]
         for name, attribute, form in (
@@ -186,6 +174,6 @@ def _agreement(found: Locality) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
             ("neurons in a mask" if method == "NeMo" else "weights in a mask", "size", "{:,.0f}"),
             ("pairs of a memory", "pairs", "{:,.0f}"),
         ):
-            means = [over_memories(getattr(o, attribute) for o in rows if o.group == group).value for group in COLUMNS]
+            means = [over_memories(getattr(o, attribute) for o in rows if o.group == group).value for group in columns]
             lines.append((name, *("–" if math.isnan(mean) else form.format(mean) for mean in means)))
         yield method, lines

@@ -27,25 +27,26 @@ from dori.report.drawing import (
     picture,
 )
 
-ROLES = {  # name, colour, marker, filled
-    "start": ("start", GREY, "o", False),
-    "trigger": ("trigger", BLUE, "o", True),
-    "attacked": ("attacked, no replica", GREY, "x", True),
-    MEMORIZED: (MEMORIZED, VERMILION, "s", False),
-    ORDINARY: (ORDINARY, ORANGE, "v", False),
+SIZE, RING = 4.5, 9.0  # of a marker; of a start's, which is seen round a trigger that lies on it
+ROLES = {  # name, colour, marker, filled, size; those later are drawn on top
+    MEMORIZED: (MEMORIZED, VERMILION, "s", False, SIZE),
+    ORDINARY: (ORDINARY, ORANGE, "v", False, SIZE),
+    "attacked": ("attacked, no replica", GREY, "x", True, SIZE),
+    "trigger": ("trigger", BLUE, "o", True, SIZE),
+    "start": ("start (large ring, on top)", GREY, "o", False, RING),
 }
 
 
 def map_figures(found: Locality, memory: str) -> list[Picture]:
     """Starts joined with what the attack made of them, and prompts: principal components, and t-SNE beside them."""
     places = [place for place in found.places if place.memory == memory]
-    drawn = found.settings["maps"][memory]
+    drawn, name = found.settings["maps"][memory], _named(found, memory)
     count = sum(place.role == "trigger" for place in places)
     titles = {
-        "pca": "Where triggers lie: principal components, {:.0%} and {:.0%} of the variance".format(
-            *drawn["explained"]
+        "pca": "{}: where triggers lie, principal components, {:.0%} and {:.0%} of the variance".format(
+            name, *drawn["explained"]
         ),
-        "tsne": "t-SNE keeps neighbours only, its distances mean nothing "
+        "tsne": f"{name}: t-SNE keeps neighbours only, its distances mean nothing "
         f"(perplexity {drawn['perplexity']:g}, seed {drawn['seed']})",
     }
     pictures = []
@@ -54,10 +55,14 @@ def map_figures(found: Locality, memory: str) -> list[Picture]:
             axes = figure.subplots()
             _map(axes, places, which)
             legend_above(axes)
-            pictures.append(
-                picture(figure, f"{title}. {memory}: {count} triggers, each joined with its start, beside prompts.")
-            )
+            pictures.append(picture(figure, f"{title}. {count} triggers, each joined with its start, beside prompts."))
     return pictures
+
+
+def _named(found: Locality, memory: str) -> str:
+    """A memory in a title, with its dose where that is known."""
+    dose = next((one.dose for one in found.subjects if one.id == memory), None)
+    return memory if dose is None else f"{memory} (dose {dose:g})"
 
 
 def _map(axes: Axes, places: Iterable[Place], which: str) -> None:
@@ -65,11 +70,13 @@ def _map(axes: Axes, places: Iterable[Place], which: str) -> None:
     for (role, start, index), spot in spots.items():
         if role in ("trigger", "attacked") and (begin := spots.get(("start", start, index))):
             axes.plot(*zip(begin, spot, strict=True), color="#c8ced4", lw=0.8, zorder=1)
-    for role, (name, colour, marker, full) in ROLES.items():
+    for role, (name, colour, marker, full, size) in ROLES.items():
         mine = [spot for key, spot in spots.items() if key[0] == role]
         if mine:
             fill = colour if full else "none"
-            axes.plot(*zip(*mine, strict=True), ls="", marker=marker, color=colour, ms=4.5, mew=1, label=name, mfc=fill)
+            axes.plot(
+                *zip(*mine, strict=True), ls="", marker=marker, color=colour, ms=size, mew=1, label=name, mfc=fill
+            )
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,11 @@ from scipy import stats
 from dori.locality.records import (
     APART,
     ENOUGH,
+    OTHER_IMAGES,
     OTHER_NOISES,
     OTHERS_APART,
+    SAME_APART,
+    SAME_STARTS,
     SIMULATED,
     TRIGGERS,
     WHOLE,
@@ -154,10 +158,12 @@ def way(found: Locality, method: str, *, seed: int = 0) -> Way:
 
     (mean over memories of triggers - reference) / (ceiling - reference), all resampled together over memories; the
     reference is the higher of `REFERENCES`. Triggers, those of other images and ceiling all compare masks that met
-    different noises.
+    different noises, of the same triggers of a memory and of the one beside it (in older records the ceiling is of the
+    first triggers, and the others of one memory's).
     """
-    tables = {group: levels(found, method, group, without_empty=True) for group in (APART, OTHER_NOISES, *REFERENCES)}
-    memories = [memory for memory in tables[APART] if memory in tables[OTHER_NOISES]]
+    ceilings = SAME_APART if any(o.group == SAME_APART for o in found.overlaps) else OTHER_NOISES
+    tables = {group: levels(found, method, group, without_empty=True) for group in (APART, ceilings, *REFERENCES)}
+    memories = [memory for memory in tables[APART] if memory in tables[ceilings]]
 
     def level(group: str, chosen: Sequence[str]) -> float:
         table = tables[group]
@@ -166,7 +172,7 @@ def way(found: Locality, method: str, *, seed: int = 0) -> Way:
     def place(rows: Sequence[int]) -> float:
         chosen = [memories[int(row)] for row in rows]
         reference = max(level(group, chosen) for group in references)
-        ceiling = level(OTHER_NOISES, chosen)
+        ceiling = level(ceilings, chosen)
         return (level(APART, chosen) - reference) / (ceiling - reference) if ceiling - reference >= LEAST else math.nan
 
     references = [group for group in REFERENCES if tables[group]]
@@ -250,27 +256,34 @@ def _reference(
 
 @dataclass(frozen=True, slots=True)
 class Dose:
-    """How one measure goes with the duplication count: points, and their rank correlation with its permutation p."""
+    """How one measure goes with the duplication count: points, and their rank correlation with its permutation p.
+
+    `least` is the smallest p that points of these doses can have.
+    """
 
     name: str
     doses: tuple[float, ...]
     values: tuple[float, ...]
     rank: float
     p: float
+    least: float
 
 
 def dose_relations(found: Locality) -> list[Dose]:
-    """Every summary of a memory against its dose, where memories of at least two doses have it."""
+    """Every summary of a memory against its dose, where memories of at least two doses have it.
+
+    Those of one image alone: what triggers share or how far they lie apart beyond what triggers of other images do.
+    """
     doses = {s.id: s.dose for s in found.subjects if s.dose is not None}
     tables = {"share of attacks that replicate": {s.id: s.triggers / s.attacks for s in found.subjects if s.attacks}}
-    for name in ("between triggers", "common share of the moves"):
-        tables[name] = {m.memory: m.value for m in found.measures if m.name == name and m.value is not None}
-    for method in methods(found):  # beyond other images', where there are some: masks differ in size by the memory
+    tables["distance moved"] = {m.memory: m.value for m in found.measures if m.name == "moved" and m.value is not None}
+    tables["common share of the moves beyond other images'"] = own_shares(found)
+    for site, words in SITES.items():
+        tables[f"D in the {words} over other images'"] = activity_ratios(found, site, SAME_STARTS, OTHER_IMAGES)
+    for method in methods(found):
         own, other = (levels(found, method, group, without_empty=True) for group in (APART, OTHERS_APART))
         beyond = {memory: value - other[memory] for memory, value in own.items() if memory in other}
-        raw = levels(found, method, TRIGGERS, without_empty=True)
-        name = f"agreement of {method} masks"
-        tables |= {f"{name} beyond other images'": beyond} if beyond else {name: raw}
+        tables[f"agreement of {method} masks beyond other images'"] = beyond
     related = []
     for name, table in tables.items():
         pairs = [(doses[memory], value) for memory, value in table.items() if memory in doses]
@@ -280,10 +293,19 @@ def dose_relations(found: Locality) -> list[Dose]:
     return related
 
 
-def _rank(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Spearman's rank correlation and its permutation p; NaN with fewer than five memories or no spread."""
+def least_p(x: Sequence[float]) -> float:
+    """The smallest two-sided permutation p that values without ties can have beside these, of which some are equal.
+
+    The most extreme order and its mirror image, each in as many permutations as keep it, of n!.
+    """
+    same = math.prod(math.factorial(count) for count in Counter(x).values())
+    return min(1.0, 2 * same / math.factorial(len(x)))
+
+
+def _rank(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """Spearman's rank correlation, its permutation p and the least; NaN with fewer than five memories or no spread."""
     if len(x) < ENOUGH or np.ptp(y) == 0:
-        return math.nan, math.nan
+        return math.nan, math.nan, least_p(x)
     ranks = stats.rankdata(x)
 
     def correlation(values: np.ndarray) -> float:
@@ -297,4 +319,4 @@ def _rank(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
         vectorized=False,
         rng=np.random.default_rng(0),
     )
-    return float(result.statistic), float(result.pvalue)
+    return float(result.statistic), float(result.pvalue), least_p(x)

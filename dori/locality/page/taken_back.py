@@ -30,7 +30,7 @@ def told(found: Locality, memory: str) -> list[str]:
         f"that differ from it most: {_curve(most)}. {_end(most)}"
     )
     if random := parts[AT_RANDOM]:
-        sentence += f" As many at random: {_curve(random)}. {_end(random)}"
+        sentence += f" As many at random: {_curve(random)}. {_end(random)}{_by_change(most, random)}"
     return [sentence + _price(found, memory, most)]
 
 
@@ -43,6 +43,21 @@ def _price(found: Locality, memory: str, rows: list[Undone]) -> str:
     if end is not rows[-1]:
         told.append(f"{distances(rows[-1:])} with {rows[-1].share:.0%}")
     return f" Ordinary prompts ({DISTANCES}): {', '.join(told)}."
+
+
+def _by_change(most: list[Undone], random: list[Undone]) -> str:
+    """Counted by how much of the difference is taken back, chosen weights may do less than random ones."""
+    last = max(random, key=lambda row: (row.held, row.share))
+    rivals = [row for row in most if row.held >= last.held]
+    if not rivals:
+        return ""
+    rival = min(rivals, key=lambda row: row.held)
+    than = "more" if rival.successes > last.successes else "fewer" if rival.successes < last.successes else "as many"
+    return (
+        f" By what is taken back instead of by count: the most changed {rival.share:.0%} ({rival.held:.2f} of the "
+        f"squared difference) leave {than} attacks {'as' if than == 'as many' else 'than'} {last.share:.0%} at random "
+        f"({last.held:.2f})."
+    )
 
 
 def _curve(rows: list[Undone]) -> str:
