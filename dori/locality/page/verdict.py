@@ -42,8 +42,8 @@ RULES = (
     "share; else as much where the interval is at most 0.02 wide or there is none, else not clearly more or less.",
     "Causal test, by other triggers attacked again or by fresh attacks, whichever succeed more under a mask: not local "
     "where more than a half succeed, local where less than a quarter, partly local between a tenth and nine tenths, "
-    "each with the whole Wilson interval, in which a mask counts as one trial. Only attacks that succeed without a "
-    "mask are scored. Nothing is said where the masks do not stop half of their own triggers as they are, or random "
+    "each with the whole Wilson interval, of as many trials as there are masks or triggers, whichever are fewer. Only "
+    "attacks that succeed without a mask are scored. Nothing is said where the masks do not stop half of their own triggers as they are, or random "
     "masks as large stop as many, or half of the attacks fail without a mask. It is not called local where the "
     "interval under random masks as large, or under masks of another image's triggers, reaches down to it or there are "
     "none, nor where the median mask that was priced more than doubles the Fréchet or the kernel distance of ordinary "
@@ -110,7 +110,7 @@ def done(found: Locality) -> list[str]:
     if len(found.subjects) < 5:
         told.append(
             "With fewer than five memories there are no intervals over memories: the verdicts hold for these alone. "
-            "Brackets in the causal test are over the masks of one memory."
+            "Brackets in the causal test are over the masks and triggers of one memory."
         )
     return told + _twin(found) + _memorized(found) + _prompts(found) + _judging(found)
 
