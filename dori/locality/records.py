@@ -5,14 +5,16 @@ as a table (`pandas.DataFrame(data["overlaps"])`). A memory of "" means that the
 reference sets of prompts). Numbers that could not be measured are null. Groups of embeddings:
 
     triggers; triggers, gaussian; triggers, foreign     of one memory, from the named starts; only what replicates
-    triggers of other images                            pairs of a trigger of this memory and one of the memory before;
-                                                        both from starts at which both memories have triggers, and from
-                                                        different ones: only the image differs
-    triggers, same starts                               pairs of this memory's triggers from those same starts
+    triggers of other images                            pairs of a trigger of this memory and one of the memory beside
+                                                        it (before it; of the first: the last); both from starts at
+                                                        which both have triggers, different ones: only the image differs
+    triggers, same starts                               pairs of one memory's triggers from those same starts, the mean
+                                                        over both memories
     triggers, other noises                              as the last, each mask of a pair under noises of its own, as the
     triggers of other images, other noises              ceiling's are; likewise across the two memories
     gaussian starts                                     the starts themselves, before any attack
     other noises                                        one trigger under different noises (floor of D, ceiling of A)
+    other noises, same starts                           the like of the triggers of the three groups before
     memorized prompts; ordinary prompts                 as many different prompts: of memories, whose images they bring
                                                         back, and of no memory
     random; random, simulated                           random masks of the triggers' mask sizes
