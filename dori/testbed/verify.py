@@ -1,4 +1,4 @@
-"""`dori testbed verify`: measures what the testbed promises, in about 25 minutes on two slow cores.
+"""`dori testbed verify`: measures what the testbed promises, in about 45 minutes of one core.
 
 Everything heavy is a cell of the run's folder, so that a killed verify goes on where it was. Generations are made
 with the settings of the quick audit. The twins and the base are judges only: no edit is ever computed on them.
