@@ -22,6 +22,7 @@ from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
 from dori.sampling import named_seed
 
+NEMO = "NeMo"
 FACTS = ("neurons", "flagged", "localized", "suppressed", "converged")
 
 
@@ -77,12 +78,12 @@ def concatenated(parts: Sequence[Masks]) -> Masks:
 
 def method_names(plan: Plan) -> tuple[str, ...]:
     """The plan's methods: NeMo first, then the Wanda settings in their order."""
-    return ("NeMo", *map(wanda_name, plan.wandas))
+    return (NEMO, *map(wanda_name, plan.wandas))
 
 
 def calibrate(bench: Bench, ordinary: Source) -> NeMoCalibration:
     """NeMo's statistics and threshold, from ordinary prompts of this model."""
-    nemo, seed = bench.plan.nemo, _seed(bench, "NeMo", 0)
+    nemo, seed = bench.plan.nemo, _seed(bench, NEMO, 0)
     inputs: dict[str, object] = {"nemo": nemo, "seed": seed, "ordinary": ordinary.sha256}
 
     def compute() -> dict[str, Tensor]:
@@ -122,7 +123,7 @@ class Maskers:
         bench, seed = self.bench, _seed(self.bench, method, noise)
         rows = masking(bench.plan, method, len(embeddings))
         inputs: dict[str, object] = {"seed": seed, "source": embeddings.sha256}
-        if method == "NeMo":
+        if method == NEMO:
             inputs |= {"nemo": bench.plan.nemo, "calibration": [self.ordinary.sha256, self.calibration.details["seed"]]}
             found = bench.tensors(key, inputs, rows, lambda: self._nemo(embeddings.y, seed))
         else:
@@ -132,10 +133,7 @@ class Maskers:
         return Masks(method, {name: self._unpacked(method, name, part) for name, part in found.items()}, facts)
 
     def _unpacked(self, method: str, name: str, packed: Tensor) -> Tensor:
-        shape = self.bench.model.unet.get_parameter(name).shape
-        size = shape[:1] if method == "NeMo" else shape
-        bits = np.unpackbits(packed.numpy(), axis=1, count=size.numel())
-        return torch.from_numpy(bits).bool().unflatten(1, size)
+        return unpacked(packed, mask_shape(method, self.bench.model.unet.get_parameter(name)))
 
     def _nemo(self, embeddings: Tensor, seed: int) -> dict[str, Tensor]:
         rows: dict[str, list[Tensor]] = {}
@@ -166,6 +164,17 @@ class Maskers:
             for y in embeddings
         ]
         return {name: _packed(torch.stack([mask[name] for mask in masks])) for name in masks[0]}
+
+
+def mask_shape(method: str, weight: Tensor) -> torch.Size:
+    """Of one mask of a weight: NeMo's masks are whole rows."""
+    return weight.shape[:1] if method == NEMO else weight.shape
+
+
+def unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+    """Booleans (n, *shape) of rows of bytes, eight to each."""
+    bits = np.unpackbits(packed.numpy(), axis=1, count=shape.numel())
+    return torch.from_numpy(bits).bool().unflatten(1, shape)
 
 
 def _packed(masks: Tensor) -> Tensor:

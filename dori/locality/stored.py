@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from dori.audit.schedule import Subjects
 from dori.errors import DoriError
 from dori.locality.bench import Source, encoded
 from dori.locality.costs import chunks
-from dori.locality.masks import FACTS, Masks, concatenated
+from dori.locality.masks import FACTS, NEMO, Masks, concatenated, mask_shape, unpacked
 from dori.locality.records import FILE, Locality, read_locality
 from dori.locality.triggers import Found
 from dori.model.load import model_fingerprint
@@ -28,7 +27,6 @@ from dori.run import canonical_sha256, cell_key, tensors_sha256
 from dori.sampling import named_seed
 from dori.tensor_file import read_tensors
 
-NEMO = "NeMo"
 MEND = "give the folder of a run that finished this memory"
 SUBJECTS = "give the model, memories and ordinary prompts of that run"
 MODEL = f"this model; {SUBJECTS}"
@@ -200,9 +198,7 @@ def _masks(cell: _Cell, method: str, count: int, model: StableDiffusion) -> Mask
     """What one cell holds, a bit a weight, or of NeMo a bit a row."""
     weights, found = dict(model.unet.named_parameters()), {}
     for name in (name for name in cell.tensors if name in weights):
-        size = weights[name].shape[:1] if method == NEMO else weights[name].shape
-        packed = cell.tensor(name, count, math.ceil(size.numel() / 8)).to(torch.uint8)
-        bits = np.unpackbits(packed.numpy(), axis=1, count=size.numel())
-        found[name] = torch.from_numpy(bits).bool().unflatten(1, size)
+        shape = mask_shape(method, weights[name])
+        found[name] = unpacked(cell.tensor(name, count, math.ceil(shape.numel() / 8)).to(torch.uint8), shape)
     facts = cell.tensor("facts", count, len(FACTS)) if method == NEMO else torch.zeros(0, len(FACTS))
     return Masks(method, found, facts)
