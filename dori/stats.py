@@ -7,9 +7,10 @@ memories for anything else.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,7 @@ from scipy import optimize, stats
 from dori.errors import DoriError
 
 Statistic = Callable[..., Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,12 @@ def median_and_deviation(values: ArrayLike) -> tuple[float, float]:
         return math.nan, math.nan
     median = float(np.median(array))
     return median, float(np.median(np.abs(array - median)))
+
+
+def by_turns(pools: Iterable[Iterable[Item]]) -> list[Item]:
+    """The first of every pool, then the second of every pool that has one, and so on."""
+    turns = zip_longest(*pools, fillvalue=None)
+    return [item for turn in turns for item in turn if item is not None]
 
 
 def choose(count: int, limit: int | None) -> list[int]:

@@ -7,38 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from commanding import status
-from test_locality_run import judge, tiny_run, tiny_subjects
+from test_locality_run import PLAN, judge, tiny_run, tiny_subjects
 
-from dori.attack.dori import Dori
 from dori.locality import plan
-from dori.mitigate.nemo import Nemo
 from dori.mitigate.wanda import Wanda
 from dori.model.stable_diffusion import StableDiffusion
 from dori.testbed import subjects
 
 DOCS = Path(__file__).parent.parent / "docs" / "locality.md"
-BRIEF = dataclasses.replace(
-    plan.quick(),
-    gaussian=2,
-    foreign=2,
-    attack=Dori(steps=1, batch=1),
-    twin_attacks=1,
-    repeats=0,
-    seeds=1,
-    sampling_steps=2,
-    line_pairs=1,
-    ball_centres=1,
-    ball_directions=1,
-    ball_radii=(0.5,),
-    probe_seeds=1,
-    activation_steps=(0,),
-    set_size=4,
-    nemo=Nemo(noises=2, max_refinement_passes=1),
-    wandas=(Wanda(sparsity=0.10, counted_steps=1),),
-    ceiling=2,
-    ceiling_seeds=2,
-    calibration_prompts=4,
-)
+BRIEF = dataclasses.replace(PLAN, preset="quick", wandas=(Wanda(sparsity=0.10, counted_steps=1),), causal=None)
 
 
 @pytest.fixture(autouse=True)

@@ -148,3 +148,8 @@ def test_chosen_items_are_spread_and_different(count: int, limit: int | None) ->
         assert chosen[0] == 0 and chosen[-1] == count - 1
         gaps = {b - a for a, b in pairwise(chosen)}
         assert max(gaps) - min(gaps) <= 1
+
+
+def test_pools_are_gone_through_by_turns() -> None:
+    assert stats.by_turns([[0, 1, 2], [], [3], [4, 5]]) == [0, 3, 4, 1, 5, 2]
+    assert stats.by_turns([]) == []

@@ -15,7 +15,7 @@ from dori.metrics.similarity import Descriptor, cosine, masked_similarity
 from dori.model.load import plain_config
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import canonical_sha256, tensors_sha256
-from dori.sampling import initial_noise, sample
+from dori.sampling import Sampling, initial_noise, sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,17 +81,29 @@ class Judge:
 
 
 def draw(model: StableDiffusion, plan: Plan, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Images in [0, 1] of every embedding under every seed, shape (n, s, 3, H, W)."""
+    """Images in [0, 1] of every embedding under every seed, as the plan samples, shape (n, s, 3, H, W)."""
+    return drawn(model, embeddings, seeds, Sampling(plan.sampling_steps, plan.guidance_scale))
+
+
+def drawn(model: StableDiffusion, embeddings: Tensor, seeds: Sequence[int], sampling: Sampling) -> Tensor:
+    """Images in [0, 1] of every embedding (n, l, d) under every seed, shape (n, s, 3, H, W)."""
     n, s = len(embeddings), len(seeds)
     noise = initial_noise(model, seeds).repeat(n, 1, 1, 1)
     latents = sample(
         model,
         embeddings.repeat_interleave(s, 0).to(model.device),
         noise,
-        steps=plan.sampling_steps,
-        guidance_scale=plan.guidance_scale,
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
     )
     return model.to_images(latents).cpu().unflatten(0, (n, s))
+
+
+def likeness(descriptor: Descriptor, image: Tensor, images: Tensor) -> Tensor:
+    """Similarity to one image (3, H, W) of images (n, s, 3, H, W), shape (n, s); one that diverged is like nothing."""
+    flat, finite = finite_images(images.flatten(0, 1))
+    descriptors = descriptor(flat).cpu() * finite[:, None]
+    return cosine(descriptors, descriptor(image[None]).cpu()).unflatten(0, images.shape[:2])
 
 
 def pixels_sha256(images: Tensor) -> str:

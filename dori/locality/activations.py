@@ -108,7 +108,16 @@ def activations(
             f"noise has shape {tuple(x.shape)}; give one row of shape {model.latent_shape} for all embeddings, "
             f"or {len(y)}, one for each"
         )
-    return _outputs_at(model, layers, y, x, steps, ddim_steps, guidance_scale, rows_per_call)
+    return _outputs_at(
+        model,
+        layers,
+        y,
+        x,
+        steps=steps,
+        ddim_steps=ddim_steps,
+        guidance_scale=guidance_scale,
+        rows_per_call=rows_per_call,
+    )
 
 
 def _check_steps(model: StableDiffusion, steps: Sequence[int], ddim_steps: int, rows_per_call: int) -> None:
@@ -138,6 +147,7 @@ def _outputs_at(
     layers: Mapping[str, nn.Module],
     embeddings: Tensor,
     noise: Tensor,
+    *,
     steps: Sequence[int],
     ddim_steps: int,
     guidance_scale: float,

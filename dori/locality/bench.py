@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dori.audit.judge import Case, Judge, draw, finite_images, pixels_sha256
+from dori.audit.judge import Case, Judge, draw, finite_images, likeness, pixels_sha256
 from dori.locality.costs import Rows
 from dori.locality.plan import Plan
 from dori.metrics.similarity import cosine
@@ -116,10 +116,7 @@ class Bench:
 
     def similar(self, case: Case, images: Tensor) -> Tensor:
         """Similarity to the memory of images (n, s, 3, H, W), shape (n, s); one that diverged is like nothing."""
-        flat, finite = finite_images(images.flatten(0, 1))
-        descriptors = self.judge.descriptor(flat).cpu() * finite[:, None]
-        reference = self.judge.descriptor(case.image[None]).cpu()
-        return cosine(descriptors, reference).unflatten(0, images.shape[:2])
+        return likeness(self.judge.descriptor, case.image, images)
 
     def alike(self, images: Tensor, others: Tensor) -> Tensor:
         """Similarity of images (s, 3, H, W) to others, one by one, shape (s,); what diverged is like nothing."""
@@ -128,5 +125,10 @@ class Bench:
         return cosine(descriptor(mine).cpu() * finite[:, None], descriptor(theirs).cpu() * sound[:, None])
 
     def replicates(self, similarities: Tensor) -> Tensor:
-        """Which embeddings replicate, booleans (n,): the median over the seeds exceeds the threshold, as in MR."""
-        return similarities.double().quantile(0.5, dim=1) > self.judge.descriptor.threshold
+        """Which embeddings replicate, booleans (n,)."""
+        return copies(similarities, self.judge.descriptor.threshold)
+
+
+def copies(similarities: Tensor, threshold: float) -> Tensor:
+    """Which of n embeddings replicate, booleans (n,): the median over s seeds, of (n, s), is above the threshold."""
+    return similarities.double().quantile(0.5, dim=1) > threshold

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from dori.attack.dori import Dori
 from dori.attack.starts import gaussian
-from dori.audit.judge import finite_images
+from dori.audit.judge import drawn, likeness
 from dori.edit import Edit, WeightMask
 from dori.errors import DoriError
 from dori.locality import given
 from dori.locality.given import Array
 from dori.locality.masks import FACTS, Masks
-from dori.metrics.similarity import Descriptor, cosine
+from dori.metrics.similarity import Descriptor
 from dori.model.stable_diffusion import StableDiffusion
-from dori.sampling import Sampling, initial_noise, named_seed, sample
+from dori.sampling import Sampling, named_seed
 
 
 def stacked(edits: Sequence[WeightMask], *, neurons: bool = False) -> Masks:
@@ -145,14 +145,5 @@ def similarity_to(
     Returns:
         Shape (n,), in [-1, 1].
     """
-    n, s = len(embeddings), len(seeds)
-    latents = sample(
-        model,
-        embeddings.repeat_interleave(s, 0).to(model.device),
-        initial_noise(model, seeds).repeat(n, 1, 1, 1),
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-    )
-    images, finite = finite_images(model.to_images(latents).cpu())
-    like = cosine(descriptor(images).cpu() * finite[:, None], descriptor(image[None]).cpu())
-    return like.unflatten(0, (n, s)).double().quantile(0.5, dim=1)
+    images = drawn(model, embeddings, seeds, sampling)
+    return likeness(descriptor, image, images).double().quantile(0.5, dim=1)

@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dori.attack.starts import gaussian
 from dori.audit.schedule import Subjects
 from dori.errors import DoriError
 from dori.locality.bench import Source, encoded
 from dori.locality.costs import chunks
 from dori.locality.masks import FACTS, NEMO, Masks, concatenated, mask_shape, unpacked
 from dori.locality.records import FILE, Locality, read_locality
-from dori.locality.triggers import Found
+from dori.locality.triggers import Found, numbered_starts, replicating
 from dori.model.load import model_fingerprint
 from dori.model.stable_diffusion import StableDiffusion
 from dori.run import canonical_sha256, cell_key, tensors_sha256
-from dori.sampling import named_seed
 from dori.tensor_file import read_tensors
 
 MEND = "give the folder of a run that finished this memory"
@@ -106,8 +104,7 @@ def stored_attacks(folder: Path, memory: str, subjects: Subjects) -> Found:
             names += [start] * len(chunk)
             index += chunk
     starts, y, similar = (torch.cat([getattr(part, name) for part in parts]) for name in ("starts", "ends", "similar"))
-    back = similar.double().quantile(0.5, dim=1) > run.threshold
-    replicates = back & torch.isfinite(y).flatten(1).all(1)  # an attack that diverged found nothing
+    replicates = replicating(similar, y, run.threshold)
     return Found(starts, y, tuple(names), tuple(index), similar, replicates, {"parts": [part.made for part in parts]})
 
 
@@ -138,8 +135,7 @@ def _starts(folder: Path, run: Locality, memory: str, start: str, count: int, su
     if start == "prompt":
         return encoded(model, [str(one.text) for one in run.subjects if one.id == memory])
     if start == "gaussian":
-        seeds = [named_seed("locality gaussian", _number(run, "seed"), k) for k in range(count)]
-        return Source(gaussian(model, seeds), {"gaussian": seeds})
+        return numbered_starts(model, _number(run, "seed"), range(count))
     cell, size = _cell(folder, "triggers", memory, start, "0"), min(count, _number(run, "chunk", least=1))
     taken = {case.memory.text for case in subjects.memories}
     texts = [text for text in dict.fromkeys(subjects.ordinary) if text not in taken]

@@ -1,9 +1,8 @@
 """Who is analysed: some memories of an audit's subjects, beside their prompts and ordinary ones."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from dori.audit.judge import Case
 from dori.audit.loop import Subjects
@@ -15,7 +14,7 @@ from dori.locality.plan import Plan
 from dori.locality.records import ENOUGH, PROMPTED, Measure, known
 from dori.locality.triggers import similarities
 from dori.run import cell_key
-from dori.stats import choose
+from dori.stats import by_turns, choose
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,12 +106,8 @@ def _analysed(pool: Sequence[Case], limit: int) -> list[Case]:
     by_dose = sorted(pool, key=lambda case: -(case.memory.dose or 0))  # stable
     if limit < ENOUGH:
         return by_dose[:limit]
-    chosen, turns = [by_dose[index] for index in choose(len(pool), limit)], Counter[float]()
-    turn = {}
-    for case in chosen:
-        turn[case.memory.id] = turns[case.memory.dose or 0]
-        turns[case.memory.dose or 0] += 1
-    return sorted(chosen, key=lambda case: turn[case.memory.id])  # stable
+    chosen = [by_dose[index] for index in choose(len(pool), limit)]
+    return by_turns(list(same) for _, same in groupby(chosen, key=lambda case: case.memory.dose or 0))
 
 
 def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:

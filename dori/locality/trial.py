@@ -137,7 +137,7 @@ class Trial:
     def _join(self, method: str, masks: str, number: int, edit: WeightMask, index: int) -> Joined:
         memory, numbers = self.case.memory.id, self._joined_numbers()
         key = cell_key("joined", memory, method, masks, str(index))
-        found = self._under(key, edit, gaussian_source(self.bench, []), numbers)
+        found = self._under(key, edit, gaussian_source(self.bench.model, []), numbers)
         total = sum(mask.numel() for mask in edit.masks.values())
         density = round(edit.size / total, 6) if total else 0.0
         return Joined(
@@ -156,7 +156,7 @@ class Trial:
         """
         repeated = len(triggers) if again else 0
         bench, case, plan = self.bench, self.case, self.bench.plan
-        new = gaussian_source(bench, self._named("locality fresh start", fresh))
+        new = gaussian_source(bench.model, self._named("locality fresh start", fresh))
         starts = torch.cat([triggers.y[:repeated], new.y])
         attack_seeds = [*self._named("locality causal", range(repeated)), *self._named("locality causal, fresh", fresh)]
         seeds = plan.fresh_seeds(self.causal.seeds)

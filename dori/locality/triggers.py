@@ -12,12 +12,14 @@ from torch import Tensor
 
 from dori.attack.starts import gaussian
 from dori.audit.judge import Case, pixels_sha256
-from dori.locality.bench import Bench, Source, encoded
+from dori.locality.bench import Bench, Source, copies, encoded
 from dori.locality.costs import attacking, chunks, drawing
 from dori.locality.embeddings import moved
 from dori.locality.records import Trigger, known
+from dori.model.stable_diffusion import StableDiffusion
 from dori.run import cell_key
 from dori.sampling import named_seed
+from dori.stats import by_turns
 
 ORDER = ("prompt", "gaussian", "foreign")
 Start = tuple[str, int]  # its kind, and its number among those
@@ -64,14 +66,7 @@ class Found:
     def spread(self, limit: int) -> list[int]:
         """At most so many triggers: the prompt-started one, then the first of the other starts, by turns."""
         kept = self.rows("prompt")[:limit]
-        pools = [self.rows(start) for start in ORDER[1:]]
-        turns = [
-            row
-            for pair in zip(*(pool + [-1] * (max(map(len, pools)) - len(pool)) for pool in pools), strict=True)
-            for row in pair
-            if row >= 0
-        ]
-        return kept + turns[: limit - len(kept)]
+        return kept + by_turns(self.rows(start) for start in ORDER[1:])[: limit - len(kept)]
 
 
 def common_starts(mine: Sequence[Start], theirs: Sequence[Start]) -> tuple[list[int], list[int]]:
@@ -84,15 +79,31 @@ def common_starts(mine: Sequence[Start], theirs: Sequence[Start]) -> tuple[list[
     return [row for row, _ in both], [row for _, row in both]
 
 
-def gaussian_source(bench: Bench, seeds: Sequence[int]) -> Source:
+def gaussian_source(model: StableDiffusion, seeds: Sequence[int]) -> Source:
     """Gaussian starts of given seeds."""
-    y = gaussian(bench.model, seeds) if seeds else torch.zeros(0, *bench.model.embedding_shape)
+    y = gaussian(model, seeds) if seeds else torch.zeros(0, *model.embedding_shape)
     return Source(y, {"gaussian": list(seeds)})
 
 
+def numbered_starts(model: StableDiffusion, seed: int, numbers: Sequence[int]) -> Source:
+    """The Gaussian starts of these numbers in a run of this seed, the same for every memory."""
+    return gaussian_source(model, [named_seed("locality gaussian", seed, k) for k in numbers])
+
+
 def gaussian_starts(bench: Bench, numbers: Sequence[int]) -> Source:
-    """The Gaussian starts of these numbers, the same for every memory."""
-    return gaussian_source(bench, [named_seed("locality gaussian", bench.plan.seed, k) for k in numbers])
+    """The same in the run at hand."""
+    return numbered_starts(bench.model, bench.plan.seed, numbers)
+
+
+def replicating(similar: Tensor, ends: Tensor, threshold: float) -> Tensor:
+    """Which attacks bring the image back, booleans (n,).
+
+    Args:
+        similar: shape (n, s).
+        ends: shape (n, l, d); one that is not finite, as half precision may give, found nothing.
+        threshold: the descriptor's.
+    """
+    return copies(similar, threshold) & torch.isfinite(ends).flatten(1).all(1)
 
 
 def starts_of(bench: Bench, case: Case, foreign: Source) -> dict[str, Source]:
@@ -146,7 +157,7 @@ def repeated(bench: Bench, case: Case, found: Found) -> tuple[Tensor, Tensor]:
     seeds = attack_seeds(bench, memory, "gaussian, again", numbers)
     ends = attacked(bench, cell_key("triggers", memory, "again"), case, starts, seeds)
     similar = similarities(bench, cell_key("judged", memory, "again"), case, ends, bench.plan.fresh_seeds())
-    kept = bench.replicates(similar) & torch.isfinite(ends.y).flatten(1).all(1) & found.replicates[rows]
+    kept = replicating(similar, ends.y, bench.judge.descriptor.threshold) & found.replicates[rows]
     return (found.ends[rows] - starts.y)[kept], (ends.y - starts.y)[kept]
 
 
@@ -170,7 +181,7 @@ def find_triggers(bench: Bench, case: Case, foreign: Source) -> Found:
         tuple(names),
         tuple(index),
         similar,
-        bench.replicates(similar) & torch.isfinite(y).flatten(1).all(1),  # half precision may overflow
+        replicating(similar, y, bench.judge.descriptor.threshold),
         {"parts": [part.sha256 for part in ends]},
     )
 

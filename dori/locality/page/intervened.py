@@ -16,6 +16,7 @@ from dori.locality.page.summary import (
     dose_relations,
     ends,
     excess_shares,
+    least_p,
     left_out,
     over_memories,
     pruned_share,
@@ -176,7 +177,7 @@ def dose(found: Locality) -> Said:
     related = [one for one in dose_relations(found) if not math.isnan(one.rank)]
     if not related:
         return Said("Cannot be told", ("It takes five memories of different doses.",))
-    least = min(one.least for one in related) * len(related)
+    least = min(least_p(one.doses) for one in related) * len(related)
     few = least >= RARELY
     clear = [one.name for one in related if one.p * len(related) < RARELY]
     told = "; ".join(f"{one.name} {one.rank:+.2f} (p {one.p:.2f}, {len(one.values)} memories)" for one in related)

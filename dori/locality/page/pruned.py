@@ -116,28 +116,25 @@ def causal(found: Locality) -> Said:
     return Said(title, (*sentences, *restored, *([open_] if open_ else [])))
 
 
-def spread(found: Locality, cross: Cross) -> list[float]:
-    """Of every trigger that draws its image without a mask: its mean similarity under the masks, ascending."""
-    rows = [(row, cells) for row, cells in enumerate(scored(found, cross, "replay")) if cross.sizes[row]]
-    columns = sorted(rows[0][1]) if rows else []
-    return sorted(fmean(cross.replay[row][column] for row, _ in rows) for column in columns)
+def under_masks(found: Locality, cross: Cross) -> dict[int, list[float]]:
+    """Of every trigger that draws its image without a mask: its similarities under the masks that prune something."""
+    values: dict[int, list[float]] = {}
+    for cells, similar, size in zip(scored(found, cross, "replay"), cross.replay, cross.sizes, strict=True):
+        for column in cells if size else ():
+            values.setdefault(column, []).append(similar[column])
+    return values
 
 
 def _unequal(found: Locality, cross: Cross) -> str:
     """How unlike triggers are under the same masks, which a mean hides, and what hangs on the threshold."""
-    values = spread(found, cross)
-    if len(values) < 2:
+    by_trigger = under_masks(found, cross)
+    if len(by_trigger) < 2:
         return ""
-    near = [
-        value
-        for row, cells in enumerate(scored(found, cross, "replay"))
-        for column, value in enumerate(cross.replay[row])
-        if cross.sizes[row] and column in cells
-    ]
-    close = sum(abs(value - found.threshold) < NEAR for value in near) / len(near)
+    means = [fmean(values) for values in by_trigger.values()]
+    close = fmean(abs(value - found.threshold) < NEAR for values in by_trigger.values() for value in values)
     return (
-        f" Under the masks the {len(values)} triggers' mean similarities reach from {values[0]:.2f} to "
-        f"{values[-1]:.2f} (median {median(values):.2f}); {close:.2f} of all lie within {NEAR} of the threshold "
+        f" Under the masks the {len(means)} triggers' mean similarities reach from {min(means):.2f} to "
+        f"{max(means):.2f} (median {median(means):.2f}); {close:.2f} of all lie within {NEAR} of the threshold "
         f"({found.threshold:.3f}), so that another one would count otherwise."
     )
 

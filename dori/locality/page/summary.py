@@ -256,17 +256,13 @@ def _reference(
 
 @dataclass(frozen=True, slots=True)
 class Dose:
-    """How one measure goes with the duplication count: points, and their rank correlation with its permutation p.
-
-    `least` is the smallest p that points of these doses can have.
-    """
+    """How one measure goes with the duplication count: points, and their rank correlation with its permutation p."""
 
     name: str
     doses: tuple[float, ...]
     values: tuple[float, ...]
     rank: float
     p: float
-    least: float
 
 
 def dose_relations(found: Locality) -> list[Dose]:
@@ -302,10 +298,10 @@ def least_p(x: Sequence[float]) -> float:
     return min(1.0, 2 * same / math.factorial(len(x)))
 
 
-def _rank(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """Spearman's rank correlation, its permutation p and the least; NaN with fewer than five memories or no spread."""
+def _rank(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Spearman's rank correlation and its permutation p; NaN with fewer than five memories or no spread."""
     if len(x) < ENOUGH or np.ptp(y) == 0:
-        return math.nan, math.nan, least_p(x)
+        return math.nan, math.nan
     ranks = stats.rankdata(x)
 
     def correlation(values: np.ndarray) -> float:
@@ -319,4 +315,4 @@ def _rank(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
         vectorized=False,
         rng=np.random.default_rng(0),
     )
-    return float(result.statistic), float(result.pvalue), least_p(x)
+    return float(result.statistic), float(result.pvalue)
