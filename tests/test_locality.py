@@ -28,7 +28,7 @@ from dori.locality.embeddings import (
     shared_share,
     sphere,
 )
-from dori.locality.patching import NECESSARY, SUFFICIENT, patch_layers, patch_sets, patched_samples, share_of_gap
+from dori.locality.patching import NECESSARY, SUFFICIENT, patch_sets, patched_samples, share_of_gap
 from dori.locality.probes import line_pairs
 from dori.locality.truth import (
     best_masks,
@@ -408,7 +408,7 @@ def test_a_patch_carries_exactly_what_its_layer_computes(tiny: StableDiffusion) 
     name = next(iter(tiny.layers("attention_value", EVERYWHERE)))
     twin = changed(tiny, [f"{name}.weight"], 0.3)
     y, noise = tiny.encode(["abc"]), initial_noise(tiny, [0])
-    other = list(patch_layers(tiny))[-1]
+    other = list(tiny.layers("feed_forward", EVERYWHERE))[-1]
     found = patched_samples(tiny, twin, y, noise, {name: (name,)}, steps=3, guidance_scale=2.0)
     assert not torch.allclose(found["none"], found["source"], atol=1e-3)
     assert torch.allclose(found[name], found["source"], atol=1e-5)
@@ -416,6 +416,24 @@ def test_a_patch_carries_exactly_what_its_layer_computes(tiny: StableDiffusion) 
     partly = patched_samples(tiny, twin, y, noise, {other: (other,)}, steps=1, guidance_scale=2.0)
     gap = (partly["source"] - partly["none"]).norm()
     assert 0 < float((partly[other] - partly["source"]).norm() / gap) < 1
+
+
+def test_the_four_kinds_together_carry_all_that_they_write(tiny: StableDiffusion) -> None:
+    """Models that differ in the four kinds of layers alone: all of them are the source's run, no kind alone is."""
+    sets, weights = patch_sets(tiny), tiny.unet.state_dict()
+    kinds = ("all values", "all feed-forwards", "all self-attentions", "all convolutions")
+    assert sorted(sets["all four kinds"]) == sorted(name for kind in kinds for name in sets[kind])
+    blocks = sum(name.endswith(".norm3.weight") for name in weights)
+    assert [len(sets[kind]) for kind in kinds[:3]] == [blocks] * 3
+    convolved = [name.removesuffix(".weight") for name in weights if ".resnets." in name and ".conv2.weight" in name]
+    assert sorted(sets["all convolutions"]) == sorted(convolved)
+    twin = changed(tiny, [f"{name}.weight" for name in sets["all four kinds"]], 0.3)
+    y, noise = tiny.encode(["abc"]), initial_noise(tiny, [0])
+    found = patched_samples(
+        tiny, twin, y, noise, {name: sets[name] for name in (*kinds, "all four kinds")}, steps=2, guidance_scale=2.0
+    )
+    assert torch.allclose(found["all four kinds"], found["source"], atol=1e-5)
+    assert not any(torch.allclose(found[kind], found["source"], atol=1e-3) for kind in (*kinds, "none"))
 
 
 def test_both_halves_of_the_guidance_come_from_one_text_encoder(tiny: StableDiffusion) -> None:

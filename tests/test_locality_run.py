@@ -479,7 +479,7 @@ def test_the_presets_fit_their_time(name: str, limit_s: int) -> None:
     memories = tuple((f"m{k}", True) for k in range(plan.memories))
     counts = (min(68, plan.set_size), plan.set_size, plan.foreign, plan.calibration_prompts)
     prompted = tuple(f"p{k}" for k in range(counts[0]))
-    sizes = Sizes(memories, prompted, *counts, layers=32, twins=2, quality=plan.quality_prompts, held_out=True)
+    sizes = Sizes(memories, prompted, *counts, patch_sets=38, twins=2, quality=plan.quality_prompts, held_out=True)
     cells = planned(plan, sizes, method_names(plan)).values()
     total = [rows for part in cells for rows in part.values()]
     assert sum(total, Rows()).seconds_s(Speed(250, 90)) < 0.9 * limit_s

@@ -32,7 +32,7 @@ class Sizes:
         memorized, ordinary: embeddings of the two reference sets, as many as there may be.
         foreign: foreign starts that there are.
         calibration: prompts of NeMo's calibration.
-        layers: layers that can be patched.
+        patch_sets: sets of layers that are patched together.
         twins: models that never saw the memories.
         quality: prompts that tell what masks cost.
         held_out: whether there are ordinary images to compare with; otherwise the model's own serve.
@@ -44,7 +44,7 @@ class Sizes:
     ordinary: int
     foreign: int
     calibration: int
-    layers: int
+    patch_sets: int
     twins: int
     quality: int
     held_out: bool
@@ -159,8 +159,7 @@ def other_noises(plan: "Plan") -> int:
 
 
 def _patching(plan: "Plan", sizes: Sizes) -> Rows:
-    runs = sizes.layers + 3 + 2  # kinds of layers; the target without a patch, and the source
-    return drawing(plan, plan.patch_seeds * runs)
+    return drawing(plan, plan.patch_seeds * (sizes.patch_sets + 2))  # the target without a patch, and the source
 
 
 def _twin(plan: "Plan", memory: str) -> Iterator[tuple[str, Rows]]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from dori.locality.activations import outputs
@@ -24,19 +26,50 @@ SUFFICIENT, NECESSARY = "sufficient", "necessary"
 LEAST_GAP = 0.2  # of similarity; medians of a few seeds move by a quarter of that
 
 
-def patch_layers(model: StableDiffusion) -> dict[str, nn.Linear]:
-    """Every layer that can be patched: value projections and feed-forward second linears of all blocks."""
-    return model.layers("attention_value", EVERYWHERE) | model.layers("feed_forward", EVERYWHERE)
+def patch_layers(model: StableDiffusion) -> dict[str, nn.Module]:
+    """Every layer that can be patched, of all blocks, by name.
+
+    Value projections, feed-forward second linears, output projections of self-attention, and the second convolutions
+    of ResNet blocks. All but the first put out what their branch adds to the residual stream; what stands in the stream
+    already is nobody's, so shortcuts, down- and upsamplers are left out: taken from the source they would carry all
+    that came before them.
+    """
+    return _values(model) | _feed_forwards(model) | _self_attentions(model) | _convolutions(model)
 
 
 def patch_sets(model: StableDiffusion) -> PatchSets:
-    """What is patched together: each layer alone, each kind of layer, and all of them, by name."""
-    kinds = {
-        "all values": tuple(model.layers("attention_value", EVERYWHERE)),
-        "all feed-forwards": tuple(model.layers("feed_forward", EVERYWHERE)),
+    """What is patched together: each layer alone that pruning acts on, each kind of layer, and all of them, by name."""
+    values, feed_forwards = tuple(_values(model)), tuple(_feed_forwards(model))
+    return {name: (name,) for name in values + feed_forwards} | {
+        "all values": values,
+        "all feed-forwards": feed_forwards,
+        "all values and feed-forwards": values + feed_forwards,
+        "all self-attentions": tuple(_self_attentions(model)),
+        "all convolutions": tuple(_convolutions(model)),
+        "all four kinds": tuple(patch_layers(model)),
     }
-    kinds["all of both"] = kinds["all values"] + kinds["all feed-forwards"]
-    return {name: (name,) for name in patch_layers(model)} | kinds
+
+
+def _values(model: StableDiffusion) -> dict[str, nn.Linear]:
+    return model.layers("attention_value", EVERYWHERE)
+
+
+def _feed_forwards(model: StableDiffusion) -> dict[str, nn.Linear]:
+    return model.layers("feed_forward", EVERYWHERE)
+
+
+def _self_attentions(model: StableDiffusion) -> dict[str, nn.Module]:
+    return {
+        f"{name}.attn1.to_out.0": block.attn1.to_out[0]
+        for name, block in model.unet.named_modules()
+        if isinstance(block, BasicTransformerBlock)
+    }
+
+
+def _convolutions(model: StableDiffusion) -> dict[str, nn.Module]:
+    return {
+        f"{name}.conv2": block.conv2 for name, block in model.unet.named_modules() if isinstance(block, ResnetBlock2D)
+    }
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from dori.audit.loop import Subjects
 from dori.errors import DoriError
 from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import Sizes
-from dori.locality.patching import patch_layers
+from dori.locality.patching import patch_sets
 from dori.locality.plan import Plan
 from dori.locality.records import ENOUGH, PROMPTED, Measure, known
 from dori.locality.triggers import similarities
@@ -136,7 +136,7 @@ def sizes(subjects: Subjects, sets: Sets) -> Sizes:
         len(sets.ordinary),
         len(sets.foreign),
         len(sets.calibration),
-        len(patch_layers(subjects.model)),
+        len(patch_sets(subjects.model)),
         len(subjects.twins),
         len(sets.quality),
         subjects.held_out is not None,

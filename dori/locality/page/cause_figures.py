@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from dori.locality.page.intervened import patch_shares
+from dori.locality.page.intervened import patch_likeness, patch_shares
 from dori.locality.page.layer_ids import module
 from dori.locality.page.pruned import beside, of_masks, prices, scored
-from dori.locality.page.summary import TOGETHER, Dose, excess_shares
+from dori.locality.page.summary import NOTHING, TOGETHER, Dose, excess_shares
 from dori.locality.page.taken_back import taken_back
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality, Undone
@@ -222,7 +222,7 @@ def _numbered(axes: Axes, rows: Sequence[Joined]) -> None:
 
 
 def patch_kinds_figure(found: Locality) -> Picture | None:
-    """Kinds of layers patched together, sufficiency and necessity beside each other."""
+    """Kinds of layers patched together, sufficiency and necessity beside each other, and whose images they draw."""
     title = "Which kinds of layers carry the memory together?"
     both = {direction: patch_shares(found, direction) for direction in (SUFFICIENT, NECESSARY)}
     names = [name for name in dict.fromkeys([*both[SUFFICIENT], *both[NECESSARY]]) if name.startswith(TOGETHER)]
@@ -234,15 +234,23 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
             (-0.2, SUFFICIENT, "sufficient: planted into twin", BLUE, ""),
             (0.2, NECESSARY, "necessary: twin into planted", ORANGE, "//"),
         ):
-            shares = [both[direction][name] for name in names if name in both[direction]]
-            x = np.arange(len(shares)) + offset
-            heights, ends = [s.value for s in shares], bars(shares) if shares else None
-            axes.bar(x, heights, 0.4, color=colour, hatch=hatch, edgecolor="white", yerr=ends, label=label)
-            told.append(f"{label}: " + ", ".join(f"{n} {s.value:.2f}" for n, s in zip(names, shares, strict=True)))
+            shares = [both[direction].get(name, NOTHING) for name in names]
+            alike = [patch_likeness(found, direction, name).value for name in names]
+            x, heights = np.arange(len(names)) + offset, [s.value for s in shares]
+            axes.bar(x, heights, 0.4, color=colour, hatch=hatch, edgecolor="white", yerr=bars(shares), label=label)
+            axes.plot(x, alike, "D", color="white", mec=colour, mew=1.6, ms=6)
+            told.append(
+                f"{label}: "
+                + ", ".join(
+                    f"{name} {share.value:.2f}, alike by {like:.2f}"
+                    for name, share, like in zip(names, shares, alike, strict=True)
+                )
+            )
+        axes.plot([], [], "D", color="white", mec=GREY, mew=1.6, ms=6, label="likeness to the other model's own images")
         axes.axhline(0, color=GREY, lw=0.8)
         axes.axhline(1, color=GREY, lw=0.8, ls=":")
-        axes.set_xticks(range(len(names)), names)
-        axes.set_ylabel("Share of the gap")
+        axes.set_xticks(range(len(names)), [name.replace(" and ", "\nand ") for name in names], fontsize=8.5)
+        axes.set_ylabel("Share of the gap, or likeness")
         legend_above(axes, 1)
         return picture(figure, f"{title} {'; '.join(told)}.")
 

@@ -62,12 +62,17 @@ def patching(found: Locality) -> Said:
 
 def _doubt(found: Locality, direction: str, name: str) -> str:
     """Said of a set that carries the gap, but whose images are not, or not surely, what the other model draws."""
-    cured = banded(over_memories(_alike(found, direction, name)), (HALF,), ("", "cured")) == "cured"
+    cured = banded(patch_likeness(found, direction, name), (HALF,), ("", "cured")) == "cured"
     return "" if cured else " (that it ruins the images is not excluded)"
 
 
 def _patched(found: Locality, direction: str, name: str) -> list[Patch]:
     return [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
+
+
+def patch_likeness(found: Locality, direction: str, name: str) -> Estimate:
+    """Likeness of a patched set's images to the other model's own, over the memories that count."""
+    return over_memories(_alike(found, direction, name))
 
 
 def _alike(found: Locality, direction: str, name: str) -> list[float]:

@@ -32,7 +32,9 @@ READ = {
     "twin they take back; as many at random hold far less of it, so that the two readings may disagree: both are "
     "drawn.",
     "patching": "1 means that the patched activations carry the whole difference between the analysed model (planted) "
-    "and its twin, 0 that they carry nothing.",
+    "and its twin, 0 that they carry nothing. All values, feed-forwards, self-attentions and (second) convolutions of "
+    "ResNet blocks, each kind together, are what a U-Net writes into its residual stream. A diamond is the likeness to "
+    "the images that the other model draws itself: low beside a high bar, the patch ruins instead of carrying.",
     "truth": "A mask that knew where planting changed the weights would lie far above random masks as large.",
     "dose": "One dot is one memory; those of one dose are spread a little, so that none hides another.",
 }
