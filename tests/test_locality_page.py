@@ -54,6 +54,7 @@ def test_the_page_shows_every_analysis_and_runs_and_loads_nothing(tmp_path: Path
         "causal",
         "patching",
         "truth",
+        "transplants",
         "dose",
         "numbers",
         "singly",

@@ -237,7 +237,7 @@ def test_the_causal_test_fills_its_matrix_for_the_first_memory_alone(whole: Whol
     likeness = [u.to_unedited for u in whole.found.undone]
     assert None not in likeness and likeness[0] != likeness[1]
     assert {p.direction for p in whole.found.patches} == {"sufficient", "necessary"}
-    assert {p.memory for p in whole.found.patches} == {"m1"}
+    assert {p.memory for p in (*whole.found.patches, *whole.found.transplants)} == {"m1"}
 
 
 def test_patched_images_are_compared_with_what_the_other_model_draws(whole: Whole) -> None:
@@ -291,7 +291,7 @@ def test_the_plan_counts_the_rows_that_go_through_the_network(tiny: StableDiffus
 
 def test_the_causal_test_costs_what_was_planned(whole: Whole) -> None:
     planned = by_stage(whole.planned)
-    for stage in ("twin", "patching", "price", "activations"):
+    for stage in ("twin", "patching", "transplants", "price", "activations"):
         spent = sum(rows for name, rows in whole.found.cost.items() if name.startswith(f"{stage}, "))
         most = planned[stage].attacked + planned[stage].forward
         # Two memories' halves had two of three starts in common, 6 rows less; NeMo's masks are empty and have no price.
@@ -477,9 +477,9 @@ def test_the_presets_fit_their_time(name: str, limit_s: int) -> None:
     """By arithmetic at the testbed's speeds on two cores, for as many memories and layers as it has."""
     plan = PRESETS[name]()
     memories = tuple((f"m{k}", True) for k in range(plan.memories))
-    counts = (min(68, plan.set_size), plan.set_size, plan.foreign, plan.calibration_prompts)
+    counts = (min(68, plan.set_size), plan.set_size, plan.foreign, plan.calibration_prompts, 38, 26)
     prompted = tuple(f"p{k}" for k in range(counts[0]))
-    sizes = Sizes(memories, prompted, *counts, patch_sets=38, twins=2, quality=plan.quality_prompts, held_out=True)
+    sizes = Sizes(memories, prompted, *counts, twins=2, quality=plan.quality_prompts, held_out=True)
     cells = planned(plan, sizes, method_names(plan)).values()
     total = [rows for part in cells for rows in part.values()]
     assert sum(total, Rows()).seconds_s(Speed(250, 90)) < 0.9 * limit_s

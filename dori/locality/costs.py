@@ -33,6 +33,7 @@ class Sizes:
         foreign: foreign starts that there are.
         calibration: prompts of NeMo's calibration.
         patch_sets: sets of layers that are patched together.
+        weight_sets: sets of weights that change places together.
         twins: models that never saw the memories.
         quality: prompts that tell what masks cost.
         held_out: whether there are ordinary images to compare with; otherwise the model's own serve.
@@ -45,6 +46,7 @@ class Sizes:
     foreign: int
     calibration: int
     patch_sets: int
+    weight_sets: int
     twins: int
     quality: int
     held_out: bool
@@ -102,8 +104,7 @@ def planned(plan: "Plan", sizes: Sizes, methods: tuple[str, ...]) -> dict[str, d
         if sizes.twins and plan.twin_attacks:
             cells[memory] |= dict(_twin(plan, memory))
         if sizes.twins and plan.patch_seeds and has_text:
-            ways = {cell_key("patching", memory, way): _patching(plan, sizes) for way in (SUFFICIENT, NECESSARY)}
-            cells[memory] |= ways
+            cells[memory] |= dict(_carried(plan, sizes, memory))
         if plan.causal is not None and index < plan.causal.memories:
             cells[memory] |= dict(_causal(plan, sizes, methods, memory, has_text))
     return cells
@@ -158,8 +159,12 @@ def other_noises(plan: "Plan") -> int:
     return max(4, plan.activation_noises)
 
 
-def _patching(plan: "Plan", sizes: Sizes) -> Rows:
-    return drawing(plan, plan.patch_seeds * (sizes.patch_sets + 2))  # the target without a patch, and the source
+def _carried(plan: "Plan", sizes: Sizes, memory: str) -> Iterator[tuple[str, Rows]]:
+    """Patching and transplants."""
+    for stage, sets in (("patching", sizes.patch_sets), ("transplants", sizes.weight_sets)):
+        for way in (SUFFICIENT, NECESSARY):
+            # The target as it is, and the source, stand beside the sets.
+            yield cell_key(stage, memory, way), drawing(plan, plan.patch_seeds * (sets + 2))
 
 
 def _twin(plan: "Plan", memory: str) -> Iterator[tuple[str, Rows]]:

@@ -302,7 +302,9 @@ class _Loop:
             successes, count = replicating_on(beside, case)
             self.records["measures"].append(Measure(memory, ON_TWIN, round(successes / count, 6), count))
         if plan.patch_seeds and case.memory.text is not None:
-            self.records["patches"] += stages.patches(self.bench, case, twin, self.fingerprints[twin.name])
+            fingerprint = self.fingerprints[twin.name]
+            self.records["patches"] += stages.patches(self.bench, case, twin, fingerprint)
+            self.records["transplants"] += stages.transplants(self.bench, case, twin, fingerprint)
 
     def _show(self, case: Case, found: Found) -> None:
         picture = f"pictures/{cell_key('training', case.memory.id)}.png"

@@ -22,6 +22,7 @@ from dori.sampling import guided_step
 
 PatchSets = dict[str, tuple[str, ...]]
 NONE, SOURCE = "none", "source"
+TOGETHER = "all "  # begins the names of layers, or weights, of one kind or of several
 SUFFICIENT, NECESSARY = "sufficient", "necessary"
 LEAST_GAP = 0.2  # of similarity; medians of a few seeds move by a quarter of that
 
@@ -41,12 +42,12 @@ def patch_sets(model: StableDiffusion) -> PatchSets:
     """What is patched together: each layer alone that pruning acts on, each kind of layer, and all of them, by name."""
     values, feed_forwards = tuple(_values(model)), tuple(_feed_forwards(model))
     return {name: (name,) for name in values + feed_forwards} | {
-        "all values": values,
-        "all feed-forwards": feed_forwards,
-        "all values and feed-forwards": values + feed_forwards,
-        "all self-attentions": tuple(_self_attentions(model)),
-        "all convolutions": tuple(_convolutions(model)),
-        "all four kinds": tuple(patch_layers(model)),
+        f"{TOGETHER}values": values,
+        f"{TOGETHER}feed-forwards": feed_forwards,
+        f"{TOGETHER}values and feed-forwards": values + feed_forwards,
+        f"{TOGETHER}self-attentions": tuple(_self_attentions(model)),
+        f"{TOGETHER}convolutions": tuple(_convolutions(model)),
+        f"{TOGETHER}four kinds": tuple(patch_layers(model)),
     }
 
 

@@ -79,7 +79,7 @@ class Plan:
         ceiling_seeds: noise seeds of each, the usual one included.
         calibration_prompts: ordinary prompts of NeMo's statistics and threshold.
         causal: the causal test; None leaves it out.
-        patch_seeds: generation seeds of activation patching; 0 leaves it out.
+        patch_seeds: generation seeds of activation patching and of transplanted weights; 0 leaves both out.
         chunk: embeddings per cell.
         seed: root of all random streams.
     """

@@ -184,8 +184,9 @@ class Change:
 class Patch:
     """Similarity to the memory when `layers` put out the other model's activations; `share` of the models' gap.
 
-    `alike` is the median similarity, seed by seed, to what the model that the activations came from draws itself:
-    images that lose a memory without coming closer to those are ruined, not cured. Null in older records.
+    A transplant is the like, `layers` being a kind of weights that have the other model's values. `alike` is the
+    median similarity, seed by seed, to what the model that they came from draws itself: images that lose a memory
+    without coming closer to those are ruined, not cured. Null in older records.
     """
 
     memory: str
@@ -298,6 +299,7 @@ LISTS: Mapping[str, type] = {
     "covers": Cover,
     "changes": Change,
     "patches": Patch,
+    "transplants": Patch,
     "crosses": Cross,
     "joined": Joined,
     "prices": Price,
@@ -337,6 +339,7 @@ class Locality:
     covers: tuple[Cover, ...] = ()
     changes: tuple[Change, ...] = ()
     patches: tuple[Patch, ...] = ()
+    transplants: tuple[Patch, ...] = ()
     crosses: tuple[Cross, ...] = ()
     joined: tuple[Joined, ...] = ()
     prices: tuple[Price, ...] = ()

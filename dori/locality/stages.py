@@ -1,4 +1,4 @@
-"""The stages of a locality run that look at activations: how far they lie apart, and what they carry into a twin."""
+"""The stages of a locality run beside its masks: how far activations lie apart, what a twin's and the model's carry."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,11 +12,13 @@ from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import Rows, drawing, other_noises
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, patch_sets, patched_samples, share_of_gap
 from dori.locality.records import OTHER_IMAGES, OTHER_NOISES, SAME_STARTS, Activity, Patch, known
+from dori.locality.transplants import transplanted_samples, weight_sets
 from dori.model.stable_diffusion import EVERYWHERE, Site, StableDiffusion
 from dori.run import cell_key
 from dori.sampling import initial_noise, named_seed
 
 SITES: tuple[Site, ...] = ("attention_value", "feed_forward")
+Samples = Callable[..., dict[str, Tensor]]  # `patched_samples` or `transplanted_samples`
 Distances = Mapping[str, Callable[[Tensor], float]]  # by group, the mean distance among one layer's activations
 
 # ------------------------------------------------------------------------------------------------------- activations
@@ -148,20 +150,36 @@ def _tables(bench: Bench, groups: Distances, embeddings: Tensor, noise: Tensor) 
     return {group: torch.stack(tables) for group, tables in steps.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------- patching
+# ------------------------------------------------------------------------------------------ patching and transplants
 
 
 def patches(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: str) -> list[Patch]:
-    """Sufficiency and necessity of every layer, of each kind of layer and of all, for the memory's own prompt."""
+    """Sufficiency and necessity of layers' activations, one by one and kind by kind, for the memory's own prompt."""
+    return _carried(bench, case, twin, twin_fingerprint, "patching", patch_sets(bench.model), patched_samples)
+
+
+def transplants(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: str) -> list[Patch]:
+    """The same of weights, kind by kind."""
+    return _carried(bench, case, twin, twin_fingerprint, "transplants", weight_sets(bench.model), transplanted_samples)
+
+
+def _carried(
+    bench: Bench,
+    case: Case,
+    twin: StableDiffusion,
+    twin_fingerprint: str,
+    stage: str,
+    sets: Mapping[str, Sequence[str]],
+    samples: Samples,
+) -> list[Patch]:
     plan, memory, records = bench.plan, case.memory.id, []
     prompt = encoded(bench.model, [case.memory.text or ""])
     seeds = plan.fresh_seeds(plan.patch_seeds)
-    sets = patch_sets(bench.model)
     for direction, source, target in ((SUFFICIENT, bench.model, twin), (NECESSARY, twin, bench.model)):
         inputs = bench.judged_inputs(case, prompt, seeds) | {"twin": twin_fingerprint, "sets": sets}
         rows = drawing(plan, plan.patch_seeds * (len(sets) + 2))
-        compute = partial(_patched, bench, case, source=source, target=target, prompt=prompt.y, seeds=seeds)
-        table = bench.tensors(cell_key("patching", memory, direction), inputs, rows, compute)
+        compute = partial(_likenesses, bench, case, partial(samples, source, target), target, prompt.y, seeds, sets)
+        table = bench.tensors(cell_key(stage, memory, direction), inputs, rows, compute)
         like, alike = (
             {name: float(values[row].double().quantile(0.5)) for name, values in table.items()} for row in (0, 1)
         )
@@ -180,18 +198,21 @@ def patches(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: s
     return records
 
 
-def _patched(
-    bench: Bench, case: Case, *, source: StableDiffusion, target: StableDiffusion, prompt: Tensor, seeds: Sequence[int]
+def _likenesses(
+    bench: Bench,
+    case: Case,
+    samples: Samples,
+    target: StableDiffusion,
+    prompt: Tensor,
+    seeds: Sequence[int],
+    sets: Mapping[str, Sequence[str]],
 ) -> dict[str, Tensor]:
-    """Similarities to the memory and to the source's own images, shape (2, s), by patched set."""
-    plan, noise = bench.plan, initial_noise(bench.model, seeds)
-    names = patch_sets(source)
-    latents = patched_samples(
-        source,
-        target,
+    """Similarities to the memory and to the source's own images, shape (2, s), by set."""
+    plan = bench.plan
+    latents = samples(
         prompt,
-        noise,
-        names,
+        initial_noise(bench.model, seeds),
+        sets,
         steps=plan.sampling_steps,
         guidance_scale=plan.guidance_scale,
         null=bench.model.encode([""]),  # both halves from one text encoder, in either direction

@@ -12,6 +12,7 @@ from dori.locality.costs import Sizes
 from dori.locality.patching import patch_sets
 from dori.locality.plan import Plan
 from dori.locality.records import ENOUGH, PROMPTED, Measure, known
+from dori.locality.transplants import weight_sets
 from dori.locality.triggers import similarities
 from dori.run import cell_key
 from dori.stats import by_turns, choose
@@ -137,6 +138,7 @@ def sizes(subjects: Subjects, sets: Sets) -> Sizes:
         len(sets.foreign),
         len(sets.calibration),
         len(patch_sets(subjects.model)),
+        len(weight_sets(subjects.model)),
         len(subjects.twins),
         len(sets.quality),
         subjects.held_out is not None,

@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from dori.locality.page.intervened import patch_likeness, patch_shares
 from dori.locality.page.layer_ids import module
 from dori.locality.page.pruned import beside, of_masks, prices, scored
-from dori.locality.page.summary import NOTHING, TOGETHER, Dose, excess_shares
+from dori.locality.page.summary import NOTHING, Dose, excess_shares
 from dori.locality.page.taken_back import taken_back
-from dori.locality.patching import NECESSARY, SUFFICIENT
+from dori.locality.patching import NECESSARY, SUFFICIENT, TOGETHER
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS, Cross, Joined, Locality, Undone
 from dori.locality.undone import AT_RANDOM, MOST_CHANGED
 from dori.report.drawing import BLUE, GREEN, GREY, ORANGE, WIDTH, Picture, bars, drawing, legend_above, picture
@@ -224,7 +224,7 @@ def _numbered(axes: Axes, rows: Sequence[Joined]) -> None:
 def patch_kinds_figure(found: Locality) -> Picture | None:
     """Kinds of layers patched together, sufficiency and necessity beside each other, and whose images they draw."""
     title = "Which kinds of layers carry the memory together?"
-    both = {direction: patch_shares(found, direction) for direction in (SUFFICIENT, NECESSARY)}
+    both = {direction: patch_shares(found.patches, direction) for direction in (SUFFICIENT, NECESSARY)}
     names = [name for name in dict.fromkeys([*both[SUFFICIENT], *both[NECESSARY]]) if name.startswith(TOGETHER)]
     if not names:
         return None
@@ -235,7 +235,7 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
             (0.2, NECESSARY, "necessary: twin into planted", ORANGE, "//"),
         ):
             shares = [both[direction].get(name, NOTHING) for name in names]
-            alike = [patch_likeness(found, direction, name).value for name in names]
+            alike = [patch_likeness(found.patches, direction, name).value for name in names]
             x, heights = np.arange(len(names)) + offset, [s.value for s in shares]
             axes.bar(x, heights, 0.4, color=colour, hatch=hatch, edgecolor="white", yerr=bars(shares), label=label)
             axes.plot(x, alike, "D", color="white", mec=colour, mew=1.6, ms=6)
@@ -253,6 +253,39 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
         axes.set_ylabel("Share of the gap, or likeness")
         legend_above(axes, 1)
         return picture(figure, f"{title} {'; '.join(told)}.")
+
+
+def transplant_figure(found: Locality) -> Picture | None:
+    """What kinds of weights take away and bring when they change models, beside their share of the planted change."""
+    lost, brought = (patch_shares(found.transplants, direction) for direction in (NECESSARY, SUFFICIENT))
+    if not lost or not brought:
+        return None
+    change = excess_shares(found, "kind")
+    parts = [name for name in change if name in lost][:LARGEST] or [n for n in lost if not n.startswith(TOGETHER)]
+    rows = [*parts, *(name for name in lost if name.startswith(TOGETHER))]
+    title = "Which weights hold the memory? Kinds of weights that change models"
+    with drawing(WIDTH, 1.7 + 0.27 * len(rows), title=title) as figure:
+        axes, y, told = figure.subplots(), np.arange(len(rows))[::-1], []
+        shares = [change.get(name, math.nan) for name in rows]
+        axes.barh(y, shares, 0.7, color=GREY, alpha=0.35, label="share of what planting changed")
+        for offset, shown, label, style, colour in (
+            (0.15, lost, "the twin's in the planted model take", "s", ORANGE),
+            (-0.15, brought, "the planted ones in the twin bring", "o", BLUE),
+        ):
+            estimates = [shown.get(name, NOTHING) for name in rows]
+            values = [estimate.value for estimate in estimates]
+            axes.errorbar(
+                values, y + offset, xerr=bars(estimates), color=colour, fmt=style, ms=5, capsize=2, label=label
+            )
+            told.append(f"{label}: " + ", ".join(f"{n} {v:.2f}" for n, v in zip(rows, values, strict=True)))
+        for at in (0, 1):
+            axes.axvline(at, color=GREY, lw=0.8, ls=":" if at else "-")
+        axes.axhline(len(rows) - len(parts) - 0.5, color=GREY, lw=0.6)
+        axes.set_yticks(y, rows, fontsize=8)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel("Share of the gap between the models, or of the change")
+        legend_above(axes, 1)
+        return picture(figure, f"{title}. {'; '.join(told)}.")
 
 
 def excess_figure(found: Locality, level: str) -> Picture | None:

@@ -1,4 +1,4 @@
-"""What patching and the ground truth say: layers that carry a memory, planted weights, dose.
+"""What interventions and the ground truth say: layers and weights that carry a memory, planted change, dose.
 
 Rules: `dori.locality.page.verdict`.
 """
@@ -10,7 +10,6 @@ from dori.locality.page.layer_ids import called
 from dori.locality.page.observed import scope
 from dori.locality.page.summary import (
     EMPTY,
-    TOGETHER,
     Said,
     banded,
     dose_relations,
@@ -22,11 +21,12 @@ from dori.locality.page.summary import (
     pruned_share,
     said,
 )
-from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT
+from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, TOGETHER
 from dori.locality.records import ENOUGH, WHOLE, Locality, Patch
 from dori.stats import Estimate
 
 COVERED, HALF, RARELY = (1.1, 2.0), 0.5, 0.05  # cuts of the rules; the level of significance
+LARGE, SPARED = 0.1, 0.2  # of the change that is much; of the gap that is hardly missed
 
 # ---------------------------------------------------------------------------------------------------------- patching
 
@@ -37,13 +37,13 @@ def patching(found: Locality) -> Said:
         return Said("Not run", (left_out(found, "patch_seeds") or "It needs a twin, and a memory's prompt.",))
     sentences, carried = [], []
     for direction, words in ((SUFFICIENT, "put into the twin bring"), (NECESSARY, "taken from the twin remove")):
-        shares = patch_shares(found, direction)
+        shares = patch_shares(found.patches, direction)
         single = {name: value for name, value in shares.items() if not name.startswith(TOGETHER)}
         if not single:
             continue
         best = max(single, key=lambda name: single[name].value)
         kinds = ", ".join(
-            f"{name} {said(value)}{_each([p.share for p in _patched(found, direction, name)])}"
+            f"{name} {said(value)}{_each([p.share for p in _patched(found.patches, direction, name)])}"
             for name, value in shares.items()
             if name not in single
         )
@@ -52,7 +52,7 @@ def patching(found: Locality) -> Said:
             f"between the models, the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
         )
         carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
-        named = ", ".join(f"{called(found, name)}{_doubt(found, direction, name)}" for name in carrying)
+        named = ", ".join(f"{called(found, name)}{_doubt(found.patches, direction, name)}" for name in carrying)
         carried.append(f"{direction}: {named or 'none of the tried sets'}")
     if not sentences:
         return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
@@ -60,24 +60,24 @@ def patching(found: Locality) -> Said:
     return Said(title[0].upper() + title[1:], ("Each memory is drawn from its own prompt.", *sentences))
 
 
-def _doubt(found: Locality, direction: str, name: str) -> str:
+def _doubt(patches: Sequence[Patch], direction: str, name: str) -> str:
     """Said of a set that carries the gap, but whose images are not, or not surely, what the other model draws."""
-    cured = banded(patch_likeness(found, direction, name), (HALF,), ("", "cured")) == "cured"
+    cured = banded(patch_likeness(patches, direction, name), (HALF,), ("", "cured")) == "cured"
     return "" if cured else " (that it ruins the images is not excluded)"
 
 
-def _patched(found: Locality, direction: str, name: str) -> list[Patch]:
-    return [p for p in found.patches if (p.direction, p.layers) == (direction, name)]
+def _patched(patches: Sequence[Patch], direction: str, name: str) -> list[Patch]:
+    return [p for p in patches if (p.direction, p.layers) == (direction, name)]
 
 
-def patch_likeness(found: Locality, direction: str, name: str) -> Estimate:
+def patch_likeness(patches: Sequence[Patch], direction: str, name: str) -> Estimate:
     """Likeness of a patched set's images to the other model's own, over the memories that count."""
-    return over_memories(_alike(found, direction, name))
+    return over_memories(_alike(patches, direction, name))
 
 
-def _alike(found: Locality, direction: str, name: str) -> list[float]:
+def _alike(patches: Sequence[Patch], direction: str, name: str) -> list[float]:
     """Likeness to the other model's own images, of the memories that count; without a patch of all."""
-    rows = [p for p in _patched(found, direction, name) if p.share is not None or name == NONE]
+    rows = [p for p in _patched(patches, direction, name) if p.share is not None or name == NONE]
     return [p.alike for p in rows if p.alike is not None]
 
 
@@ -90,7 +90,7 @@ def _each(values: Sequence[float | None]) -> str:
 def _sound(found: Locality, direction: str) -> str:
     """Whether what is drawn comes closer to the other model's own images, or is merely ruined."""
     like = {
-        name: _alike(found, direction, name)
+        name: _alike(found.patches, direction, name)
         for name in dict.fromkeys(p.layers for p in found.patches)
         if name == NONE or name.startswith(TOGETHER)
     }
@@ -104,14 +104,55 @@ def _sound(found: Locality, direction: str) -> str:
     )
 
 
-def patch_shares(found: Locality, direction: str) -> Mapping[str, Estimate]:
-    """Share of the gap by set of layers, over memories."""
-    rows = [
-        p for p in found.patches if p.direction == direction and p.share is not None and p.layers not in (NONE, SOURCE)
-    ]
+def patch_shares(patches: Sequence[Patch], direction: str) -> Mapping[str, Estimate]:
+    """Share of the gap by set of layers (of transplants: weights), over memories."""
+    rows = [p for p in patches if p.direction == direction and p.share is not None and p.layers not in (NONE, SOURCE)]
     return {
         name: over_memories(p.share for p in rows if p.layers == name) for name in dict.fromkeys(p.layers for p in rows)
     }
+
+
+# -------------------------------------------------------------------------------------------------------- transplants
+
+
+def transplants(found: Locality) -> Said:
+    """The kinds of weights without which the memory is not drawn, and those that change nothing though planting did."""
+    if not found.transplants:
+        return Said("Not run", (left_out(found, "patch_seeds") or "It needs a twin, and a memory's prompt.",))
+    rows, change = found.transplants, excess_shares(found, "kind")
+    lost, brought = (patch_shares(rows, direction) for direction in (NECESSARY, SUFFICIENT))
+    if not lost or not brought:
+        return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
+    parts = [name for name in lost if not name.startswith(TOGETHER)]
+    needed = [name for name in parts if ends(lost[name])[0] >= HALF]
+    spared = [name for name in change if name in lost and change[name] >= LARGE and ends(lost[name])[1] < SPARED]
+    enough = [name for name, share in brought.items() if ends(share)[0] >= HALF]
+    title = "; ".join(
+        (
+            f"needed: {', '.join(f'{name}{_doubt(rows, NECESSARY, name)}' for name in needed) or 'no kind alone'}",
+            *([f"not needed, though planting changed them much: {', '.join(spared)}"] if spared else []),
+            f"sufficient: {', '.join(enough) or 'no kind alone'}",
+        )
+    )
+    largest = "; ".join(
+        f"{name} {share:.2f} of the change, takes {said(lost[name])}, alike by "
+        f"{said(patch_likeness(rows, NECESSARY, name))}"
+        for name, share in [*change.items()][:6]
+        if name in lost
+    )
+    kinds = ", ".join(f"{name} {said(lost[name])}, {said(brought[name])}" for name in lost if name.startswith(TOGETHER))
+    most = max(brought, key=lambda name: brought[name].value)
+    sentences = (
+        f"Put into the planted model, the twin's weights of one kind take so much of the gap between the models, and "
+        f"the images are so alike to the twin's own: {largest}." * bool(largest),
+        f"Of all places together, taken by the twin's in the planted model and brought by the planted ones in the "
+        f"twin: {kinds}. Most brings {most} ({said(brought[most])}).",
+        "A kind that is not needed holds nothing of the memory that the rest does not have. One that is needed need "
+        "not hold it: it was trained with the others, and among another model's it may ruin what it does not hold.",
+    )
+    memories = len({p.memory for p in rows if p.share is not None})
+    told = f"{scope(memories)}{title}"
+    return Said(told[0].upper() + told[1:], tuple(sentence for sentence in sentences if sentence))
 
 
 # ------------------------------------------------------------------------------------------------ ground truth, dose

@@ -140,7 +140,7 @@ def patch_figure(found: Locality, name: str, kind: str) -> Picture | None:
             (SUFFICIENT, "sufficient: planted into twin", (BLUE, "o-")),
             (NECESSARY, "necessary: twin into planted", (ORANGE, "s--")),
         ):
-            shares = patch_shares(found, direction)
+            shares = patch_shares(found.patches, direction)
             told.append(_line(axes, label, style, names, [shares.get(layer, NOTHING) for layer in names.values()]))
         axes.axhline(0, color=GREY, lw=0.8)
         _finish(axes, names, "Share of the gap", columns=1)

@@ -35,6 +35,8 @@ READ = {
     "and its twin, 0 that they carry nothing. All values, feed-forwards, self-attentions and (second) convolutions of "
     "ResNet blocks, each kind together, are what a U-Net writes into its residual stream. A diamond is the likeness to "
     "the images that the other model draws itself: low beside a high bar, the patch ruins instead of carrying.",
+    "transplants": "Where planting changed the weights most need not be where the memory is. 1 means that the weights "
+    "of this kind, in the other model, make the whole difference, 0 that none. Grey bars are what planting changed.",
     "truth": "A mask that knew where planting changed the weights would lie far above random masks as large.",
     "dose": "One dot is one memory; those of one dose are spread a little, so that none hides another.",
 }
@@ -45,6 +47,7 @@ TITLES = {
     "causal": "Causal test",
     "patching": "Activation patching",
     "truth": "Ground truth",
+    "transplants": "Weights exchanged",
     "dose": "Dose",
 }
 
@@ -100,6 +103,7 @@ def _sections(found: Locality) -> Iterable[Section]:
         "causal": _causal(found),
         "patching": _patching(found),
         "truth": _truth(found),
+        "transplants": ([one for one in [cause_figures.transplant_figure(found)] if one is not None], []),
         "dose": ([cause_figures.dose_figure(one) for one in dose_relations(found) if not math.isnan(one.rank)], []),
     }
     for key, said_ in verdict.all_said(found).items():

@@ -1,10 +1,10 @@
 """The figures memory by memory, of which the page else gives means."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from dori.locality.page.summary import SITES, TOGETHER, activity_ratios, levels, methods, own_shares, way
-from dori.locality.patching import NECESSARY, SUFFICIENT
+from dori.locality.page.summary import SITES, activity_ratios, levels, methods, own_shares, way
+from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, TOGETHER
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
 from dori.locality.records import (
     APART,
@@ -21,6 +21,7 @@ from dori.locality.records import (
     WHOLE,
     Cover,
     Locality,
+    Patch,
 )
 from dori.report.tables import number
 
@@ -68,7 +69,8 @@ def singly(found: Locality) -> list[tuple[str, list[str]]]:
         *_weights(found),
         *_searches(found),
         *_covered(found),
-        *_patched(found),
+        *_carried(found.patches, "activations of {} {}", TOGETHER),
+        *_carried(found.transplants, "weights of {} {}", ""),
     ]
     memories = [subject.id for subject in found.subjects]
     return [(name, [cells.get(one, "–") for one in memories]) for name, cells in rows if cells.keys() & {*memories}]
@@ -133,12 +135,15 @@ def _beside_chance(cover: Cover) -> str:
     return f"{number(cover.share, 3)}, {number(cover.random, 3)}{times}"
 
 
-def _patched(found: Locality) -> Iterable[Row]:
+def _carried(patches: Sequence[Patch], says: str, begins: str) -> Iterable[Row]:
+    """Sets of layers or weights whose names begin so."""
     for direction, words in PATCHED.items():
-        for patch in dict.fromkeys(p.layers for p in found.patches if p.layers.startswith(TOGETHER)):
-            chosen = [p for p in found.patches if (p.direction, p.layers) == (direction, patch) and p.share is not None]
+        for name in dict.fromkeys(p.layers for p in patches if p.layers.startswith(begins)):
+            if name in (NONE, SOURCE):
+                continue
+            chosen = [p for p in patches if (p.direction, p.layers) == (direction, name) and p.share is not None]
             yield (
-                f"{patch} {words}: share of the gap, likeness to the other model's",
+                f"{says.format(name, words)}: share of the gap, likeness to the other model's",
                 {p.memory: f"{number(p.share, 2)}, {number(p.alike, 2)}" for p in chosen},
             )
 

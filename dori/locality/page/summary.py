@@ -33,7 +33,6 @@ LEAST = 0.05  # ceiling above reference, below which a place between them means 
 EMPTY = "every mask is empty"
 ALONE = "no triggers of another image from the same starts were compared"
 SITES = {"attention_value": "value projections", "feed_forward": "feed-forward layers"}
-TOGETHER = "all "  # begins the names of layers patched together
 HALF_EMPTY = 0.25  # of the pairs are of two empty masks where half of the masks are empty
 
 
