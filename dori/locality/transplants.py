@@ -71,11 +71,11 @@ def transplanted_samples(
     Returns:
         Set name to latents (s, c, h, w); "none" is the target as it is, "source" the source.
     """
-    empty = source.encode([""]) if null is None else null
-    y = embedding.expand(len(noise), -1, -1)
+    empty, y, x = (one.to(target.device) for one in (source.encode([""]) if null is None else null, embedding, noise))
+    y = y.expand(len(noise), -1, -1)
 
     def drawn(model: StableDiffusion) -> Tensor:
-        return sample(model, y, noise, steps=steps, guidance_scale=guidance_scale, null=empty)
+        return sample(model, y, x, steps=steps, guidance_scale=guidance_scale, null=empty)
 
     latents = {NONE: drawn(target), SOURCE: drawn(source)}
     for name, members in sets.items():

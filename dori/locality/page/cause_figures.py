@@ -228,7 +228,7 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
     names = [name for name in dict.fromkeys([*both[SUFFICIENT], *both[NECESSARY]]) if name.startswith(TOGETHER)]
     if not names:
         return None
-    with drawing(WIDTH, 3.3, title=title) as figure:
+    with drawing(WIDTH, 3.8, title=title) as figure:
         axes, told = figure.subplots(), []
         for offset, direction, label, colour, hatch in (
             (-0.2, SUFFICIENT, "sufficient: planted into twin", BLUE, ""),
@@ -249,7 +249,9 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
         axes.plot([], [], "D", color="white", mec=GREY, mew=1.6, ms=6, label="likeness to the other model's own images")
         axes.axhline(0, color=GREY, lw=0.8)
         axes.axhline(1, color=GREY, lw=0.8, ls=":")
-        axes.set_xticks(range(len(names)), [name.replace(" and ", "\nand ") for name in names], fontsize=8.5)
+        short = [name.removeprefix(TOGETHER).replace(" ", "\n").replace("-", "-\n") for name in names]
+        axes.set_xticks(range(len(names)), short, fontsize=8)
+        axes.set_xlabel("All layers of a kind")
         axes.set_ylabel("Share of the gap, or likeness")
         legend_above(axes, 1)
         return picture(figure, f"{title} {'; '.join(told)}.")
