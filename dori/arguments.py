@@ -183,24 +183,7 @@ def _audit(audit: argparse.ArgumentParser) -> None:
         action="store_true",
         help="block NeMo's whole selection, without searching it for neurons that may go on",
     )
-    audit.add_argument(
-        "--wanda-sparsity",
-        type=_sparsity,
-        metavar="SHARE",
-        help="weights of each row that Wanda takes at most, as a share (default 0.1)",
-    )
-    audit.add_argument(
-        "--wanda-places",
-        nargs="+",
-        choices=("down", "mid", "up"),
-        metavar="PLACE",
-        help="its blocks (default down mid)",
-    )
-    audit.add_argument(
-        "--wanda-site",
-        choices=("feed_forward", "attention_value"),
-        help="its layers: the feed-forwards' second linears as published (default), or the value projections",
-    )
+    _wanda(audit)
     audit.add_argument(
         "--wanda-sweep",
         type=_sparsity,
@@ -222,6 +205,27 @@ def _report(report: argparse.ArgumentParser) -> None:
     report.add_argument("--table", type=Path, metavar="MD", help="write an audit's tables as Markdown too")
 
 
+def _wanda(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--wanda-sparsity",
+        type=_sparsity,
+        metavar="SHARE",
+        help="weights of each row that Wanda takes at most, as a share (default 0.1)",
+    )
+    parser.add_argument(
+        "--wanda-places",
+        nargs="+",
+        choices=("down", "mid", "up"),
+        metavar="PLACE",
+        help="its blocks (default down mid)",
+    )
+    parser.add_argument(
+        "--wanda-site",
+        choices=("feed_forward", "attention_value"),
+        help="its layers: the feed-forwards' second linears as published (default), or the value projections",
+    )
+
+
 def _locality(locality: argparse.ArgumentParser) -> None:
     _model_and_images(locality, memories="images believed to be in the model")
     locality.add_argument("--ordinary", type=Path, metavar="FOLDER", help="ordinary images with texts, for reference")
@@ -234,6 +238,7 @@ def _locality(locality: argparse.ArgumentParser) -> None:
         metavar="N",
         help="attacks of each memory from noise, and as many from other prompts (default the preset's)",
     )
+    _wanda(locality)
     _judging(locality)
     _shown(locality)
     locality.set_defaults(controls=None, clip=None)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dori.audit.plan import Plan
     from dori.edit import Edit
     from dori.locality.plan import Plan as LocalityPlan
+    from dori.mitigate.wanda import Wanda
     from dori.sampling import Sampling
 
 # What a run computes with, beside what these import.
@@ -108,7 +109,6 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
     import dataclasses
 
     from dori.audit.plan import PRESETS
-    from dori.model.stable_diffusion import EVERYWHERE
 
     plan, nemo = PRESETS[arguments.preset](), None
     sampling = _sampling(arguments, plan)
@@ -118,10 +118,7 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         nemo = dataclasses.replace(plan.nemo, variant=arguments.nemo, tau_stds=tau, max_refinement_passes=passes)
     wandas, sweep = plan.wandas, plan.wanda_sweep
     if wandas:
-        first = wandas[0]
-        places = tuple(place for place in EVERYWHERE if place in (arguments.wanda_places or first.places))
-        sparsity, site = arguments.wanda_sparsity or first.sparsity, arguments.wanda_site or first.site
-        first = dataclasses.replace(first, sparsity=sparsity, places=places, site=site)
+        first = _wanda(arguments, wandas[0])
         if arguments.wanda_sweep:
             sweep = tuple(dataclasses.replace(first, sparsity=share) for share in dict.fromkeys(arguments.wanda_sweep))
         wandas = (first, *wandas[1:])
@@ -208,6 +205,17 @@ def _own_judge(arguments: argparse.Namespace) -> "OwnJudge":
     return OwnJudge(arguments.clip, arguments.sscd, arguments.sscd_preprocessing, arguments.threshold)
 
 
+def _wanda(arguments: argparse.Namespace, preset: "Wanda") -> "Wanda":
+    """The preset's setting with what the arguments change."""
+    import dataclasses
+
+    from dori.model.stable_diffusion import EVERYWHERE
+
+    places = tuple(place for place in EVERYWHERE if place in (arguments.wanda_places or preset.places))
+    sparsity, site = arguments.wanda_sparsity or preset.sparsity, arguments.wanda_site or preset.site
+    return dataclasses.replace(preset, sparsity=sparsity, places=places, site=site)
+
+
 def _locality(arguments: argparse.Namespace) -> int:
     if arguments.memories is None:
         if arguments.model != "testbed":
@@ -241,7 +249,10 @@ def _locality(arguments: argparse.Namespace) -> int:
     plan = PRESETS[arguments.preset]()
     sampling = _sampling(arguments, plan)
     plan = plan.of_size(memories=arguments.limit, attacks=arguments.attacks)
-    plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed)
+    wanda = _wanda(arguments, plan.wandas[-1])
+    fewer = (dataclasses.replace(one, places=wanda.places, site=wanda.site) for one in plan.wandas[:-1])
+    wandas = (*(one for one in fewer if one.sparsity < wanda.sparsity), wanda)
+    plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed, wandas=wandas)
     processes = started(device=arguments.device)
     arguments.device = processes.device(arguments.device)
     if not processes.first:

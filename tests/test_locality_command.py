@@ -125,6 +125,20 @@ def test_a_smaller_run_takes_the_memories_and_attacks_that_are_asked_for(
     assert "give a whole number from 1" in status(arguments(given, run, "--attacks", "0"), capsys)[2]
 
 
+def test_wanda_may_prune_other_layers_than_the_published_ones(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--threshold", "-1", "--limit", "1", "--wanda-site", "attention_value", "--wanda-sparsity", "0.3")
+    code, _, said = status(arguments(given, tmp_path / "run", *asked), capsys)
+    assert code == 0, said
+    found = read_locality(tmp_path / "run" / "locality.json")
+    layers = {one.layer for one in found.overlaps if one.method == "Wanda 30 % (values)"}
+    assert len(layers) > 1 and all(layer == "all" or layer.endswith("attn2.to_v.weight") for layer in layers)
+    assert {one.method for one in found.overlaps} == {"NeMo", "Wanda 30 % (values)"} | {
+        f"Wanda {100 * one.sparsity:g} % (values)" for one in PLAN.wandas[:-1]
+    }
+
+
 def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +152,10 @@ def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(
     assert {c.group for c in found.changes if c.change > 0} == {"conv_in", "convolutions and rest, ends"}
     assert all(c.floor is None for c in found.changes) and all(c.twins is None for c in found.covers)
     assert {p.direction for p in found.patches} == {"sufficient", "necessary"}
+    exchanged = {(p.memory, p.direction, p.layers): p.similarity for p in found.transplants}
+    for (memory, way, layers), similarity in exchanged.items():
+        whole = layers in ("source", "convolutions and rest, ends", "all convolutions and rest")
+        assert similarity == pytest.approx(exchanged[memory, way, "source" if whole else "none"], abs=1e-5)
     assert "There is one twin, so twin minus twin is not known" in page and "twin - twin (floor)" not in page
     # Another twin may come later, and everything that was computed is kept; another first twin is another run.
     stamps = {path: path.stat().st_mtime_ns for path in (run / "cells").iterdir()}

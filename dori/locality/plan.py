@@ -183,7 +183,7 @@ def quick() -> Plan:
         ceiling_seeds=3,
         calibration_prompts=48,
         causal=None,
-        patch_seeds=0,
+        patch_seeds=3,
         chunk=6,
     )
 
