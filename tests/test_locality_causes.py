@@ -192,7 +192,7 @@ def test_empty_masks_do_not_count_as_masks() -> None:
 
 def test_patching_names_what_carries_half_of_the_gap() -> None:
     said_ = intervened.patching(records())
-    doubt = "all values (that it ruins the images is not excluded)"
+    doubt = "all values (but what is drawn is not, or not surely, the other model's image)"
     assert said_.title == f"In one memory sufficient: {doubt}; necessary: {doubt}"
     assert "are alike by: all values 0.30; without a patch 0.30" in said_.sentences[1]
     cured = tuple(dataclasses.replace(p, alike=0.6 if p.direction == "necessary" else 0.4) for p in records().patches)

@@ -126,17 +126,19 @@ def test_a_smaller_run_takes_the_memories_and_attacks_that_are_asked_for(
 
 
 def test_wanda_may_prune_other_layers_than_the_published_ones(
-    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("--threshold", "-1", "--limit", "1", "--wanda-site", "attention_value", "--wanda-sparsity", "0.3")
+    several = tuple(dataclasses.replace(PLAN.wandas[-1], sparsity=share) for share in (0.2, 0.4, 0.5))
+    monkeypatch.setitem(PRESETS, "quick", lambda: dataclasses.replace(PLAN, causal=None, wandas=several))
+    asked = ["--threshold", "-1", "--limit", "1", "--wanda-site", "attention_value", "--wanda-sparsity", "0.3"]
+    asked += ["--wanda-places", "down"]
     code, _, said = status(arguments(given, tmp_path / "run", *asked), capsys)
     assert code == 0, said
     found = read_locality(tmp_path / "run" / "locality.json")
-    layers = {one.layer for one in found.overlaps if one.method == "Wanda 30 % (values)"}
-    assert len(layers) > 1 and all(layer == "all" or layer.endswith("attn2.to_v.weight") for layer in layers)
-    assert {one.method for one in found.overlaps} == {"NeMo", "Wanda 30 % (values)"} | {
-        f"Wanda {100 * one.sparsity:g} % (values)" for one in PLAN.wandas[:-1]
-    }
+    names = {f"Wanda {share} % (values, down)" for share in (20, 30)}  # what is not below the asked one is left out
+    assert {one.method for one in found.overlaps} == {"NeMo", *names}
+    layers = {one.layer for one in found.overlaps if one.method in names} - {"all"}
+    assert layers and all(layer.startswith("down") and layer.endswith("attn2.to_v.weight") for layer in layers)
 
 
 def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(

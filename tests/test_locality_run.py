@@ -477,7 +477,7 @@ def test_the_presets_fit_their_time(name: str, limit_s: int) -> None:
     """By arithmetic at the testbed's speeds on two cores, for as many memories and layers as it has."""
     plan = PRESETS[name]()
     memories = tuple((f"m{k}", True) for k in range(plan.memories))
-    counts = (min(68, plan.set_size), plan.set_size, plan.foreign, plan.calibration_prompts, 38, 26)
+    counts = (min(68, plan.set_size), plan.set_size, plan.foreign, plan.calibration_prompts, 38, 17)
     prompted = tuple(f"p{k}" for k in range(counts[0]))
     sizes = Sizes(memories, prompted, *counts, twins=2, quality=plan.quality_prompts, held_out=True)
     cells = planned(plan, sizes, method_names(plan)).values()

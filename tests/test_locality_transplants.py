@@ -6,19 +6,15 @@ import dataclasses
 import pytest
 import torch
 
-from dori.locality.page import cause_figures, intervened
+from dori.locality.page import cause_figures, exchanged
 from dori.locality.page.singly import singly
-from dori.locality.records import Change, Patch
-from dori.locality.transplants import BLOCKS, transplanted, transplanted_samples, weight_sets
+from dori.locality.records import Change, Locality, Patch
+from dori.locality.transplants import CONTROL, part_of, transplanted, transplanted_samples, weight_sets
 from dori.model.stable_diffusion import StableDiffusion
 from dori.sampling import initial_noise, sample
 from tests.synthetic_locality import records
 
-VALUES, FEED, CONVOLUTIONS = (
-    "cross-attention values, down",
-    "feed-forward second linear, down",
-    "convolutions and rest, up",
-)
+CROSS, FEED, REST = "cross-attention, down", "feed-forward, down", "convolutions and rest, up"
 
 
 def moved(model: StableDiffusion, ending: str) -> StableDiffusion:
@@ -43,9 +39,11 @@ def test_kinds_and_places_part_the_weights(tiny: StableDiffusion) -> None:
     for name, members in parts.items():
         place = name.rpartition(", ")[2]
         assert place == "ends" or all(member.startswith(place) for member in members)
-    kinds = {name for name in sets if name.startswith("all ")} - {BLOCKS}
+    kinds = {name for name in sets if name.startswith("all ")}
     assert sorted(name for kind in kinds for name in sets[kind]) == sorted(every)
-    assert set(sets[BLOCKS]) == {name for name in every if ".attn" in name or ".ff." in name}
+    assert set(sets["all feed-forward"]) == {name for name in every if ".ff." in name}
+    assert set(sets["all cross-attention"]) == {name for name in every if ".attn2." in name}
+    assert part_of("feed-forward first linear, up") == part_of("feed-forward second linear, up") == "feed-forward, up"
 
 
 def test_what_changes_places_is_put_back_bit_for_bit(tiny: StableDiffusion) -> None:
@@ -53,6 +51,7 @@ def test_what_changes_places_is_put_back_bit_for_bit(tiny: StableDiffusion) -> N
     with pytest.raises(KeyError), transplanted(twin, tiny, (name,)):
         assert torch.equal(tiny.unet.get_parameter(name), twin.unet.get_parameter(name))
         assert int((flat(tiny) != before).sum()) == tiny.unet.get_parameter(name).numel()
+        assert torch.is_grad_enabled()  # a hybrid may be attacked
         raise KeyError
     assert torch.equal(flat(tiny), before)
 
@@ -66,73 +65,112 @@ def test_a_transplant_carries_exactly_what_the_weights_make(tiny: StableDiffusio
         alone = sample(model, y.expand(2, -1, -1), noise, steps=2, guidance_scale=2.0, null=tiny.encode([""]))
         assert torch.allclose(found[name], alone, atol=1e-6)
     assert not torch.allclose(found["none"], found["source"], atol=1e-3)
-    whole = {"all cross-attention values", BLOCKS}
     for name in sets:
-        if name in whole:
+        if name == "all cross-attention":
             assert torch.allclose(found[name], found["source"], atol=1e-6)
-        elif "values" not in name:
+        elif "cross-attention" not in name:
             assert torch.allclose(found[name], found["none"], atol=1e-6)
-    partly = found[VALUES]
+    partly = found[CROSS]
     assert not torch.allclose(partly, found["none"], atol=1e-4) and not torch.allclose(
         partly, found["source"], atol=1e-4
     )
 
 
-def exchanged(memories: int = 6) -> tuple[Patch, ...]:
-    """Values are needed and cured, convolutions needed and ruined, feed-forwards are not needed."""
-    shares = {VALUES: (0.1, 0.9, 0.8), CONVOLUTIONS: (0.2, 0.8, 0.1), FEED: (0.0, 0.05, 0.0), BLOCKS: (0.6, 1.0, 0.9)}
-    return tuple(
-        Patch(f"m{k}", way, name, 0.5, share, alike)
-        for k in range(memories)
-        for index, way in enumerate(("sufficient", "necessary"))
-        for name, share, alike in (
-            ("none", 0.0, 0.0),
-            ("source", 1.0, 1.0),
-            *((name, both[index], both[2]) for name, both in shares.items()),
+def records_of(shares: dict[str, list[float]], *, alike: float = 0.8, kept: float | None = None) -> tuple[Patch, ...]:
+    """A twin's weights in the planted model take these shares in memory after memory; the reverse brings a tenth."""
+    memories = range(len(next(iter(shares.values()))))
+    found = [
+        Patch(f"m{k}", way, name, 0.5, share, alike, 0.3)
+        for k in memories
+        for way in ("sufficient", "necessary")
+        for name, share in (
+            ("none", 0.0),
+            ("source", 1.0),
+            *((name, values[k] if way == "necessary" else 0.1) for name, values in shares.items()),
         )
-    )
+    ]
+    if kept is not None:
+        found += [Patch(f"m{k}", CONTROL, name, 0.0, None, 0.1, kept) for k in memories for name in shares]
+    return tuple(found)
 
 
-def planted(values: float, feed: float) -> tuple[Change, ...]:
-    return (
-        Change("kind", VALUES, values, 0.0, 10),
-        Change("kind", FEED, feed, 0.0, 10),
-        Change("kind", CONVOLUTIONS, 1 - values - feed, 0.0, 10),
-    )
+def located(shares: dict[str, list[float]], change: dict[str, float], **more: float) -> Locality:
+    changes = tuple(Change("kind", name, share, 0.0, 10) for name, share in change.items())
+    return dataclasses.replace(records(), transplants=records_of(shares, **more), changes=changes)
 
 
-def test_the_page_names_what_is_needed_and_what_is_not_though_it_changed_much() -> None:
-    found = dataclasses.replace(records(), transplants=exchanged(), changes=planted(0.1, 0.5))
-    said = intervened.transplants(found)
+LOST, SPARED, MIXED = [0.9, 0.8, 1.0, 0.9, 0.8, 0.9], [0.1, 0.0, 0.05, 0.1, 0.0, 0.05], [0.0, 0.0, 0.0, 0.0, 0.0, 0.5]
+CHANGE = {"feed-forward first linear, down": 0.3, "feed-forward second linear, down": 0.3, REST: 0.4}
+
+
+def test_a_kind_is_told_by_what_is_lost_with_it_and_by_what_it_changed() -> None:
+    said = exchanged.transplants(located({CROSS: LOST, FEED: SPARED}, CHANGE, kept=0.4))
     assert said.title == (
-        f"Needed: {VALUES}, {CONVOLUTIONS} (that it ruins the images is not excluded); not needed, though planting "
-        f"changed them much: {FEED}; sufficient: {BLOCKS}"
+        f"With the twin's weights lost by {CROSS}; each alone outlasted, though planting changed them much: {FEED}; "
+        "brought into the twin by no kind alone"
     )
-    assert f"{FEED} 0.50 of the change, takes 0.05" in said.sentences[0]
-    assert f"Most brings {BLOCKS} (0.60" in said.sentences[1]
-    small = intervened.transplants(dataclasses.replace(found, changes=planted(0.1, 0.05)))
-    assert "not needed" not in small.title  # planting hardly changed them
-    few = intervened.transplants(dataclasses.replace(found, transplants=exchanged(1)))
-    assert few.title.startswith("In one memory needed: ")
+    assert f"{FEED} 0.05 [" in said.sentences[0] and "0.60 of the change" in said.sentences[0]  # both linears
+    assert f"before it by: {CROSS} 0.40 [0.40, 0.40], {FEED} 0.40" in said.sentences[1]
+    unlike = exchanged.transplants(located({CROSS: LOST}, CHANGE, alike=0.1))
+    assert f"lost by {CROSS} (but what is drawn is not, or not surely, the other model's image)" in unlike.title
+    assert "takes a second twin" in unlike.sentences[1]
 
 
-def test_without_transplants_the_page_says_why() -> None:
-    assert "needs a twin" in intervened.transplants(records()).sentences[0]
+@pytest.mark.parametrize(
+    ("taken", "told"),
+    [
+        (SPARED, True),
+        (MIXED, False),  # on average less than a tenth, but one memory loses half
+        ([0.3, 0.0, 0.0, 0.0, 0.0, 0.0], False),
+    ],
+)
+def test_what_one_memory_hangs_on_is_not_called_outlasted(taken: list[float], told: bool) -> None:
+    title = exchanged.transplants(located({FEED: taken}, CHANGE)).title
+    assert ("outlasted" in title) == told
+    assert "outlasted" not in exchanged.transplants(located({FEED: taken}, {REST: 1.0})).title  # it hardly changed
+
+
+@pytest.mark.parametrize(
+    ("taken", "told"),
+    [
+        ([0.9, 0.1, 0.9, 0.1, 0.9, 0.1], False),  # half on average, but the interval reaches below
+        ([0.6, 0.9, 0.8, 0.7, 0.9, 0.8], True),
+        ([1.0, 0.2], False),  # too few for an interval: every memory must be lost
+        ([0.6, 0.9], True),
+    ],
+)
+def test_lost_is_said_of_the_whole_interval_or_of_every_memory(taken: list[float], told: bool) -> None:
+    title = exchanged.transplants(located({CROSS: taken}, CHANGE)).title
+    assert (f"lost by {CROSS}" in title) == told
+    whole = exchanged.transplants(located({CROSS: SPARED, "all cross-attention": LOST}, CHANGE)).title
+    assert "lost by all cross-attention" in whole  # a kind of which no place alone is needed
+
+
+def test_without_exchange_the_page_says_why() -> None:
+    assert exchanged.transplants(records()).sentences == ("These records are older than the exchange of weights.",)
+    assert "needs a twin" in exchanged.transplants(dataclasses.replace(records(), patches=())).sentences[0]
     settings = {**records().settings, "preset": "quick", "patch_seeds": 0}
-    quick = intervened.transplants(dataclasses.replace(records(), settings=settings))
+    quick = exchanged.transplants(dataclasses.replace(records(), settings=settings))
     assert quick.sentences == ("The preset quick leaves it out; --preset full has it.",)
-    unlike = tuple(dataclasses.replace(one, share=None) for one in exchanged())
-    assert intervened.transplants(dataclasses.replace(records(), transplants=unlike)).title == "Cannot be told"
+    found = located({CROSS: LOST}, CHANGE)
+    unlike = tuple(dataclasses.replace(one, share=None) for one in found.transplants)
+    assert exchanged.transplants(dataclasses.replace(found, transplants=unlike)).title == "Cannot be told"
+    one_twin = tuple(dataclasses.replace(one, floor=None) for one in found.changes)
+    title = exchanged.transplants(located({FEED: SPARED}, CHANGE)).title
+    assert "planting changed" in title
+    fewer = dataclasses.replace(located({FEED: SPARED}, CHANGE), changes=one_twin)
+    assert "they differ much from the twin's" in exchanged.transplants(fewer).title
 
 
 def test_the_figure_sets_the_effect_beside_the_change_and_the_table_has_every_memory() -> None:
-    found = dataclasses.replace(records(), transplants=exchanged(), changes=planted(0.1, 0.5))
+    found = located({CROSS: LOST, FEED: MIXED, "all feed-forward": MIXED}, CHANGE, kept=0.4)
     drawn = cause_figures.transplant_figure(found)
-    assert drawn is not None and f"take: {FEED} 0.05, {CONVOLUTIONS} 0.80, {VALUES} 0.90, {BLOCKS} 1.00" in drawn.alt
+    assert drawn is not None and f"{FEED} 0.08, all feed-forward 0.08" in drawn.alt
     assert cause_figures.transplant_figure(records()) is None
     rows = dict(singly(found))
     assert rows[f"weights of {FEED} taken from the twin: share of the gap, likeness to the other model's"][:2] == [
-        "0.05, 0.00",
-        "0.05, 0.00",
+        "0.00, 0.80",
+        "0.00, 0.80",
     ]
+    assert rows[f"weights of {CROSS} between twins: likeness to the images before"][0] == "0.40"
     assert not any(" none " in row or " source " in row for row in rows)

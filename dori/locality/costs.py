@@ -13,6 +13,7 @@ from dori.locality.activations import activation_rows
 from dori.locality.causal import union_sizes
 from dori.locality.patching import NECESSARY, SUFFICIENT
 from dori.locality.records import NO_MASK, OTHER_MASKS, PLANTED, RANDOM, TRIGGERS
+from dori.locality.transplants import CONTROL
 from dori.locality.undone import AT_RANDOM, MOST_CHANGED
 from dori.mitigate.nemo import Nemo
 from dori.run import cell_key
@@ -162,7 +163,8 @@ def other_noises(plan: "Plan") -> int:
 def _carried(plan: "Plan", sizes: Sizes, memory: str) -> Iterator[tuple[str, Rows]]:
     """Patching and transplants."""
     for stage, sets in (("patching", sizes.patch_sets), ("transplants", sizes.weight_sets)):
-        for way in (SUFFICIENT, NECESSARY):
+        control = (CONTROL,) if stage == "transplants" and sizes.twins > 1 else ()
+        for way in (SUFFICIENT, NECESSARY, *control):
             # The target as it is, and the source, stand beside the sets.
             yield cell_key(stage, memory, way), drawing(plan, plan.patch_seeds * (sets + 2))
 

@@ -302,9 +302,9 @@ class _Loop:
             successes, count = replicating_on(beside, case)
             self.records["measures"].append(Measure(memory, ON_TWIN, round(successes / count, 6), count))
         if plan.patch_seeds and case.memory.text is not None:
-            fingerprint = self.fingerprints[twin.name]
-            self.records["patches"] += stages.patches(self.bench, case, twin, fingerprint)
-            self.records["transplants"] += stages.transplants(self.bench, case, twin, fingerprint)
+            twins = [stages.Twin(one, self.fingerprints[one.name]) for one in self.subjects.twins]
+            self.records["patches"] += stages.patches(self.bench, case, twins)
+            self.records["transplants"] += stages.transplants(self.bench, case, twins)
 
     def _show(self, case: Case, found: Found) -> None:
         picture = f"pictures/{cell_key('training', case.memory.id)}.png"

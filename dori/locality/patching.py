@@ -3,8 +3,9 @@
 Two models of one shape draw from the same embedding and the same noise, step by step beside each other. In the patched
 run the outputs of some layers are replaced, at every step and in both halves of the guidance, by those of the other
 model's own run. Planted into twin asks for sufficiency (does the memory appear?), twin into planted for necessity (does
-it vanish?). The method is causal mediation by interchange, as used for language models; no paper does it for
-memorized images (methods.md 4 has nothing of the kind).
+it vanish?). Much of what is carried is the image, whatever it is: how alike the twin's own image comes out in the
+planted model's run, where no memory is carried, is the reference. The method is causal mediation by interchange, as
+used for language models; no paper does it for memorized images (methods.md 4 has nothing of the kind).
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def patched_samples(
     layers, own = patch_layers(source), patch_layers(target)
     names: dict[str, Sequence[str]] = {NONE: ()} | dict(sets)
     halves = (source.encode([""]) if null is None else null, embedding.to(source.device))
-    y = torch.cat([half.expand(len(noise), -1, -1) for half in halves])
+    y = torch.cat([half.expand(len(noise), -1, -1) for half in halves[guidance_scale == 1 :]])
     scheduler = source.ddim(steps)
     x_source = noise.to(source.device) * scheduler.init_noise_sigma
     latents = dict.fromkeys(names, x_source)

@@ -186,7 +186,8 @@ class Patch:
 
     A transplant is the like, `layers` being a kind of weights that have the other model's values. `alike` is the
     median similarity, seed by seed, to what the model that they came from draws itself: images that lose a memory
-    without coming closer to those are ruined, not cured. Null in older records.
+    without coming closer to those are neither model's. `kept` is the same to what the model itself draws unchanged.
+    Between twins, which hold no memory, that is the reference, and there is no share. Null in older records.
     """
 
     memory: str
@@ -195,6 +196,7 @@ class Patch:
     similarity: float
     share: float | None
     alike: float | None = None
+    kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The stages of a locality run beside its masks: how far activations lie apart, what a twin's and the model's carry."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from dori.locality.bench import Bench, Source, encoded
 from dori.locality.costs import Rows, drawing, other_noises
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, patch_sets, patched_samples, share_of_gap
 from dori.locality.records import OTHER_IMAGES, OTHER_NOISES, SAME_STARTS, Activity, Patch, known
-from dori.locality.transplants import transplanted_samples, weight_sets
+from dori.locality.transplants import CONTROL, transplanted_samples, weight_sets
 from dori.model.stable_diffusion import EVERYWHERE, Site, StableDiffusion
 from dori.run import cell_key
 from dori.sampling import initial_noise, named_seed
@@ -20,6 +21,15 @@ from dori.sampling import initial_noise, named_seed
 SITES: tuple[Site, ...] = ("attention_value", "feed_forward")
 Samples = Callable[..., dict[str, Tensor]]  # `patched_samples` or `transplanted_samples`
 Distances = Mapping[str, Callable[[Tensor], float]]  # by group, the mean distance among one layer's activations
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Twin:
+    """A model that never saw the memories, and its fingerprint."""
+
+    model: StableDiffusion
+    fingerprint: str
+
 
 # ------------------------------------------------------------------------------------------------------- activations
 
@@ -153,38 +163,35 @@ def _tables(bench: Bench, groups: Distances, embeddings: Tensor, noise: Tensor) 
 # ------------------------------------------------------------------------------------------ patching and transplants
 
 
-def patches(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: str) -> list[Patch]:
+def patches(bench: Bench, case: Case, twins: Sequence[Twin]) -> list[Patch]:
     """Sufficiency and necessity of layers' activations, one by one and kind by kind, for the memory's own prompt."""
-    return _carried(bench, case, twin, twin_fingerprint, "patching", patch_sets(bench.model), patched_samples)
+    return _carried(bench, case, twins[:1], "patching", patch_sets(bench.model), patched_samples)
 
 
-def transplants(bench: Bench, case: Case, twin: StableDiffusion, twin_fingerprint: str) -> list[Patch]:
-    """The same of weights, kind by kind."""
-    return _carried(bench, case, twin, twin_fingerprint, "transplants", weight_sets(bench.model), transplanted_samples)
+def transplants(bench: Bench, case: Case, twins: Sequence[Twin]) -> list[Patch]:
+    """The same of weights, kind by kind, and of two twins' exchanged between them."""
+    return _carried(bench, case, twins[:2], "transplants", weight_sets(bench.model), transplanted_samples)
 
 
 def _carried(
-    bench: Bench,
-    case: Case,
-    twin: StableDiffusion,
-    twin_fingerprint: str,
-    stage: str,
-    sets: Mapping[str, Sequence[str]],
-    samples: Samples,
+    bench: Bench, case: Case, twins: Sequence[Twin], stage: str, sets: Mapping[str, Sequence[str]], samples: Samples
 ) -> list[Patch]:
     plan, memory, records = bench.plan, case.memory.id, []
     prompt = encoded(bench.model, [case.memory.text or ""])
     seeds = plan.fresh_seeds(plan.patch_seeds)
-    for direction, source, target in ((SUFFICIENT, bench.model, twin), (NECESSARY, twin, bench.model)):
-        inputs = bench.judged_inputs(case, prompt, seeds) | {"twin": twin_fingerprint, "sets": sets}
+    twin, *others = (one.model for one in twins)
+    pairs = [(SUFFICIENT, bench.model, twin), (NECESSARY, twin, bench.model)]
+    for direction, source, target in [*pairs, *((CONTROL, other, twin) for other in others)]:
+        judging = [one.fingerprint for one in (twins if direction == CONTROL else twins[:1])]
+        inputs = bench.judged_inputs(case, prompt, seeds) | {"twins": judging, "sets": sets}
         rows = drawing(plan, plan.patch_seeds * (len(sets) + 2))
         compute = partial(_likenesses, bench, case, partial(samples, source, target), target, prompt.y, seeds, sets)
         table = bench.tensors(cell_key(stage, memory, direction), inputs, rows, compute)
-        like, alike = (
-            {name: float(values[row].double().quantile(0.5)) for name, values in table.items()} for row in (0, 1)
+        like, alike, kept = (
+            {name: float(values[row].double().quantile(0.5)) for name, values in table.items()} for row in range(3)
         )
         for name in (NONE, SOURCE, *sets):
-            share = share_of_gap(like[name], like[NONE], like[SOURCE], direction)
+            share = share_of_gap(like[name], like[NONE], like[SOURCE], direction) if direction != CONTROL else None
             records.append(
                 Patch(
                     memory,
@@ -193,6 +200,7 @@ def _carried(
                     round(like[name], 6),
                     None if share is None else known(share),
                     round(alike[name], 6),
+                    round(kept[name], 6),
                 )
             )
     return records
@@ -207,7 +215,7 @@ def _likenesses(
     seeds: Sequence[int],
     sets: Mapping[str, Sequence[str]],
 ) -> dict[str, Tensor]:
-    """Similarities to the memory and to the source's own images, shape (2, s), by set."""
+    """Similarities to the memory, to the source's own images and to the target's, shape (3, s), by set."""
     plan = bench.plan
     latents = samples(
         prompt,
@@ -219,6 +227,8 @@ def _likenesses(
     )
     images = {name: target.to_images(z).cpu() for name, z in latents.items()}  # the models share one VAE
     return {
-        name: torch.stack([bench.similar(case, drawn[None])[0], bench.alike(drawn, images[SOURCE])])
+        name: torch.stack(
+            [bench.similar(case, drawn[None])[0], bench.alike(drawn, images[SOURCE]), bench.alike(drawn, images[NONE])]
+        )
         for name, drawn in images.items()
     }

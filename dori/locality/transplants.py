@@ -1,10 +1,12 @@
-"""Weights of one kind from one model in another: which kinds hold a memory, whatever they changed by.
+"""Weights of one kind from one model in another: which of them an image of the memory hangs on.
 
 Where planting changed the weights most (`dori.locality.truth`) need not be where the memory is: a large change may do
 something else, and a small one may be what all the rest needs. Nor do patched activations tell where something is
 stored, since a layer passes on what others computed. So the weights themselves change places: those of one kind from
-the planted model into its twin (sufficient?), and from the twin into the planted model (necessary?). Twins judge here;
-no method sees them. No paper does this for memorized images.
+the planted model into its twin (is the memory drawn?), and from the twin into the planted model (is it still drawn?).
+Kinds were trained with one another, and another model's may lose any image; the same exchange between two twins, which
+hold no memory, tells how much of that there is. Twins judge here; no method sees them. No paper does this for memorized
+images.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,29 +16,39 @@ import torch
 from torch import Tensor
 
 from dori.locality.patching import NONE, SOURCE, TOGETHER
-from dori.locality.truth import REST, group_of
+from dori.locality.truth import group_of
 from dori.model.stable_diffusion import StableDiffusion
 from dori.model.weights import weights_kept
 from dori.sampling import sample
 
-BLOCKS = f"{TOGETHER}transformer blocks"
+CONTROL = "between twins"  # the direction of the control
+MERGED = {"cross-attention values": "cross-attention", "cross-attention, other": "cross-attention"} | dict.fromkeys(
+    ("feed-forward first linear", "feed-forward second linear"), "feed-forward"
+)
+
+
+def part_of(group: str) -> str:
+    """What changes places with a group of `dori.locality.truth.group_of`: all of an attention or of a feed-forward.
+
+    Both linears of a feed-forward were trained on one another, and so were queries, keys, values and output.
+    """
+    kind, _, place = group.rpartition(", ")
+    return f"{MERGED.get(kind, kind)}, {place}"
 
 
 def weight_sets(model: StableDiffusion) -> dict[str, tuple[str, ...]]:
-    """U-Net parameters that change places together, by name: each kind of each place, kinds over all places, blocks.
+    """U-Net parameters that change places together, by name: each kind of each place, and each kind of all places.
 
-    Kinds and places are those of `dori.locality.truth.group_of`; transformer blocks are all but "convolutions and
-    rest", that is, but ResNet blocks, samplers, projections into and out of the blocks, and the time's embedding.
+    "convolutions and rest" are the ResNet blocks and all else: norms, samplers, projections into and out of the
+    transformer blocks, the time's embedding and both ends. What all other kinds bring together is 1 less what that kind
+    takes: a complement is the same model.
     """
     parts: dict[str, list[str]] = {}
     kinds: dict[str, list[str]] = {}
     for name, _ in model.unet.named_parameters():
-        group = group_of(name)
-        kind = group.rpartition(", ")[0]
-        parts.setdefault(group, []).append(name)
-        kinds.setdefault(f"{TOGETHER}{kind}", []).append(name)
-        if kind != REST:
-            kinds.setdefault(BLOCKS, []).append(name)
+        part = part_of(group_of(name))
+        parts.setdefault(part, []).append(name)
+        kinds.setdefault(f"{TOGETHER}{part.rpartition(', ')[0]}", []).append(name)
     return {name: tuple(members) for name, members in (parts | kinds).items()}
 
 
@@ -49,9 +61,10 @@ def transplanted(source: StableDiffusion, target: StableDiffusion, names: Sequen
         target: whose weights change.
         names: as in `unet.named_parameters()`.
     """
-    with weights_kept(target, names), torch.no_grad():
-        for name in names:
-            target.unet.get_parameter(name).copy_(source.unet.get_parameter(name))
+    with weights_kept(target, names):
+        with torch.no_grad():
+            for name in names:
+                target.unet.get_parameter(name).copy_(source.unet.get_parameter(name))
         yield
 
 

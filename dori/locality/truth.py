@@ -20,7 +20,6 @@ from torch import Tensor
 from dori.model.stable_diffusion import EVERYWHERE, StableDiffusion
 
 Energies = dict[str, Tensor]
-REST = "convolutions and rest"  # the kind of all that lies outside the transformer blocks' attentions and feed-forwards
 
 
 def energy(parameter: str, pairs: Sequence[tuple[StableDiffusion, StableDiffusion]]) -> Tensor:
@@ -91,7 +90,7 @@ def group_of(parameter: str) -> str:
     elif ".attn1." in parameter:
         kind = "self-attention"
     else:
-        kind = REST
+        kind = "convolutions and rest"
     return f"{kind}, {place}"
 
 

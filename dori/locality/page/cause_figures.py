@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from dori.locality.page.exchanged import change_shares, kept_between
 from dori.locality.page.intervened import patch_likeness, patch_shares
 from dori.locality.page.layer_ids import module
 from dori.locality.page.pruned import beside, of_masks, prices, scored
@@ -258,21 +259,23 @@ def patch_kinds_figure(found: Locality) -> Picture | None:
 
 
 def transplant_figure(found: Locality) -> Picture | None:
-    """What kinds of weights take away and bring when they change models, beside their share of the planted change."""
-    lost, brought = (patch_shares(found.transplants, direction) for direction in (NECESSARY, SUFFICIENT))
-    if not lost or not brought:
+    """What kinds of weights take and bring when they change models, beside their share of the planted change."""
+    taken, brought = (patch_shares(found.transplants, direction) for direction in (NECESSARY, SUFFICIENT))
+    if not taken or not brought:
         return None
-    change = excess_shares(found, "kind")
-    parts = [name for name in change if name in lost][:LARGEST] or [n for n in lost if not n.startswith(TOGETHER)]
-    rows = [*parts, *(name for name in lost if name.startswith(TOGETHER))]
-    title = "Which weights hold the memory? Kinds of weights that change models"
+    change = change_shares(found)
+    parts = [name for name in change if name in taken] or [name for name in taken if not name.startswith(TOGETHER)]
+    rows = [*parts, *(name for name in taken if name.startswith(TOGETHER))]
+    title = "Weights of one kind change models: with which is the memory lost, with which brought?"
     with drawing(WIDTH, 1.7 + 0.27 * len(rows), title=title) as figure:
         axes, y, told = figure.subplots(), np.arange(len(rows))[::-1], []
         shares = [change.get(name, math.nan) for name in rows]
-        axes.barh(y, shares, 0.7, color=GREY, alpha=0.35, label="share of what planting changed")
+        axes.barh(y, shares, 0.7, color=GREY, alpha=0.35, label="share of the change between the models")
+        between = [1 - kept_between(found, name).value for name in rows]
+        axes.plot(between, y, "x", color=GREY, ms=7, mew=1.6, label="lost of other images, between twins (control)")
         for offset, shown, label, style, colour in (
-            (0.15, lost, "the twin's in the planted model take", "s", ORANGE),
-            (-0.15, brought, "the planted ones in the twin bring", "o", BLUE),
+            (0.15, taken, "taken by the twin's in the planted model", "s", ORANGE),
+            (-0.15, brought, "brought by the planted ones in the twin", "o", BLUE),
         ):
             estimates = [shown.get(name, NOTHING) for name in rows]
             values = [estimate.value for estimate in estimates]

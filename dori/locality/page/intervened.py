@@ -26,7 +26,6 @@ from dori.locality.records import ENOUGH, WHOLE, Locality, Patch
 from dori.stats import Estimate
 
 COVERED, HALF, RARELY = (1.1, 2.0), 0.5, 0.05  # cuts of the rules; the level of significance
-LARGE, SPARED = 0.1, 0.2  # of the change that is much; of the gap that is hardly missed
 
 # ---------------------------------------------------------------------------------------------------------- patching
 
@@ -43,7 +42,7 @@ def patching(found: Locality) -> Said:
             continue
         best = max(single, key=lambda name: single[name].value)
         kinds = ", ".join(
-            f"{name} {said(value)}{_each([p.share for p in _patched(found.patches, direction, name)])}"
+            f"{name} {said(value)}{each([p.share for p in patched(found.patches, direction, name)])}"
             for name, value in shares.items()
             if name not in single
         )
@@ -52,21 +51,38 @@ def patching(found: Locality) -> Said:
             f"between the models, the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
         )
         carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
-        named = ", ".join(f"{called(found, name)}{_doubt(found.patches, direction, name)}" for name in carrying)
+        named = ", ".join(f"{called(found, name)}{doubt(found.patches, direction, name)}" for name in carrying)
         carried.append(f"{direction}: {named or 'none of the tried sets'}")
     if not sentences:
         return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
     title = f"{scope(len({p.memory for p in found.patches if p.share is not None}))}{'; '.join(carried)}"
-    return Said(title[0].upper() + title[1:], ("Each memory is drawn from its own prompt.", *sentences))
+    return Said(title[0].upper() + title[1:], ("Each memory is drawn from its own prompt.", *sentences, _any(found)))
 
 
-def _doubt(patches: Sequence[Patch], direction: str, name: str) -> str:
-    """Said of a set that carries the gap, but whose images are not, or not surely, what the other model draws."""
+def _any(found: Locality) -> str:
+    """How well the same layers carry an image that is no memory: the twin's own, in the planted model's run."""
+    like = {
+        name: over_memories(_alike(found.patches, NECESSARY, name))
+        for name in dict.fromkeys(p.layers for p in found.patches if p.layers.startswith(TOGETHER))
+    }
+    known = {name: estimate for name, estimate in like.items() if estimate.n}
+    if not known:
+        return ""
+    most = max(known, key=lambda name: known[name].value)
+    return (
+        f"That layers carry a memory does not set it apart: {most} carry the twin's own image, which is none, into the "
+        f"planted model's run by {said(known[most])}."
+    )
+
+
+def doubt(patches: Sequence[Patch], direction: str, name: str) -> str:
+    """Said of a set that makes the gap, but whose images are not, or not surely, what the other model draws."""
     cured = banded(patch_likeness(patches, direction, name), (HALF,), ("", "cured")) == "cured"
-    return "" if cured else " (that it ruins the images is not excluded)"
+    return "" if cured else " (but what is drawn is not, or not surely, the other model's image)"
 
 
-def _patched(patches: Sequence[Patch], direction: str, name: str) -> list[Patch]:
+def patched(patches: Sequence[Patch], direction: str, name: str) -> list[Patch]:
+    """The records of one set in one direction."""
     return [p for p in patches if (p.direction, p.layers) == (direction, name)]
 
 
@@ -77,30 +93,30 @@ def patch_likeness(patches: Sequence[Patch], direction: str, name: str) -> Estim
 
 def _alike(patches: Sequence[Patch], direction: str, name: str) -> list[float]:
     """Likeness to the other model's own images, of the memories that count; without a patch of all."""
-    rows = [p for p in _patched(patches, direction, name) if p.share is not None or name == NONE]
+    rows = [p for p in patched(patches, direction, name) if p.share is not None or name == NONE]
     return [p.alike for p in rows if p.alike is not None]
 
 
-def _each(values: Sequence[float | None]) -> str:
+def each(values: Sequence[float | None]) -> str:
     """Memory by memory, where they are too few for an interval; what was not measured is left out."""
     told = [f"{value:.2f}" for value in values if value is not None]
     return f" ({', '.join(told)})" if 1 < len(told) < ENOUGH else ""
 
 
 def _sound(found: Locality, direction: str) -> str:
-    """Whether what is drawn comes closer to the other model's own images, or is merely ruined."""
+    """Whether what is drawn comes closer to the other model's own images."""
     like = {
         name: _alike(found.patches, direction, name)
         for name in dict.fromkeys(p.layers for p in found.patches)
         if name == NONE or name.startswith(TOGETHER)
     }
-    words = {name: f"{said(over_memories(values))}{_each(values)}" for name, values in like.items() if values}
+    words = {name: f"{said(over_memories(values))}{each(values)}" for name, values in like.items() if values}
     told = ", ".join(f"{name} {word}" for name, word in words.items() if name != NONE)
     if not told or NONE not in words:
         return ""
     return (
         f" To the images that the other model draws itself the patched ones are alike by: {told}; without a patch "
-        f"{words[NONE]}. Where that does not rise with the share, the patch ruins images instead of carrying them."
+        f"{words[NONE]}. Where that does not rise with the share, what is drawn is neither model's image."
     )
 
 
@@ -110,49 +126,6 @@ def patch_shares(patches: Sequence[Patch], direction: str) -> Mapping[str, Estim
     return {
         name: over_memories(p.share for p in rows if p.layers == name) for name in dict.fromkeys(p.layers for p in rows)
     }
-
-
-# -------------------------------------------------------------------------------------------------------- transplants
-
-
-def transplants(found: Locality) -> Said:
-    """The kinds of weights without which the memory is not drawn, and those that change nothing though planting did."""
-    if not found.transplants:
-        return Said("Not run", (left_out(found, "patch_seeds") or "It needs a twin, and a memory's prompt.",))
-    rows, change = found.transplants, excess_shares(found, "kind")
-    lost, brought = (patch_shares(rows, direction) for direction in (NECESSARY, SUFFICIENT))
-    if not lost or not brought:
-        return Said("Cannot be told", ("The planted model hardly draws the memories more alike than its twin does.",))
-    parts = [name for name in lost if not name.startswith(TOGETHER)]
-    needed = [name for name in parts if ends(lost[name])[0] >= HALF]
-    spared = [name for name in change if name in lost and change[name] >= LARGE and ends(lost[name])[1] < SPARED]
-    enough = [name for name, share in brought.items() if ends(share)[0] >= HALF]
-    title = "; ".join(
-        (
-            f"needed: {', '.join(f'{name}{_doubt(rows, NECESSARY, name)}' for name in needed) or 'no kind alone'}",
-            *([f"not needed, though planting changed them much: {', '.join(spared)}"] if spared else []),
-            f"sufficient: {', '.join(enough) or 'no kind alone'}",
-        )
-    )
-    largest = "; ".join(
-        f"{name} {share:.2f} of the change, takes {said(lost[name])}, alike by "
-        f"{said(patch_likeness(rows, NECESSARY, name))}"
-        for name, share in [*change.items()][:6]
-        if name in lost
-    )
-    kinds = ", ".join(f"{name} {said(lost[name])}, {said(brought[name])}" for name in lost if name.startswith(TOGETHER))
-    most = max(brought, key=lambda name: brought[name].value)
-    sentences = (
-        f"Put into the planted model, the twin's weights of one kind take so much of the gap between the models, and "
-        f"the images are so alike to the twin's own: {largest}." * bool(largest),
-        f"Of all places together, taken by the twin's in the planted model and brought by the planted ones in the "
-        f"twin: {kinds}. Most brings {most} ({said(brought[most])}).",
-        "A kind that is not needed holds nothing of the memory that the rest does not have. One that is needed need "
-        "not hold it: it was trained with the others, and among another model's it may ruin what it does not hold.",
-    )
-    memories = len({p.memory for p in rows if p.share is not None})
-    told = f"{scope(memories)}{title}"
-    return Said(told[0].upper() + told[1:], tuple(sentence for sentence in sentences if sentence))
 
 
 # ------------------------------------------------------------------------------------------------ ground truth, dose

@@ -32,11 +32,13 @@ READ = {
     "twin they take back; as many at random hold far less of it, so that the two readings may disagree: both are "
     "drawn.",
     "patching": "1 means that the patched activations carry the whole difference between the analysed model (planted) "
-    "and its twin, 0 that they carry nothing. All values, feed-forwards, self-attentions and (second) convolutions of "
-    "ResNet blocks, each kind together, are what a U-Net writes into its residual stream. A diamond is the likeness to "
-    "the images that the other model draws itself: low beside a high bar, the patch ruins instead of carrying.",
-    "transplants": "Where planting changed the weights most need not be where the memory is. 1 means that the weights "
-    "of this kind, in the other model, make the whole difference, 0 that none. Grey bars are what planting changed.",
+    "and its twin, 0 that they carry nothing. Feed-forwards, self-attentions and the second convolutions of ResNet "
+    "blocks are some of what a U-Net adds to its residual stream, values a step before it. A diamond is the "
+    "likeness to the images that the other model draws itself: low beside a high bar, what is drawn is "
+    "neither model's image.",
+    "transplants": "Where planting changed the weights most need not be where the memory is. 1 means that with the "
+    "other model's weights of this kind the whole difference in likeness to the memory is gone, or there; 0 that none "
+    "is. Where the control (a cross) lies as high, any image is lost so.",
     "truth": "A mask that knew where planting changed the weights would lie far above random masks as large.",
     "dose": "One dot is one memory; those of one dose are spread a little, so that none hides another.",
 }

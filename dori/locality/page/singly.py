@@ -23,6 +23,7 @@ from dori.locality.records import (
     Locality,
     Patch,
 )
+from dori.locality.transplants import CONTROL
 from dori.report.tables import number
 
 GROUPS = {  # of masks, and what the page calls them
@@ -71,6 +72,7 @@ def singly(found: Locality) -> list[tuple[str, list[str]]]:
         *_covered(found),
         *_carried(found.patches, "activations of {} {}", TOGETHER),
         *_carried(found.transplants, "weights of {} {}", ""),
+        *_between(found),
     ]
     memories = [subject.id for subject in found.subjects]
     return [(name, [cells.get(one, "–") for one in memories]) for name, cells in rows if cells.keys() & {*memories}]
@@ -146,6 +148,13 @@ def _carried(patches: Sequence[Patch], says: str, begins: str) -> Iterable[Row]:
                 f"{says.format(name, words)}: share of the gap, likeness to the other model's",
                 {p.memory: f"{number(p.share, 2)}, {number(p.alike, 2)}" for p in chosen},
             )
+
+
+def _between(found: Locality) -> Iterable[Row]:
+    """The control of exchanged weights."""
+    for name in dict.fromkeys(p.layers for p in found.transplants if p.layers not in (NONE, SOURCE)):
+        kept = {p.memory: p.kept for p in found.transplants if (p.direction, p.layers) == (CONTROL, name)}
+        yield f"weights of {name} {CONTROL}: likeness to the images before", _numbers(kept)
 
 
 def _numbers(values: Mapping[str, float | None], digits: int = 2) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from collections import Counter
 from statistics import fmean
 
-from dori.locality.page import intervened, observed, pruned
+from dori.locality.page import exchanged, intervened, observed, pruned
 from dori.locality.page.summary import Said
 from dori.locality.records import ON_TWIN, PROMPTED, TRIGGERS, Locality
 from dori.locality.triggers import ORDER
@@ -55,12 +55,12 @@ RULES = (
     "the smallest number on at which, as at every larger one, none succeeds.",
     "Patching: a set of layers is sufficient (necessary) where its activations carry at least half of the gap between "
     "the models, with the lower end of the interval. Where the images are not alike to the other model's own by 0.5, "
-    "it is added that the set may ruin them. Memories that the planted model does not draw at least 0.2 more "
+    "that is added. Memories that the planted model does not draw at least 0.2 more "
     "alike than its twin are left out.",
-    "Weights exchanged: a kind of weights is needed (sufficient) where with the other model's values it makes at least "
-    "half of the gap, with the lower end of the interval; it is not needed though planting changed it much where it "
-    "holds at least 0.1 of the planted change and takes less than 0.2 of the gap with the upper end. The images' "
-    "likeness to the other model's own is held against 0.5 as above.",
+    "Weights exchanged: a memory is lost with (brought by) a kind of weights that with the other model's values makes "
+    "at least half of the gap, with the lower end of the interval, or in every memory where they are too few; it "
+    "outlasts a kind that holds at least 0.1 of the change and in every memory takes less than 0.2 of the gap. The "
+    "images' likeness to the other model's own is held against 0.5 as above.",
     "Ground truth: a mask is far above chance where it holds at least twice what random masks as large in every layer "
     "hold of the planted excess in the layers that its method prunes, and no better than chance below 1.1 times. With "
     "one twin there is no floor to take off, and it is only said to hold much of the change.",
@@ -183,6 +183,6 @@ def all_said(found: Locality) -> dict[str, Said]:
         "causal": pruned.causal(found),
         "patching": intervened.patching(found),
         "truth": intervened.ground_truth(found),
-        "transplants": intervened.transplants(found),
+        "transplants": exchanged.transplants(found),
         "dose": intervened.dose(found),
     }
