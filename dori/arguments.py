@@ -191,6 +191,11 @@ def _audit(audit: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="further sparsities of Wanda in the same blocks, asked by prompt alone (default the preset's)",
     )
+    audit.add_argument(
+        "--attack-random",
+        action="store_true",
+        help="attack the random edits too, which are otherwise asked by prompt alone",
+    )
     _clip(audit)
     _judging(audit)
     _shown(audit)

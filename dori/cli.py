@@ -126,6 +126,7 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
         plan,
         wandas=wandas,
         wanda_sweep=tuple(one for one in sweep if one not in wandas),
+        attack_random=arguments.attack_random or plan.attack_random,
         seed=arguments.seed,
         sampling_steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,

@@ -336,6 +336,7 @@ def test_the_plan_is_the_preset_with_what_the_arguments_change() -> None:
         "as_released",
         "NeMo (as released)",
     )
+    assert not plan().attack_random and plan("--attack-random").attack_random
     harder = plan("--nemo-tau", "-2", "--nemo-unrefined").nemo
     assert harder is not None and (harder.tau_stds, harder.max_refinement_passes) == (-2, 0)
     assert nemo_name(harder) == "NeMo (tau -2 std, unrefined)"
