@@ -1,6 +1,7 @@
 """Every memory has another one beside it, whichever of them the run reaches, and prompts keep their uses."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from test_locality_run import PLAN, tiny_run, tiny_subjects
 
 from dori.audit.loop import make_cases
 from dori.locality.costs import by_stage
-from dori.locality.loop import costs
+from dori.locality.loop import costs, in_turns
 from dori.locality.masks import Masks
 from dori.locality.measures import apart_overlaps
 from dori.locality.page.summary import least_p
@@ -85,3 +86,9 @@ def test_the_least_p_is_that_of_the_most_extreme_order() -> None:
     assert least_p([1, 2, 3, 4, 5]) == pytest.approx(2 / 120)
     assert least_p([8, 8, 8, 6, 6]) == pytest.approx(2 * 6 * 2 / 120)
     assert least_p([1, 1, 1]) == 1
+
+
+def test_the_first_tests_differ_in_method_and_memory() -> None:
+    assert in_turns("ab", [1, 2]) == [("a", 1), ("b", 2), ("a", 2), ("b", 1)]
+    assert in_turns("ab", [1]) == [("a", 1), ("b", 1)] and in_turns("ab", []) == []
+    assert sorted(in_turns("ab", [1, 2, 3])) == sorted(itertools.product("ab", [1, 2, 3]))

@@ -1,7 +1,7 @@
 """The locality run's one loop: reference sets first, then memory by memory, every stage in resumable cells.
 
-The causal tests, each longer than all the rest of its memory, come last, and one method goes through all its memories
-before the next one. After each memory, and after each method of a causal test, the records so far are handed over: a
+The causal tests, each longer than all the rest of its memory, come last, methods and memories in turns, so that the
+first tests are of different ones. After each memory, and after each causal test, the records so far are handed over: a
 run that is stopped still has a page, and says of how many memories it is made. Further processes make the cells of
 memories that are still far off, and the first one finds them.
 """
@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +251,9 @@ class _Loop:
                 pass
 
     def causal_tests(self, causal: Causal, processes: Processes) -> Iterator[None]:
-        """Of the memories that wait for theirs; a stop after each method of each."""
+        """Of the memories that wait for theirs; a stop after each."""
         methods = causal_methods(method_names(self.bench.plan))
-        for method, analysis in processes.towards(list(product(methods, self.to_test))):
+        for method, analysis in processes.towards(in_turns(methods, self.to_test)):
             other = next((one for one in (*self.to_test, self.before) if one is not analysis), None)
             self._causal(analysis, other, method, causal)
             yield
@@ -360,6 +359,12 @@ def _by_start(found: Found, rows: Sequence[int]) -> dict[str, list[int]]:
     return {group: members for group, members in groups.items() if len(members) > 1}
 
 
+def in_turns(methods: Sequence[str], analyses: Sequence[_Analysis]) -> list[tuple[str, _Analysis]]:
+    """All pairs, so ordered that the first ones differ in both: (a, x), (b, y), (a, y), (b, x)."""
+    count = len(analyses)
+    return [(method, analyses[(turn + k) % count]) for turn in range(count) for k, method in enumerate(methods)]
+
+
 def costs(subjects: Subjects, plan: Plan, sets: Sets) -> dict[str, Rows]:
     """U-Net rows of every cell to come, by arithmetic; `dori.locality.costs.by_stage` sums them."""
     return {key: rows for cells in _cells(subjects, plan, sets).values() for key, rows in cells.items()}
@@ -430,7 +435,7 @@ def locality(
         judge: whose descriptor decides about replication.
         run: the folder that remembers; the caller holds its lock.
         say: receives one line at a time.
-        after_part: receives the records so far after each memory and each method of its causal test.
+        after_part: receives the records so far after each memory and each causal test.
         processes: of which this is one, all with one folder; None is the only one.
 
     Returns:
