@@ -142,6 +142,8 @@ def test_what_one_memory_hangs_on_is_not_called_outlasted(taken: list[float], to
 def test_lost_is_said_of_the_whole_interval_or_of_every_memory(taken: list[float], told: bool) -> None:
     title = exchanged.transplants(located({CROSS: taken}, CHANGE)).title
     assert (f"lost by {CROSS}" in title) == told
+    some = sum(share >= 0.5 for share in taken)
+    assert (f"in some memories by {CROSS} ({some} of {len(taken)})" in title) == (not told)
     whole = exchanged.transplants(located({CROSS: SPARED, "all cross-attention": LOST}, CHANGE)).title
     assert "lost by all cross-attention" in whole  # a kind of which no place alone is needed
 

@@ -270,12 +270,12 @@ def transplant_figure(found: Locality) -> Picture | None:
     with drawing(WIDTH, 1.7 + 0.27 * len(rows), title=title) as figure:
         axes, y, told = figure.subplots(), np.arange(len(rows))[::-1], []
         shares = [change.get(name, math.nan) for name in rows]
-        axes.barh(y, shares, 0.7, color=GREY, alpha=0.35, label="share of the change between the models")
+        axes.barh(y, shares, 0.7, color=GREY, alpha=0.35, label="share of the change")
         between = [1 - kept_between(found, name).value for name in rows]
-        axes.plot(between, y, "x", color=GREY, ms=7, mew=1.6, label="lost of other images, between twins (control)")
+        axes.plot(between, y, "x", color=GREY, ms=7, mew=1.6, label="any image lost (control)")
         for offset, shown, label, style, colour in (
-            (0.15, taken, "taken by the twin's in the planted model", "s", ORANGE),
-            (-0.15, brought, "brought by the planted ones in the twin", "o", BLUE),
+            (0.15, taken, "memory lost with the twin's", "s", ORANGE),
+            (-0.15, brought, "brought into the twin", "o", BLUE),
         ):
             estimates = [shown.get(name, NOTHING) for name in rows]
             values = [estimate.value for estimate in estimates]

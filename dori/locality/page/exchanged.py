@@ -53,15 +53,22 @@ def transplants(found: Locality) -> Said:
         if share >= LARGE and max(shares[NECESSARY].get(name, [math.inf])) < OUTLASTED
     ]
     bringing = _carrying(brought, shares[SUFFICIENT])
+    mixed = [
+        f"{name} ({sum(share >= HALF for share in shares[NECESSARY][name])} of {len(shares[NECESSARY][name])})"
+        for name in taken
+        if not name.startswith(TOGETHER) and name not in losing and max(shares[NECESSARY][name]) >= HALF
+    ]
     much = "they differ much from the twin's" if _one_twin(found) else "planting changed them much"
     title = "; ".join(
         (
             "with the twin's weights lost by " + (_named(found, NECESSARY, losing) or "no kind alone"),
+            *([f"in some memories by {', '.join(mixed)}"] if mixed else []),
             *([f"each alone outlasted, though {much}: {', '.join(outlasted)}"] if outlasted else []),
             "brought into the twin by " + (_named(found, SUFFICIENT, bringing) or "no kind alone"),
         )
     )
-    told = dict.fromkeys([*losing, *(name for name, share in change.items() if share >= LARGE and name in taken)])
+    large = (name for name, share in change.items() if share >= LARGE and name in taken)
+    told = dict.fromkeys([*losing, *(name.rpartition(" (")[0] for name in mixed), *large])
     most = max(brought, key=lambda name: brought[name].value)
     losses = "; ".join(_taken(found, name, taken[name], change) for name in told)
     sentences = (

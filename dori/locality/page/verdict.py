@@ -55,12 +55,12 @@ RULES = (
     "the smallest number on at which, as at every larger one, none succeeds.",
     "Patching: a set of layers is sufficient (necessary) where its activations carry at least half of the gap between "
     "the models, with the lower end of the interval. Where the images are not alike to the other model's own by 0.5, "
-    "that is added. Memories that the planted model does not draw at least 0.2 more "
-    "alike than its twin are left out.",
+    "that is added. Memories that the planted model does not draw at least 0.2 more alike than its twin are left out.",
     "Weights exchanged: a memory is lost with (brought by) a kind of weights that with the other model's values makes "
-    "at least half of the gap, with the lower end of the interval, or in every memory where they are too few; it "
-    "outlasts a kind that holds at least 0.1 of the change and in every memory takes less than 0.2 of the gap. The "
-    "images' likeness to the other model's own is held against 0.5 as above.",
+    "at least half of the gap, with the lower end of the interval, or in every memory where they are too few; it is "
+    "told in how many memories another kind does. It outlasts a kind that holds at least 0.1 of the change and in "
+    "every memory takes less than 0.2 of the gap. The images' likeness to the other model's own is held against 0.5 as "
+    "above.",
     "Ground truth: a mask is far above chance where it holds at least twice what random masks as large in every layer "
     "hold of the planted excess in the layers that its method prunes, and no better than chance below 1.1 times. With "
     "one twin there is no floor to take off, and it is only said to hold much of the change.",
