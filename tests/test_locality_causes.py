@@ -203,6 +203,9 @@ def test_patching_names_what_carries_half_of_the_gap() -> None:
         "all values 0.45 (0.80, 0.10)" in intervened.patching(dataclasses.replace(records(), patches=two)).sentences[1]
     )
     assert "most in the values of layer 1 (0.40 of the gap between the models, the largest of 2" in said_.sentences[1]
+    kinds = tuple(p for p in records().patches if not p.layers.endswith(("to_v", "net.2")))
+    told = intervened.patching(dataclasses.replace(records(), patches=kinds)).sentences[1]
+    assert told.startswith("Activations put into the twin bring, of the gap between the models: all values 0.80")
     one = tuple(dataclasses.replace(p, share=0.7) if p.layers == FEED[1] else p for p in records().patches)
     assert "the feed-forward of layer 2 (" in intervened.patching(dataclasses.replace(records(), patches=one)).title
     hardly = dataclasses.replace(

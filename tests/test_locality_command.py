@@ -10,6 +10,7 @@ from test_locality_run import PLAN
 
 from dori.locality.plan import PRESETS
 from dori.locality.records import ON_TWIN, read_locality
+from dori.locality.transplants import CONTROL
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +157,18 @@ def test_twins_of_a_users_model_give_a_ground_truth_and_two_give_its_floor(
     assert {p.direction for p in found.patches} == {"sufficient", "necessary"}
     exchanged = {(p.memory, p.direction, p.layers): p.similarity for p in found.transplants}
     for (memory, way, layers), similarity in exchanged.items():
-        whole = layers in ("source", "convolutions and rest, ends", "all convolutions and rest")
+        whole = layers in ("source", "convolutions and rest, ends", "all convolutions and rest")  # conv_in is there
         assert similarity == pytest.approx(exchanged[memory, way, "source" if whole else "none"], abs=1e-5)
     assert "There is one twin, so twin minus twin is not known" in page and "twin - twin (floor)" not in page
     # Another twin may come later, and everything that was computed is kept; another first twin is another run.
     stamps = {path: path.stat().st_mtime_ns for path in (run / "cells").iterdir()}
     assert status(arguments(given, run, *one, "--twin", str(given / "third")), capsys)[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in (run / "cells").iterdir()} == stamps
+    kept = {path: path.stat().st_mtime_ns for path in (run / "cells").iterdir() if "between-twins" not in path.name}
+    assert kept == stamps
     found, page = read_locality(run / "locality.json"), (run / "locality.html").read_text()
     assert found.twins == tuple(twins) and all(c.floor is not None for c in found.changes)
+    between = [p for p in found.transplants if p.direction == CONTROL]
+    assert between and all(p.share is None and p.kept is not None for p in between)
     assert "There is one twin" not in page
     code, _, said = status(arguments(given, run, "--threshold", "-1", "--twin", str(given / "third")), capsys)
     assert code == 2 and "another locality run (first twin differ" in said

@@ -38,18 +38,21 @@ def patching(found: Locality) -> Said:
     for direction, words in ((SUFFICIENT, "put into the twin bring"), (NECESSARY, "taken from the twin remove")):
         shares = patch_shares(found.patches, direction)
         single = {name: value for name, value in shares.items() if not name.startswith(TOGETHER)}
-        if not single:
+        if not shares:
             continue
-        best = max(single, key=lambda name: single[name].value)
         kinds = ", ".join(
             f"{name} {said(value)}{each([p.share for p in patched(found.patches, direction, name)])}"
             for name, value in shares.items()
             if name not in single
         )
-        sentences.append(
-            f"A single layer's activations {words} most in {called(found, best)} ({said(single[best])} of the gap "
-            f"between the models, the largest of {len(single)} layers tried); {kinds}.{_sound(found, direction)}"
-        )
+        begins = f"Activations {words}, of the gap between the models: "
+        if single:
+            best = max(single, key=lambda name: single[name].value)
+            begins = (
+                f"A single layer's activations {words} most in {called(found, best)} ({said(single[best])} of the gap "
+                f"between the models, the largest of {len(single)} layers tried); "
+            )
+        sentences.append(f"{begins}{kinds}.{_sound(found, direction)}")
         carrying = [name for name, value in shares.items() if ends(value)[0] >= HALF]
         named = ", ".join(f"{called(found, name)}{doubt(found.patches, direction, name)}" for name in carrying)
         carried.append(f"{direction}: {named or 'none of the tried sets'}")
