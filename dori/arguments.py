@@ -243,6 +243,12 @@ def _locality(locality: argparse.ArgumentParser) -> None:
         metavar="N",
         help="attacks of each memory from noise, and as many from other prompts (default the preset's)",
     )
+    locality.add_argument(
+        "--patch-seeds",
+        type=_count,
+        metavar="N",
+        help="generation seeds of patching and of exchanged weights, which need a twin (default: quick none, full 4)",
+    )
     _wanda(locality)
     _judging(locality)
     _shown(locality)

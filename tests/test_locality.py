@@ -421,7 +421,6 @@ def test_a_patch_carries_exactly_what_its_layer_computes(tiny: StableDiffusion) 
 def test_the_four_kinds_together_carry_all_that_they_write(tiny: StableDiffusion) -> None:
     """Models that differ in the four kinds of layers alone: all of them are the source's run, no kind alone is."""
     sets, weights = patch_sets(tiny), tiny.unet.state_dict()
-    assert patch_sets(tiny, single=False) == {name: sets[name] for name in sets if name.startswith("all ")}
     kinds = ("all values", "all feed-forwards", "all self-attentions", "all convolutions")
     assert sorted(sets["all four kinds"]) == sorted(name for kind in kinds for name in sets[kind])
     blocks = sum(name.endswith(".norm3.weight") for name in weights)

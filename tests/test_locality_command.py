@@ -115,13 +115,13 @@ def test_a_finished_run_is_drawn_again_and_another_one_is_not_overwritten(
 def test_a_smaller_run_takes_the_memories_and_attacks_that_are_asked_for(
     given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    code, _, said = status(arguments(given, run, "--threshold", "-1", "--limit", "1", "--attacks", "1"), capsys)
+    run, seeds = tmp_path / "run", ("--patch-seeds", "2")
+    code, _, said = status(arguments(given, run, "--threshold", "-1", "--limit", "1", "--attacks", "1", *seeds), capsys)
     assert code == 0, said
     found = read_locality(run / "locality.json")
     assert (found.planned, [one.attacks for one in found.subjects]) == (1, [3])  # prompt, noise, another prompt
-    assert (found.settings["gaussian"], found.settings["foreign"]) == (1, 1)
-    code, _, said = status(arguments(given, run, "--threshold", "-1", "--attacks", "2"), capsys)
+    assert [found.settings[name] for name in ("gaussian", "foreign", "patch_seeds")] == [1, 1, 2]
+    code, _, said = status(arguments(given, run, "--threshold", "-1", "--attacks", "2", *seeds), capsys)
     assert code == 2 and "(memories, gaussian, foreign differ)" in said
     assert "give a whole number from 1" in status(arguments(given, run, "--attacks", "0"), capsys)[2]
 

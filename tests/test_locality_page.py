@@ -114,8 +114,9 @@ def test_a_run_without_triggers_has_a_page_that_says_so(tmp_path: Path) -> None:
     assert verdict.all_said(bare)["causal"].title == "Not run"
     assert "needs a twin" in verdict.all_said(bare)["patching"].sentences[0]
     quick = dataclasses.replace(bare, settings={**bare.settings, "preset": "quick", "causal": None, "patch_seeds": 0})
-    for part in ("causal", "patching"):
-        assert verdict.all_said(quick)[part].sentences == ("The preset quick leaves it out; --preset full has it.",)
+    for part, more in (("causal", ""), ("patching", ", and so has --patch-seeds N")):
+        said = f"The preset quick leaves it out; --preset full has it{more}."
+        assert verdict.all_said(quick)[part].sentences == (said,)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

@@ -371,7 +371,7 @@ def costs(subjects: Subjects, plan: Plan, sets: Sets) -> dict[str, Rows]:
 
 
 def _cells(subjects: Subjects, plan: Plan, sets: Sets) -> dict[str, dict[str, Rows]]:
-    return planned(plan, sizes(subjects, plan, sets), method_names(plan))
+    return planned(plan, sizes(subjects, sets), method_names(plan))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -39,15 +39,10 @@ def patch_layers(model: StableDiffusion) -> dict[str, nn.Module]:
     return _values(model) | _feed_forwards(model) | _self_attentions(model) | _convolutions(model)
 
 
-def patch_sets(model: StableDiffusion, *, single: bool = True) -> PatchSets:
-    """What is patched together: each layer alone that pruning acts on, each kind of layer, and all of them, by name.
-
-    Args:
-        model: whose layers.
-        single: patch layers alone too.
-    """
+def patch_sets(model: StableDiffusion) -> PatchSets:
+    """What is patched together: each layer alone that pruning acts on, each kind of layer, and all of them, by name."""
     values, feed_forwards = tuple(_values(model)), tuple(_feed_forwards(model))
-    return {name: (name,) for name in (values + feed_forwards) * single} | {
+    return {name: (name,) for name in values + feed_forwards} | {
         f"{TOGETHER}values": values,
         f"{TOGETHER}feed-forwards": feed_forwards,
         f"{TOGETHER}values and feed-forwards": values + feed_forwards,

@@ -80,7 +80,6 @@ class Plan:
         calibration_prompts: ordinary prompts of NeMo's statistics and threshold.
         causal: the causal test; None leaves it out.
         patch_seeds: generation seeds of activation patching and of transplanted weights; 0 leaves both out.
-        patch_single: patch each layer alone too, not only all of a kind.
         chunk: embeddings per cell.
         seed: root of all random streams.
     """
@@ -112,7 +111,6 @@ class Plan:
     calibration_prompts: int = 256
     causal: Causal | None = field(default_factory=Causal)
     patch_seeds: int = 4
-    patch_single: bool = True
     chunk: int = 10
     seed: int = 0
 
@@ -185,8 +183,7 @@ def quick() -> Plan:
         ceiling_seeds=3,
         calibration_prompts=48,
         causal=None,
-        patch_seeds=2,
-        patch_single=False,
+        patch_seeds=0,
         chunk=6,
     )
 

@@ -165,8 +165,7 @@ def _tables(bench: Bench, groups: Distances, embeddings: Tensor, noise: Tensor) 
 
 def patches(bench: Bench, case: Case, twins: Sequence[Twin]) -> list[Patch]:
     """Sufficiency and necessity of layers' activations, one by one and kind by kind, for the memory's own prompt."""
-    sets = patch_sets(bench.model, single=bench.plan.patch_single)
-    return _carried(bench, case, twins[:1], "patching", sets, patched_samples)
+    return _carried(bench, case, twins[:1], "patching", patch_sets(bench.model), patched_samples)
 
 
 def transplants(bench: Bench, case: Case, twins: Sequence[Twin]) -> list[Patch]:

@@ -128,7 +128,7 @@ def _parts(prompts: Sequence[str], wanted: Sequence[int]) -> list[list[str]]:
     return [list(prompts[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
-def sizes(subjects: Subjects, plan: Plan, sets: Sets) -> Sizes:
+def sizes(subjects: Subjects, sets: Sets) -> Sizes:
     """What decides about the cost."""
     return Sizes(
         tuple((case.memory.id, case.memory.text is not None) for case in sets.cases),
@@ -137,7 +137,7 @@ def sizes(subjects: Subjects, plan: Plan, sets: Sets) -> Sizes:
         len(sets.ordinary),
         len(sets.foreign),
         len(sets.calibration),
-        len(patch_sets(subjects.model, single=plan.patch_single)),
+        len(patch_sets(subjects.model)),
         len(weight_sets(subjects.model)),
         len(subjects.twins),
         len(sets.quality),

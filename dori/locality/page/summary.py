@@ -66,7 +66,8 @@ def left_out(found: Locality, setting: str) -> str:
     """A sentence if the plan has no such analysis, else empty."""
     if found.settings.get(setting):
         return ""
-    return f"The preset {found.settings.get('preset')} leaves it out; --preset full has it."
+    other = ", and so has --patch-seeds N" if setting == "patch_seeds" else ""
+    return f"The preset {found.settings.get('preset')} leaves it out; --preset full has it{other}."
 
 
 def ends(estimate: Estimate) -> tuple[float, float]:
