@@ -253,8 +253,8 @@ def _locality(arguments: argparse.Namespace) -> int:
     wanda = _wanda(arguments, plan.wandas[-1])
     fewer = (dataclasses.replace(one, places=wanda.places, site=wanda.site) for one in plan.wandas[:-1])
     wandas = (*(one for one in fewer if one.sparsity < wanda.sparsity), wanda)
-    plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed, wandas=wandas)
-    plan = dataclasses.replace(plan, patch_seeds=arguments.patch_seeds or plan.patch_seeds)
+    patch_seeds = arguments.patch_seeds or plan.patch_seeds
+    plan = dataclasses.replace(plan.drawn_by(sampling), seed=arguments.seed, wandas=wandas, patch_seeds=patch_seeds)
     processes = started(device=arguments.device)
     arguments.device = processes.device(arguments.device)
     if not processes.first:

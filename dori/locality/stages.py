@@ -185,7 +185,8 @@ def _carried(
         judging = [one.fingerprint for one in (twins if direction == CONTROL else twins[:1])]
         inputs = bench.judged_inputs(case, prompt, seeds) | {"twins": judging, "sets": sets}
         rows = drawing(plan, plan.patch_seeds * (len(sets) + 2))
-        compute = partial(_likenesses, bench, case, partial(samples, source, target), target, prompt.y, seeds, sets)
+        draw = partial(samples, source, target, prompt.y)
+        compute = partial(_likenesses, bench, case, draw, target, seeds=seeds, sets=sets)
         table = bench.tensors(cell_key(stage, memory, direction), inputs, rows, compute)
         like, alike, kept = (
             {name: float(values[row].double().quantile(0.5)) for name, values in table.items()} for row in range(3)
@@ -209,16 +210,15 @@ def _carried(
 def _likenesses(
     bench: Bench,
     case: Case,
-    samples: Samples,
+    draw: Samples,
     target: StableDiffusion,
-    prompt: Tensor,
+    *,
     seeds: Sequence[int],
     sets: Mapping[str, Sequence[str]],
 ) -> dict[str, Tensor]:
     """Similarities to the memory, to the source's own images and to the target's, shape (3, s), by set."""
     plan = bench.plan
-    latents = samples(
-        prompt,
+    latents = draw(
         initial_noise(bench.model, seeds),
         sets,
         steps=plan.sampling_steps,

@@ -54,21 +54,22 @@ def transplants(found: Locality) -> Said:
     ]
     bringing = _carrying(brought, shares[SUFFICIENT])
     mixed = [
-        f"{name} ({sum(share >= HALF for share in shares[NECESSARY][name])} of {len(shares[NECESSARY][name])})"
+        name
         for name in taken
         if not name.startswith(TOGETHER) and name not in losing and max(shares[NECESSARY][name]) >= HALF
     ]
+    counted = ", ".join(f"{name} ({_lost(shares[NECESSARY][name])})" for name in mixed)
     much = "they differ much from the twin's" if _one_twin(found) else "planting changed them much"
     title = "; ".join(
         (
             "with the twin's weights lost by " + (_named(found, NECESSARY, losing) or "no kind alone"),
-            *([f"in some memories by {', '.join(mixed)}"] if mixed else []),
+            *([f"in some memories by {counted}"] if mixed else []),
             *([f"each alone outlasted, though {much}: {', '.join(outlasted)}"] if outlasted else []),
             "brought into the twin by " + (_named(found, SUFFICIENT, bringing) or "no kind alone"),
         )
     )
     large = (name for name, share in change.items() if share >= LARGE and name in taken)
-    told = dict.fromkeys([*losing, *(name.rpartition(" (")[0] for name in mixed), *large])
+    told = dict.fromkeys([*losing, *mixed, *large])
     most = max(brought, key=lambda name: brought[name].value)
     losses = "; ".join(_taken(found, name, taken[name], change) for name in told)
     sentences = (
@@ -102,6 +103,10 @@ def _carrying(estimates: Mapping[str, Estimate], shares: Mapping[str, Sequence[f
         for name, estimate in estimates.items()
         if (ends(estimate)[0] if estimate.n >= ENOUGH else min(shares[name])) >= HALF
     ]
+
+
+def _lost(shares: Sequence[float]) -> str:
+    return f"{sum(share >= HALF for share in shares)} of {len(shares)}"
 
 
 def _kind(part: str) -> str:

@@ -65,7 +65,7 @@ def patching(found: Locality) -> Said:
 def _any(found: Locality) -> str:
     """How well the same layers carry an image that is no memory: the twin's own, in the planted model's run."""
     like = {
-        name: over_memories(_alike(found.patches, NECESSARY, name))
+        name: patch_likeness(found.patches, NECESSARY, name)
         for name in dict.fromkeys(p.layers for p in found.patches if p.layers.startswith(TOGETHER))
     }
     known = {name: estimate for name, estimate in like.items() if estimate.n}

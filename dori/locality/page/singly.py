@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from dori.locality.page.intervened import patched
 from dori.locality.page.summary import SITES, activity_ratios, levels, methods, own_shares, way
 from dori.locality.patching import NECESSARY, NONE, SOURCE, SUFFICIENT, TOGETHER
 from dori.locality.probes import BALL, BETWEEN, OUTWARD
@@ -143,7 +144,7 @@ def _carried(patches: Sequence[Patch], says: str, begins: str) -> Iterable[Row]:
         for name in dict.fromkeys(p.layers for p in patches if p.layers.startswith(begins)):
             if name in (NONE, SOURCE):
                 continue
-            chosen = [p for p in patches if (p.direction, p.layers) == (direction, name) and p.share is not None]
+            chosen = [p for p in patched(patches, direction, name) if p.share is not None]
             yield (
                 f"{says.format(name, words)}: share of the gap, likeness to the other model's",
                 {p.memory: f"{number(p.share, 2)}, {number(p.alike, 2)}" for p in chosen},
@@ -153,7 +154,7 @@ def _carried(patches: Sequence[Patch], says: str, begins: str) -> Iterable[Row]:
 def _between(found: Locality) -> Iterable[Row]:
     """The control of exchanged weights."""
     for name in dict.fromkeys(p.layers for p in found.transplants if p.layers not in (NONE, SOURCE)):
-        kept = {p.memory: p.kept for p in found.transplants if (p.direction, p.layers) == (CONTROL, name)}
+        kept = {p.memory: p.kept for p in patched(found.transplants, CONTROL, name)}
         yield f"weights of {name} {CONTROL}: likeness to the images before", _numbers(kept)
 
 
